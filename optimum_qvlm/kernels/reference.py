@@ -1,0 +1,58 @@
+"""Torch definitions of the operations. Every faster backend must match these."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from optimum_qvlm.errors import SpecError
+
+
+def quantize_tokens(x: Tensor, bits: int, group: int | None, clip: float) -> tuple[Tensor, Tensor]:
+    """Round activations to symmetric integers, one scale per token or per token and group.
+
+    Args:
+        x: activations [..., channels], any floating dtype.
+        bits: 2..8.
+        group: channels that share a scale; None shares the whole token.
+        clip: ratio of the peak that maps to the largest code, in (0, 1]. Larger values saturate.
+
+    Returns:
+        int8 codes [..., channels] in -(2^(bits-1)-1) .. 2^(bits-1)-1 and fp32 scales [..., groups], so that
+        x ~ codes * scale. Halves round to even. A group of zeros gets scale 1.
+
+    Raises:
+        SpecError: `group` does not divide the channels.
+    """
+    grouped = _split(x, group).float()
+    qmax = 2 ** (bits - 1) - 1
+    peak = grouped.abs().amax(dim=-1, keepdim=True)
+    scale = torch.where(peak > 0, peak * clip / qmax, 1.0)
+    codes = torch.round(grouped / scale).clamp_(-qmax, qmax).to(torch.int8)
+    return codes.reshape(x.shape), scale.squeeze(-1)
+
+
+def dequantize_tokens(codes: Tensor, scale: Tensor) -> Tensor:
+    """fp32 activations [..., channels] from codes [..., channels] and scales [..., groups]."""
+    grouped = codes.reshape(*scale.shape, -1)
+    return (grouped * scale.unsqueeze(-1)).reshape(codes.shape)
+
+
+def fake_quantize_tokens(x: Tensor, bits: int, group: int | None, clip: float) -> Tensor:
+    """`x` rounded to its grid and returned in its own dtype; gradients pass straight through."""
+    rounded = dequantize_tokens(*quantize_tokens(x.detach(), bits, group, clip)).to(x.dtype)
+    return x + (rounded - x).detach() if x.requires_grad else rounded
+
+
+def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Product of (already rounded) activations [..., in] with a dequantized weight [out, in]."""
+    return F.linear(x, weight.to(x.dtype), bias)
+
+
+def _split(x: Tensor, group: int | None) -> Tensor:
+    channels = x.shape[-1]
+    if group is None:
+        return x.unsqueeze(-2)
+    if channels % group != 0:
+        raise SpecError(f"group={group} does not divide the {channels} channels of the activation")
+    grouped: Tensor = x.unflatten(-1, (channels // group, group))
+    return grouped

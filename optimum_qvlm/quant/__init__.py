@@ -1,0 +1,1 @@
+"""Integer grids for weights and activations: specifications, rounding, packing."""

@@ -1,0 +1,84 @@
+"""Rounding of weights: scales, zero points, codes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optimum_qvlm.errors import SpecError
+from optimum_qvlm.quant.spec import WeightSpec
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """Codes of one weight with what turns them back.
+
+    Attributes:
+        codes: int8 [out_features, in_features], in -2^(bits-1) .. 2^(bits-1)-1.
+        scale: [out_features, groups], in the dtype that is stored.
+        zero_point: int8 [out_features, groups], or None on a symmetric grid.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
+
+
+def quantize_weight(
+    weight: Tensor, spec: WeightSpec, *, clip: Tensor | float = 1.0, scale_dtype: torch.dtype | None = None
+) -> QuantizedWeight:
+    """Round to nearest on the grid of `spec`.
+
+    Args:
+        weight: [out_features, in_features].
+        spec: the grid.
+        clip: ratio of the range that the grid covers, a number or one per row and group
+            [out_features, groups]. Values outside saturate.
+        scale_dtype: dtype in which scales are stored, by default the weight's. Scales are rounded to it
+            before the codes are chosen, so a stored weight reloads to the same values.
+
+    A symmetric scale is `clip * peak / (2^bits - 1) * 2`, as in compressed-tensors. A group of zeros gets
+    scale 1.
+
+    Raises:
+        SpecError: the group does not divide the input channels.
+    """
+    grouped = split_groups(weight, spec).float()
+    ratio = clip if isinstance(clip, float) else clip.unsqueeze(-1).float()
+    low, high = -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1
+    if spec.symmetric:
+        width = 2 * grouped.abs().amax(dim=-1, keepdim=True) * ratio
+    else:
+        bottom = grouped.amin(dim=-1, keepdim=True).clamp(max=0) * ratio
+        width = grouped.amax(dim=-1, keepdim=True).clamp(min=0) * ratio - bottom
+    scale = _stored(width / (high - low), scale_dtype or weight.dtype)
+    steps = grouped / scale.float()
+    zero = None if spec.symmetric else torch.round(low - bottom / scale.float()).clamp_(low, high)
+    if zero is not None:
+        steps = torch.round(steps) + zero
+    codes = torch.round(steps).clamp_(low, high).to(torch.int8).reshape(weight.shape)
+    return QuantizedWeight(codes, scale.squeeze(-1), None if zero is None else zero.to(torch.int8).squeeze(-1))
+
+
+def dequantize_weight(quantized: QuantizedWeight) -> Tensor:
+    """fp32 weight [out_features, in_features]."""
+    rows, groups = quantized.scale.shape
+    grouped = quantized.codes.reshape(rows, groups, -1).float()
+    if quantized.zero_point is not None:
+        grouped = grouped - quantized.zero_point.unsqueeze(-1).float()
+    return (grouped * quantized.scale.unsqueeze(-1).float()).reshape(quantized.codes.shape)
+
+
+def split_groups(weight: Tensor, spec: WeightSpec) -> Tensor:
+    """View [out_features, groups, channels of a group]."""
+    rows, columns = weight.shape
+    if spec.group is not None and columns % spec.group != 0:
+        raise SpecError(f"group={spec.group} does not divide in_features={columns}")
+    return weight.reshape(rows, spec.groups(columns), -1)
+
+
+def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale` in the stored dtype; zeros, and what underflows there, become 1 or the smallest normal."""
+    tiny = torch.finfo(dtype).tiny
+    rounded = scale.clamp(min=tiny, max=torch.finfo(dtype).max).to(dtype)
+    return torch.where(scale > 0, rounded, torch.ones_like(rounded))
