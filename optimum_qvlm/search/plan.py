@@ -1,0 +1,123 @@
+"""What is going to be quantized, and what each linear got. Frozen values that can be printed and saved."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedLinear:
+    """One linear that will be quantized.
+
+    Attributes:
+        path: dotted name of the module in the model at run time.
+        name: dotted name of its tensors on disk, which is what users see and match.
+    """
+
+    path: str
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool
+    weight: WeightSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Linears that read one input tensor and so share everything about its quantization."""
+
+    linears: tuple[PlannedLinear, ...]
+    activation: ActivationSpec | None
+
+    @property
+    def name(self) -> str:
+        """The disk name of the first linear, which stands for the site."""
+        return self.linears[0].name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedLayer:
+    """One layer of a part, with its sites in execution order."""
+
+    path: str
+    name: str
+    sites: tuple[Site, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedPart:
+    """A chain of layers: each reads what the one before returned."""
+
+    name: str
+    layers: tuple[PlannedLayer, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Consecutive layers of one part that are searched together. `first` and `last` are layer numbers in it."""
+
+    part: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantPlan:
+    """Parts in execution order, their blocks, and the linears that stay as they are."""
+
+    parts: tuple[PlannedPart, ...]
+    blocks: tuple[Block, ...]
+    kept: tuple[str, ...]
+
+    def sites(self) -> list[Site]:
+        """All sites in execution order."""
+        return [site for part in self.parts for layer in part.layers for site in layer.sites]
+
+    def linears(self) -> list[PlannedLinear]:
+        """All linears that will be quantized, in execution order."""
+        return [linear for site in self.sites() for linear in site.linears]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleRecord:
+    """What one linear got: its effective precision. Saved in the checkpoint and asserted at load.
+
+    `activation_clip` is the ratio of the dynamic peak that the largest code stands for, `weight_clip` the mean
+    over rows and groups of the same ratio for the weight (already contained in the scales).
+    """
+
+    in_features: int
+    out_features: int
+    bias: bool
+    weight_bits: int
+    weight_group: int | None
+    symmetric: bool
+    scale_dtype: str
+    activation_bits: int | None
+    activation_group: int | None
+    activation_clip: float
+    weight_clip: float
+    site: str
+
+    @property
+    def weight(self) -> WeightSpec:
+        """The weight's grid."""
+        return WeightSpec(bits=self.weight_bits, group=self.weight_group, symmetric=self.symmetric)
+
+    @property
+    def activation(self) -> ActivationSpec | None:
+        """The activation's grid."""
+        if self.activation_bits is None:
+            return None
+        return ActivationSpec(bits=self.activation_bits, group=self.activation_group)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModuleRecord":
+        """Undo `to_dict`. Unknown or missing fields raise TypeError."""
+        return cls(**values)

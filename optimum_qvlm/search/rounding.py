@@ -1,0 +1,152 @@
+"""Layer-wise search of one site: the clips of its activation and of its weights (equation 2 of the paper)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from optimum_qvlm.kernels import fake_quantize_tokens
+from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight, quantize_weight, split_groups
+from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
+
+ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipGrids:
+    """Candidate ratios. Each grid holds 1.0, which is round-to-nearest."""
+
+    activation: tuple[float, ...] = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
+    weight: tuple[float, ...] = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteProblem:
+    """Everything that the search of a site looks at.
+
+    Attributes:
+        inputs: activations [tokens, in_features] that reach the site through the quantized prefix.
+        weights: full-precision weight [out_features, in_features] per linear.
+        specs: grid per linear.
+        activation: grid of the shared activation, None to leave it.
+        scale_dtype: dtype in which scales are stored.
+    """
+
+    inputs: Tensor
+    weights: Mapping[str, Tensor]
+    specs: Mapping[str, WeightSpec]
+    activation: ActivationSpec | None
+    scale_dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteChoice:
+    """The rounding function that was found.
+
+    `error` and `nearest_error` are relative: squared error of the site's outputs over their squared norm,
+    for this choice and for round-to-nearest (NaN where there was nothing to measure on).
+    """
+
+    activation_clip: float
+    weights: dict[str, QuantizedWeight]
+    weight_clips: dict[str, float] = field(default_factory=dict)
+    error: float = float("nan")
+    nearest_error: float = float("nan")
+
+
+def round_to_nearest(
+    weights: Mapping[str, Tensor], specs: Mapping[str, WeightSpec], scale_dtype: torch.dtype
+) -> SiteChoice:
+    """The baseline: full range everywhere, no data."""
+    rounded = {name: quantize_weight(w, specs[name], scale_dtype=scale_dtype) for name, w in weights.items()}
+    return SiteChoice(activation_clip=1.0, weights=rounded, weight_clips=dict.fromkeys(weights, 1.0))
+
+
+def search_site(problem: SiteProblem, grids: ClipGrids) -> SiteChoice:
+    """Choose the activation clip, then a weight clip per row and group, to minimise the site's output error.
+
+    The activation clip is chosen with full-precision weights; each weight clip by the exact error that its
+    group contributes to the output, given the rounded activations. Neither can do worse than
+    round-to-nearest on `problem.inputs`: where the pair would, round-to-nearest is returned.
+    """
+    nearest = round_to_nearest(problem.weights, problem.specs, problem.scale_dtype)
+    norm = sum(_energy(problem.inputs, w) for w in problem.weights.values())
+    nearest_error = _site_error(problem, nearest) / max(norm, 1e-30)
+
+    clip = _search_activation_clip(problem, grids.activation)
+    rounded_inputs = _rounded(problem, clip).float()
+    weights, clips = {}, {}
+    for name, weight in problem.weights.items():
+        ratio = _search_weight_clip(weight, problem.specs[name], rounded_inputs, problem.scale_dtype, grids.weight)
+        clips[name] = float(ratio.mean())
+        weights[name] = quantize_weight(weight, problem.specs[name], clip=ratio, scale_dtype=problem.scale_dtype)
+    found = SiteChoice(activation_clip=clip, weights=weights, weight_clips=clips)
+    error = _site_error(problem, found) / max(norm, 1e-30)
+
+    best, best_error = (found, error) if error <= nearest_error else (nearest, nearest_error)
+    return SiteChoice(
+        activation_clip=best.activation_clip,
+        weights=best.weights,
+        weight_clips=best.weight_clips,
+        error=best_error,
+        nearest_error=nearest_error,
+    )
+
+
+def _rounded(problem: SiteProblem, clip: float) -> Tensor:
+    spec = problem.activation
+    return problem.inputs if spec is None else fake_quantize_tokens(problem.inputs, spec.bits, spec.group, clip)
+
+
+def _search_activation_clip(problem: SiteProblem, grid: tuple[float, ...]) -> float:
+    if problem.activation is None:
+        return 1.0
+
+    def error(clip: float) -> float:
+        change = problem.inputs.float() - _rounded(problem, clip).float()
+        return sum(_energy(change, weight) for weight in problem.weights.values())
+
+    return min(grid, key=error)
+
+
+def _search_weight_clip(
+    weight: Tensor, spec: WeightSpec, inputs: Tensor, scale_dtype: torch.dtype, grid: tuple[float, ...]
+) -> Tensor:
+    """Best ratio [out_features, groups] from the grid; rows are taken in slices to bound memory."""
+    groups = spec.groups(weight.shape[1])
+    grouped = inputs.reshape(inputs.shape[0], groups, -1).transpose(0, 1)
+    second_moment = grouped.transpose(1, 2) @ grouped
+    return torch.cat(
+        [_clip_of_rows(rows, spec, second_moment, scale_dtype, grid) for rows in weight.split(ROWS_AT_ONCE)]
+    )
+
+
+def _clip_of_rows(
+    rows: Tensor, spec: WeightSpec, second_moment: Tensor, scale_dtype: torch.dtype, grid: tuple[float, ...]
+) -> Tensor:
+    best_error = torch.full((rows.shape[0], second_moment.shape[0]), float("inf"), device=rows.device)
+    best = torch.ones_like(best_error)
+    for ratio in grid:
+        rounded = dequantize_weight(quantize_weight(rows, spec, clip=ratio, scale_dtype=scale_dtype))
+        change = split_groups(rows.float() - rounded, spec).transpose(0, 1)
+        error = ((change @ second_moment) * change).sum(-1).T
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = torch.where(better, torch.full_like(best, ratio), best)
+    return best
+
+
+def _site_error(problem: SiteProblem, choice: SiteChoice) -> float:
+    """Squared error of all outputs of the site."""
+    inputs = problem.inputs.float()
+    rounded = _rounded(problem, choice.activation_clip).float()
+    total = 0.0
+    for name, weight in problem.weights.items():
+        wanted = inputs @ weight.float().T
+        total += float((wanted - rounded @ dequantize_weight(choice.weights[name]).T).square().sum())
+    return total
+
+
+def _energy(inputs: Tensor, weight: Tensor) -> float:
+    return float((inputs.float() @ weight.float().T).square().sum())
