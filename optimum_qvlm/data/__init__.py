@@ -1,0 +1,1 @@
+"""Calibration data: what was asked for, and how it becomes model inputs."""
