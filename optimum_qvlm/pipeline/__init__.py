@@ -1,0 +1,1 @@
+"""Calibration: from a loaded model and data to packed linears."""

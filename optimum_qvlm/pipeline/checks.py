@@ -1,0 +1,84 @@
+"""What can be known to fail before hours are spent."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from optimum_qvlm.errors import CalibrationError, UnsupportedModelError
+from optimum_qvlm.pipeline.capture import Run, linear_inputs
+from optimum_qvlm.pipeline.streaming import resident
+from optimum_qvlm.search.plan import PlannedLayer, PlannedPart, QuantPlan
+
+CHAIN_TOLERANCE = 1e-3
+"""Largest relative difference between the chain of layers and the real forward; kernels may choose other orders
+of summation, a wrong argument shows as far more."""
+
+
+def require_finite_weights(model: nn.Module, plan: QuantPlan) -> None:
+    """Refuse weights that are NaN or infinite.
+
+    Raises:
+        CalibrationError: names the first module.
+    """
+    for linear in plan.linears():
+        weight = model.get_parameter(f"{linear.path}.weight")
+        bad = int((~torch.isfinite(weight)).sum())
+        if bad:
+            raise CalibrationError(
+                f"{linear.name}.weight holds {bad} NaN or infinite values; the checkpoint is damaged, or its values "
+                "overflow the dtype: load it in a wider one, or fetch it again"
+            )
+
+
+def require_chain(model: nn.Module, part: PlannedPart, run: Run, device: torch.device) -> None:
+    """Check on one run that the layers, called alone one after the other, give what the real forward gave.
+
+    Raises:
+        UnsupportedModelError: they do not, so the adapter misses something that happens between them.
+    """
+    assert run.output is not None
+    hidden = run.hidden.to(device)
+    with torch.no_grad():
+        for layer, call in zip(part.layers, run.calls, strict=True):
+            with resident(model, layer.path, device):
+                hidden = call(model.get_submodule(layer.path), hidden, device)
+    wanted = run.output.to(device).float()
+    difference = float((hidden.float() - wanted).norm() / wanted.norm().clamp(min=1e-30))
+    if not difference <= CHAIN_TOLERANCE:
+        raise UnsupportedModelError(
+            f"the {part.name} layers, run one after the other, differ from the model's own forward by "
+            f"{difference:.2g} (limit {CHAIN_TOLERANCE}); the model does more between its layers than the adapter says"
+        )
+
+
+def require_shared_inputs(model: nn.Module, layer: PlannedLayer, run: Run, number: int, device: torch.device) -> None:
+    """Check that the linears of each site receive the same tensor.
+
+    Raises:
+        UnsupportedModelError: they do not, or one of them never runs.
+    """
+    paths = [linear.path for site in layer.sites for linear in site.linears]
+    local = [_within(path, layer.path) for path in paths]
+    module = model.get_submodule(layer.path)
+    with torch.no_grad(), resident(model, layer.path, device):
+        seen = linear_inputs(module, local, lambda: run.calls[number](module, run.hidden.to(device), device))
+    _require_seen(layer, paths, {f"{layer.path}.{name}" if name else layer.path for name in seen})
+    for site in layer.sites:
+        first = seen[_within(site.linears[0].path, layer.path)]
+        for linear in site.linears[1:]:
+            if not torch.equal(first, seen[_within(linear.path, layer.path)]):
+                raise UnsupportedModelError(
+                    f"{site.linears[0].name} and {linear.name} were taken to read the same input, but do not"
+                )
+
+
+def _require_seen(layer: PlannedLayer, paths: Sequence[str], seen: set[str]) -> None:
+    for path in paths:
+        if path not in seen:
+            raise UnsupportedModelError(f"{path} of {layer.name} never ran in a calibration sample")
+
+
+def _within(path: str, layer: str) -> str:
+    """The path of a module relative to its layer, empty for the layer itself."""
+    return path.removeprefix(layer).removeprefix(".")

@@ -1,0 +1,63 @@
+"""What a calibration is asked to do, as validated values."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from optimum_qvlm.errors import ConfigError
+from optimum_qvlm.quant.spec import GroupSize, Scheme
+from optimum_qvlm.search.rounding import ClipGrids
+
+Method = Literal["qvlm", "rtn"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearChoice:
+    """Scheme and weight grid asked for one linear or one part; `scheme` None keeps full precision."""
+
+    scheme: Scheme | None
+    group_size: GroupSize = "auto"
+    symmetric: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationOptions:
+    """Schemes per part and pattern, and how to search.
+
+    Attributes:
+        language: for the decoder's linears.
+        vision: for the linears of the tower and the projector.
+        keep: name patterns that stay in full precision.
+        overrides: (pattern, choice), the first that matches a name decides.
+        method: "qvlm" searches, "rtn" rounds to nearest without data.
+        search_tokens: tokens per site that the search looks at, drawn with the seed.
+    """
+
+    language: LinearChoice
+    vision: LinearChoice
+    keep: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, LinearChoice], ...] = ()
+    method: Method = "qvlm"
+    seed: int = 0
+    search_tokens: int = 2048
+    grids: ClipGrids = field(default_factory=ClipGrids)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern names a module: shell-style (`*.mlp.*`), or a run of whole dotted components."""
+    return fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
+
+
+def require_matches(patterns: Iterable[str], names: Iterable[str], field_name: str) -> None:
+    """Refuse a pattern that matches nothing, since it is a typing error or a wrong idea of the model.
+
+    Raises:
+        ConfigError: with the closest names.
+    """
+    known = list(names)
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name in known):
+            close = difflib.get_close_matches(pattern, known, n=3, cutoff=0.0)
+            raise ConfigError(f"{field_name}: {pattern!r} matches no linear of the model; close: {', '.join(close)}")

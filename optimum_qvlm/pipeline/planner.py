@@ -1,0 +1,121 @@
+"""From a model and options to a plan: which linear gets which grid, in which site and block."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from optimum_qvlm.errors import ConfigError, SpecError, UnsupportedModelError
+from optimum_qvlm.models.adapter import Adapter, Part
+from optimum_qvlm.pipeline.options import CalibrationOptions, LinearChoice, matches, require_matches
+from optimum_qvlm.quant.spec import ActivationSpec
+from optimum_qvlm.search.plan import Block, PlannedLayer, PlannedLinear, PlannedPart, QuantPlan, Site
+
+
+def make_plan(adapter: Adapter, options: CalibrationOptions, disk_names: Mapping[str, str]) -> QuantPlan:
+    """Resolve every linear of the model. `disk_names` maps run-time paths to the names of tensors on disk.
+
+    Raises:
+        SpecError: a group does not fit a linear, named in the message.
+        ConfigError: a pattern matches nothing, or asks for what cannot be (a tied output embedding).
+        UnsupportedModelError: nothing would be quantized.
+    """
+    planner = _Planner(adapter, options, disk_names)
+    parts = planner.parts()
+    plan = QuantPlan(
+        parts=parts,
+        blocks=tuple(Block(part=p.name, first=n, last=n) for p in parts for n in range(len(p.layers))),
+        kept=(),
+    )
+    chosen = {linear.path for linear in plan.linears()}
+    if not chosen:
+        raise UnsupportedModelError("nothing is left to quantize: every linear is kept in full precision")
+    kept = tuple(name for path, name in disk_names.items() if path not in chosen)
+    return QuantPlan(parts=plan.parts, blocks=plan.blocks, kept=kept)
+
+
+class _Planner:
+    def __init__(self, adapter: Adapter, options: CalibrationOptions, disk_names: Mapping[str, str]) -> None:
+        self.adapter, self.options, self.names = adapter, options, disk_names
+        self.model = adapter.model
+
+    def parts(self) -> tuple[PlannedPart, ...]:
+        found = self.adapter.parts()
+        head = self._head()
+        if head is not None:
+            found = (*found, head)
+        patterns = [*self.options.keep, *(pattern for pattern, _ in self.options.overrides)]
+        require_matches(patterns, self.names.values(), "modules_to_not_convert and overrides")
+        return tuple(self._part(part) for part in found)
+
+    def _head(self) -> Part | None:
+        """The output embedding as a part of its own, where an override asks for it."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        path = next((name for name, module in self.model.named_modules() if module is head), None)
+        if head is None or path is None or path not in self.names:
+            return None
+        choice = self._override(self.names[path])
+        if choice is None or choice.scheme is None:
+            return None
+        if head.weight is self.model.get_input_embeddings().weight:  # type: ignore[operator]
+            raise ConfigError(
+                f"{self.names[path]} shares its weight with the input embedding and cannot be quantized alone; "
+                "remove its override"
+            )
+        return Part(name="head", layers=(path,))
+
+    def _part(self, part: Part) -> PlannedPart:
+        layers = tuple(
+            PlannedLayer(path=path, name=self._display(path), sites=self._sites(path, part)) for path in part.layers
+        )
+        return PlannedPart(name=part.name, layers=layers)
+
+    def _display(self, path: str) -> str:
+        """The disk name of a layer, read off one of its linears."""
+        for linear, name in self.names.items():
+            if linear == path or linear.startswith(f"{path}."):
+                return name.removesuffix(linear.removeprefix(path))
+        return path
+
+    def _sites(self, layer: str, part: Part) -> tuple[Site, ...]:
+        sites: list[Site] = []
+        for members in self.adapter.sites(layer):
+            split: dict[ActivationSpec | None, list[PlannedLinear]] = {}
+            for path in members:
+                planned = self._linear(path, part)
+                if planned is not None:
+                    split.setdefault(planned[1], []).append(planned[0])
+            sites += [Site(linears=tuple(linears), activation=spec) for spec, linears in split.items()]
+        return tuple(sites)
+
+    def _linear(self, path: str, part: Part) -> tuple[PlannedLinear, ActivationSpec | None] | None:
+        name = self.names[path]
+        choice = self._choice(name, part)
+        if choice.scheme is None:
+            return None
+        module = self.model.get_submodule(path)
+        assert isinstance(module, nn.Linear)
+        try:
+            weight = choice.scheme.weight_spec(module.in_features, choice.group_size, symmetric=choice.symmetric)
+            activation = choice.scheme.activation_spec(weight)
+        except SpecError as error:
+            raise SpecError(f"{name}: {error}") from error
+        linear = PlannedLinear(
+            path=path,
+            name=name,
+            in_features=module.in_features,
+            out_features=module.out_features,
+            bias=module.bias is not None,
+            weight=weight,
+        )
+        return linear, activation
+
+    def _choice(self, name: str, part: Part) -> LinearChoice:
+        override = self._override(name)
+        if override is not None:
+            return override
+        if any(matches(pattern, name) for pattern in self.options.keep):
+            return LinearChoice(scheme=None)
+        return self.options.vision if part.vision else self.options.language
+
+    def _override(self, name: str) -> LinearChoice | None:
+        return next((choice for pattern, choice in self.options.overrides if matches(pattern, name)), None)

@@ -1,0 +1,40 @@
+"""Which tokens the search looks at."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from optimum_qvlm.pipeline.capture import Run
+
+
+class TokenSampler:
+    """Draws the same tokens of a run for every site that sees as many of them; padding is never drawn."""
+
+    def __init__(self, batches: Sequence[Mapping[str, Tensor]], runs: Sequence[Run], budget: int, seed: int) -> None:
+        self._batches, self._runs, self._seed = batches, runs, seed
+        self._share = -(-budget // max(len(runs), 1))
+
+    def valid(self, number: int, rows: int, tokens: int) -> Tensor | None:
+        """Mask [rows * tokens] of tokens that are not padding in a run, None where all are real."""
+        mask = self._batches[self._runs[number].batch].get("attention_mask")
+        if mask is None or mask.shape != (rows, tokens):
+            return None
+        return mask.reshape(-1).bool()
+
+    def take(self, number: int, hidden: Tensor) -> Tensor:
+        """Some of the tokens of `hidden` [..., channels] as [chosen tokens, channels]."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        mask = self.valid(number, *hidden.shape[:2]) if hidden.dim() == 3 else None
+        candidates = torch.arange(flat.shape[0]) if mask is None else mask.nonzero().squeeze(1)
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
+        order = torch.randperm(len(candidates), generator=generator)[: self._share]
+        return flat[candidates[order.sort().values].to(flat.device)]
+
+    def relative_error(self, number: int, found: Tensor, wanted: Tensor) -> tuple[float, float]:
+        """Squared difference and squared norm of the real tokens of a run, both [rows, tokens, channels]."""
+        mask = self.valid(number, *wanted.shape[:2]) if wanted.dim() == 3 else None
+        found, wanted = (x.reshape(-1, x.shape[-1]).float() for x in (found, wanted))
+        if mask is not None:
+            found, wanted = found[mask.to(found.device)], wanted[mask.to(wanted.device)]
+        return float((found - wanted).square().sum()), float(wanted.square().sum())
