@@ -1,0 +1,143 @@
+"""The checkpoint format: extra tensors at save, assertions and module swapping at load.
+
+A linear X is stored as in the pack-quantized format of compressed-tensors: `X.weight_packed`, `X.weight_scale`,
+`X.weight_shape` and, with zero points, `X.weight_zero_point`. Beside them lies an empty `X.weight`: transformers
+without this plugin would otherwise leave X at random values with no more than a warning; the empty tensor makes it
+fail, and the tensor `GUARD` shows in its report what to import.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimum_qvlm.errors import CheckpointError
+from optimum_qvlm.hf.config import CalibrationRecord, QVLMConfig
+from optimum_qvlm.hf.names import runtime_modules
+from optimum_qvlm.hf.shards import Manifest, read_headers, require_manifest
+from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
+from optimum_qvlm.modules.swap import replace_module
+from optimum_qvlm.search.plan import ModuleRecord
+
+GUARD = "optimum_qvlm.import_optimum_qvlm_before_loading"
+SAFETENSORS_NAMES = {torch.int32: "I32", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def stored_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as it goes to disk: with weight shapes and guards."""
+    state = dict(model.state_dict())
+    for path, module in quantized_modules(model).items():
+        state[f"{path}.weight_shape"] = torch.tensor([module.out_features, module.in_features])
+        state[f"{path}.weight"] = torch.empty(0)
+    state[GUARD] = torch.empty(0)
+    return state
+
+
+def quantized_modules(model: nn.Module) -> dict[str, QuantLinear]:
+    """Quantized linears by run-time path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def require_checkpoint(config: QVLMConfig, files: list[str]) -> CalibrationRecord:
+    """Assert that configuration and files are what was saved, from headers alone.
+
+    Raises:
+        CheckpointError: an entry was changed, or a tensor is missing, truncated or does not fit.
+    """
+    record = config.record
+    if record is None or record.manifest is None or record.digest is None:
+        raise CheckpointError(
+            "quantization_config has no record of a finished calibration (modules, manifest, digest); the folder was "
+            "not written by save_pretrained of a quantized model"
+        )
+    if record.digest != record.found_digest:
+        raise CheckpointError(
+            f"quantization_config was changed after saving (digest {record.digest}, content {record.found_digest}); "
+            "restore config.json, or quantize again with other settings"
+        )
+    require_manifest(record.manifest, read_headers(files))
+    for name, module in record.modules.items():
+        _require_fit(name, module, record.manifest)
+    return record
+
+
+def swap_in_quantized(model: Any, record: CalibrationRecord) -> None:
+    """Replace the recorded linears of a model on the meta device by empty quantized ones.
+
+    Raises:
+        CheckpointError: a recorded linear is not in this model, or has other sizes.
+    """
+    paths = runtime_modules(model, record.modules)
+    for name, entry in record.modules.items():
+        if name not in paths:
+            raise CheckpointError(
+                f"{name} is quantized in the checkpoint, but {type(model).__name__} has no such linear; load it with "
+                "the class that config.json names under architectures"
+            )
+        linear = model.get_submodule(paths[name])
+        if (linear.out_features, linear.in_features) != (entry.out_features, entry.in_features):
+            raise CheckpointError(
+                f"{name} has {entry.out_features}x{entry.in_features} weights in the checkpoint, "
+                f"{linear.out_features}x{linear.in_features} in the model that config.json describes"
+            )
+        replace_module(model, paths[name], _empty(linear, entry))
+    _ignore_extra_tensors(model)
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers as they lie in memory, shared ones once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+
+
+def _empty(linear: nn.Linear, entry: ModuleRecord) -> QuantLinear:
+    format = LinearFormat(weight=entry.weight, activation=entry.activation, activation_clip=entry.activation_clip)
+    return QuantLinear(
+        entry.in_features,
+        entry.out_features,
+        format,
+        bias=linear.bias is not None,
+        scale_dtype=getattr(torch, entry.scale_dtype),
+        bias_dtype=None if linear.bias is None else linear.bias.dtype,
+        device=linear.weight.device,
+    )
+
+
+def _require_fit(name: str, entry: ModuleRecord, manifest: Mapping[str, Any]) -> None:
+    """The tensors of a module against its recorded precision."""
+    try:
+        format = LinearFormat(weight=entry.weight, activation=entry.activation)
+        scale_dtype = getattr(torch, entry.scale_dtype)
+        module = QuantLinear(
+            entry.in_features, entry.out_features, format, bias=False, scale_dtype=scale_dtype, device="meta"
+        )
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{name}: its entry in quantization_config is not valid: {error}") from error
+    for tensor_name, tensor in module.state_dict().items():
+        written = manifest.get(f"{name}.{tensor_name}")
+        expected = [SAFETENSORS_NAMES.get(tensor.dtype), list(tensor.shape)]
+        if written is None or list(written) != expected:
+            raise CheckpointError(
+                f"{name}.{tensor_name} is {written}, but {entry.weight_bits} bits in groups of "
+                f"{entry.weight_group or 'a row'} need {expected}"
+            )
+
+
+def _ignore_extra_tensors(model: Any) -> None:
+    """Keep shapes and guards out of transformers' report of unexpected tensors."""
+    paths = "|".join(re.escape(path) for path in quantized_modules(model))
+    ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+    model._keys_to_ignore_on_load_unexpected = ignored | {rf"^({paths})\.weight(_shape)?$", re.escape(GUARD)}
+
+
+__all__ = [
+    "GUARD",
+    "Manifest",
+    "packed_bytes",
+    "quantized_modules",
+    "require_checkpoint",
+    "stored_state",
+    "swap_in_quantized",
+]

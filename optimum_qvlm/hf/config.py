@@ -1,0 +1,272 @@
+"""`QVLMConfig`: what the user asks for, and after calibration what every module got."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, get_args
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from optimum_qvlm.errors import ConfigError
+from optimum_qvlm.pipeline.options import CalibrationOptions, LinearChoice, Method
+from optimum_qvlm.quant.spec import GroupSize, Scheme
+from optimum_qvlm.search.plan import ModuleRecord
+
+QUANT_METHOD = "qvlm"
+FORMAT_VERSION = 1
+
+Override = str | None | Mapping[str, Any]
+
+_SETTINGS = (
+    "scheme",
+    "group_size",
+    "vision_scheme",
+    "symmetric",
+    "modules_to_not_convert",
+    "overrides",
+    "num_samples",
+    "batch_size",
+    "max_length",
+    "seed",
+    "method",
+    "search_tokens",
+)
+_RESULTS = ("modules", "blocks", "calibration", "manifest", "digest")
+
+
+@dataclass(slots=True, kw_only=True)
+class CalibrationRecord:
+    """The saved outcome of a calibration.
+
+    Attributes:
+        modules: what each quantized linear got, by the name of its tensors on disk.
+        blocks: the partition.
+        calibration: data fingerprint, sample count, seed, package versions.
+        manifest: name -> [dtype, shape] of every tensor as written; set when a checkpoint is saved.
+        digest: SHA-256 over the rest of the saved configuration; set when a checkpoint is saved.
+        found_digest: the same, computed over the configuration that was read.
+    """
+
+    modules: dict[str, ModuleRecord]
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    manifest: dict[str, Any] | None = None
+    digest: str | None = None
+    found_digest: str | None = None
+
+
+class QVLMConfig(QuantizationConfigMixin):
+    """Quantize a vision-language or text model while `from_pretrained` loads it.
+
+    Args:
+        scheme: bits of the language model's linears, `"w4a16"`, `"w4a8"`, `"w4a4"`, `"w6a6"`, `"w8a8"` or any
+            `w<2..8>a<2..8 or 16>`; a16 leaves activations in floating point.
+        group_size: input channels that share a weight scale in the language model's linears below 8 bits.
+            "auto" takes the largest of 128, 64, 32, 16 that divides a linear's inputs; None shares whole rows.
+        vision_scheme: bits of the vision tower's and the projector's linears; None leaves them as they are.
+        symmetric: weight grids centred on zero; False adds a zero point per group.
+        modules_to_not_convert: name patterns that stay in full precision.
+        overrides: pattern -> scheme, None (full precision) or {"scheme", "group_size", "symmetric"}; the first
+            pattern that matches a name decides. A pattern is shell-style, or a run of whole dotted components;
+            names are those of the tensors on disk, as the plan and the report print them.
+        dataset: calibration samples. None is the packaged set; a preset's name; a `datasets.Dataset` or list of
+            dicts with image(s), question and answer; a list of chat messages; or a list of ready model inputs.
+        processor: the processor (or tokenizer) that renders samples; by default the checkpoint's own.
+        num_samples: how many samples to calibrate on.
+        batch_size: samples per forward.
+        max_length: longest sequence in tokens; image tokens are never cut.
+        seed: seed of every random choice.
+        method: "qvlm" searches, "rtn" rounds to nearest without data.
+        search_tokens: how many tokens per site the search looks at.
+
+    Raises:
+        ConfigError, SpecError: a field is not valid.
+
+    Example:
+        >>> QVLMConfig("w4a8", vision_scheme=None).scheme
+        'w4a8'
+    """
+
+    def __init__(
+        self,
+        scheme: str = "w4a8",
+        *,
+        group_size: GroupSize = "auto",
+        vision_scheme: str | None = "w8a8",
+        symmetric: bool = True,
+        modules_to_not_convert: list[str] | None = None,
+        overrides: Mapping[str, Override] | None = None,
+        dataset: Any = None,
+        processor: Any = None,
+        num_samples: int = 64,
+        batch_size: int = 8,
+        max_length: int = 2048,
+        seed: int = 0,
+        method: Literal["qvlm", "rtn"] = "qvlm",
+        search_tokens: int = 2048,
+    ) -> None:
+        self.quant_method = QUANT_METHOD
+        self.scheme = scheme
+        self.group_size = group_size
+        self.vision_scheme = vision_scheme
+        self.symmetric = symmetric
+        self.modules_to_not_convert = modules_to_not_convert
+        self.overrides = None if overrides is None else dict(overrides)
+        self.dataset = dataset
+        self.processor = processor
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.seed = seed
+        self.method = method
+        self.search_tokens = search_tokens
+        self.record: CalibrationRecord | None = None
+        self._validate()
+
+    def options(self) -> CalibrationOptions:
+        """The same as validated values."""
+        return CalibrationOptions(
+            language=LinearChoice(
+                scheme=Scheme.parse(self.scheme), group_size=self.group_size, symmetric=self.symmetric
+            ),
+            vision=LinearChoice(
+                scheme=None if self.vision_scheme is None else Scheme.parse(self.vision_scheme),
+                symmetric=self.symmetric,
+            ),
+            keep=tuple(self.modules_to_not_convert or ()),
+            overrides=tuple((pattern, self._override(pattern)) for pattern in self.overrides or {}),
+            method=self.method,
+            seed=self.seed,
+            search_tokens=self.search_tokens,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: settings, and after calibration the results. Never data or processors."""
+        values: dict[str, Any] = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
+        values |= {name: getattr(self, name) for name in _SETTINGS}
+        values["dataset"] = self.dataset if isinstance(self.dataset, str) else None
+        if self.record is not None:
+            values["modules"] = {name: record.to_dict() for name, record in self.record.modules.items()}
+            values["blocks"] = self.record.blocks
+            values["calibration"] = self.record.calibration
+            if self.record.manifest is not None:
+                values["manifest"] = self.record.manifest
+            if self.record.digest is not None:
+                values["digest"] = self.record.digest
+        return json.loads(json.dumps(values))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Self | tuple[Self, dict[str, Any]]:
+        """Undo `to_dict`.
+
+        Raises:
+            ConfigError: an unknown field, a record that is not whole, or a format newer than this package.
+        """
+        values = dict(config_dict)
+        version = values.pop("format_version", FORMAT_VERSION)
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise ConfigError(
+                f"the checkpoint has format version {version!r}, this release of optimum-qvlm reads up to "
+                f"{FORMAT_VERSION}; upgrade it: pip install -U optimum-qvlm"
+            )
+        values.pop("quant_method", None)
+        results = {name: values.pop(name) for name in _RESULTS if name in values}
+        unknown = set(values) - {*_SETTINGS, "dataset", "processor"}
+        if unknown:
+            raise ConfigError(f"unknown fields in quantization_config: {', '.join(sorted(map(str, unknown)))}")
+        config = cls(**values)
+        if results:
+            config.record = _read_record(results)
+            config.record.found_digest = config_digest(config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def drop_data(self) -> None:
+        """Forget dataset and processor objects; a preset's name stays, as a record."""
+        self.dataset = self.dataset if isinstance(self.dataset, str) else None
+        self.processor = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy that shares dataset and processor, which may be large or hold open files."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(self.__dict__)
+        for name in ("modules_to_not_convert", "overrides"):
+            value = getattr(self, name)
+            setattr(copied, name, None if value is None else value.copy())
+        copied.record = copy.deepcopy(self.record, memo)
+        return copied
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, QVLMConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _override(self, pattern: str) -> LinearChoice:
+        value = (self.overrides or {})[pattern]
+        if value is None:
+            return LinearChoice(scheme=None)
+        if isinstance(value, str):
+            return LinearChoice(scheme=Scheme.parse(value), symmetric=self.symmetric)
+        if not isinstance(value, Mapping) or set(value) - {"scheme", "group_size", "symmetric"}:
+            raise ConfigError(
+                f"overrides[{pattern!r}] must be a scheme, None, or a dict with scheme, group_size, symmetric; "
+                f"got {value!r}"
+            )
+        group_size = value.get("group_size", "auto")
+        _check_group(group_size, f"overrides[{pattern!r}]: group_size")
+        scheme = value.get("scheme", self.scheme)
+        return LinearChoice(
+            scheme=None if scheme is None else Scheme.parse(scheme),
+            group_size=group_size,
+            symmetric=value.get("symmetric", self.symmetric),
+        )
+
+    def _validate(self) -> None:
+        for name in ("num_samples", "batch_size", "max_length", "search_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
+            raise ConfigError(f"seed must be an integer of at least 0, got {self.seed!r}")
+        if not isinstance(self.symmetric, bool):
+            raise ConfigError(f"symmetric must be True or False, got {self.symmetric!r}")
+        if self.method not in get_args(Method):
+            raise ConfigError(f"method must be one of {', '.join(get_args(Method))}, got {self.method!r}")
+        _check_group(self.group_size, "group_size")
+        keep: Any = self.modules_to_not_convert
+        if keep is not None and (isinstance(keep, str) or not all(isinstance(p, str) for p in keep)):
+            raise ConfigError(f"modules_to_not_convert must be a list of name patterns, got {keep!r}")
+        self.modules_to_not_convert = None if keep is None else list(keep)
+        self.options()
+
+
+def config_digest(values: Mapping[str, Any]) -> str:
+    """SHA-256 over a saved quantization_config without its own digest, in canonical JSON."""
+    rest = {name: value for name, value in values.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _check_group(value: object, where: str) -> None:
+    if value is None or value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return
+    raise ConfigError(f'{where} must be "auto", None or a positive integer, got {value!r}')
+
+
+def _read_record(values: Mapping[str, Any]) -> CalibrationRecord:
+    try:
+        modules = {name: ModuleRecord.from_dict(entry) for name, entry in values["modules"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"the modules of quantization_config are not whole ({error}); fetch the checkpoint again"
+        ) from error
+    return CalibrationRecord(
+        modules=modules,
+        blocks=list(values.get("blocks", [])),
+        calibration=dict(values.get("calibration", {})),
+        manifest=values.get("manifest"),
+        digest=values.get("digest"),
+    )

@@ -1,0 +1,88 @@
+"""Devices: where to calibrate, and where the result goes."""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import dispatch_model, infer_auto_device_map
+from accelerate.utils import get_balanced_memory
+
+from optimum_qvlm.errors import ConfigError
+
+DeviceMap = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Placement:
+    """What `from_pretrained` was asked for while the model is calibrated on the CPU.
+
+    transformers dispatches before the quantizer's last hook, so the request is kept here, everything is loaded
+    on the CPU, and `apply` carries the request out on the quantized model.
+    """
+
+    requested: DeviceMap | str | None
+    max_memory: dict[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.requested, dict):
+            _refuse_disk(self.requested)
+
+    def on_cpu(self) -> DeviceMap | str | None:
+        """The device map to load with. Automatic ones stay, so that transformers tells `max_memory`."""
+        return {"": "cpu"} if isinstance(self.requested, dict) else self.requested
+
+    def note_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        """Remember the limits, and answer with ones that put everything on the CPU."""
+        self.max_memory = dict(max_memory)
+        return {"cpu": sys.maxsize}
+
+    def compute_device(self) -> torch.device:
+        """Where blocks are searched: the device named most often that is no CPU, else the CPU."""
+        if isinstance(self.requested, dict):
+            devices = [_device(value) for value in self.requested.values()]
+        else:
+            devices = [_device(key) for key in self.max_memory if key not in ("cpu", "disk")][:1]
+        fast = [device for device in devices if device.type != "cpu"]
+        return max(fast, key=fast.count) if fast else torch.device("cpu")
+
+    def apply(self, model: Any) -> None:
+        """Dispatch the quantized model.
+
+        Raises:
+            ConfigError: it does not fit the memory that was given without the disk.
+        """
+        device_map = self._final(model)
+        if device_map is None:
+            return
+        devices = {str(_device(value)) for value in device_map.values()}
+        if len(devices) == 1:
+            torch.nn.Module.to(model, torch.device(devices.pop()))
+        else:
+            dispatch_model(model, device_map, skip_keys=model._skip_keys_device_placement)
+        model.hf_device_map = device_map
+
+    def _final(self, model: Any) -> DeviceMap | None:
+        if not isinstance(self.requested, str):
+            return self.requested
+        unsplit = list(model._no_split_modules or ())
+        limits = dict(self.max_memory)
+        if self.requested != "sequential":
+            low_zero = self.requested == "balanced_low_0"
+            limits = get_balanced_memory(model, limits, no_split_module_classes=unsplit, low_zero=low_zero)
+        found: DeviceMap = dict(infer_auto_device_map(model, limits, no_split_module_classes=unsplit))
+        _refuse_disk(found)
+        return found
+
+
+def _refuse_disk(device_map: DeviceMap) -> None:
+    to_disk = [name or "the model" for name, device in device_map.items() if device == "disk"]
+    if to_disk:
+        raise ConfigError(
+            f"{to_disk[0]} would be offloaded to disk, which calibration cannot do; give more memory (max_memory) or "
+            'a device, quantize with device_map="cpu", save, and offload when loading the saved model'
+        )
+
+
+def _device(value: Any) -> torch.device:
+    return torch.device("cuda", value) if isinstance(value, int) else torch.device(value)

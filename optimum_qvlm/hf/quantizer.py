@@ -1,0 +1,140 @@
+"""The quantizer that transformers calls from `from_pretrained`."""
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers.quantizers.base import HfQuantizer
+
+from optimum_qvlm.errors import CheckpointError
+from optimum_qvlm.hf.config import CalibrationRecord, QVLMConfig
+
+
+class QVLMQuantizer(HfQuantizer):
+    """Calibrates a full-precision checkpoint, or loads one that was saved quantized.
+
+    Attributes:
+        quantization_config: a copy of the user's, with the record of what was done.
+        source: where the checkpoint came from, for the files beside the weights.
+        processor_files: name -> content of a processor that the user passed and the source lacks.
+        report: content of `qvlm_report.json`, None where the source's own is copied.
+    """
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: QVLMConfig, **kwargs: Any) -> None:
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        self.source: Any = None
+        self.processor_files: dict[str, bytes] = {}
+        self.report: dict[str, Any] | None = None
+        self._placement: Any = None
+        self._names: dict[str, str] = {}
+        self._plan: Any = None
+
+    @property
+    def config(self) -> QVLMConfig:
+        """The configuration with its own type."""
+        assert isinstance(self.quantization_config, QVLMConfig)
+        return self.quantization_config
+
+    def is_serializable(self) -> bool:
+        """Quantized models can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights cannot be trained."""
+        return False
+
+    def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Keep the request for after the calibration, and load on the CPU until then."""
+        if self.pre_quantized:
+            return device_map
+        from optimum_qvlm.hf.placement import Placement
+
+        self._placement = Placement(device_map)
+        return self._placement.on_cpu()  # type: ignore[no-any-return]
+
+    def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
+        """The only hook that sees `max_memory`."""
+        return max_memory if self.pre_quantized else self._placement.note_memory(max_memory)
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from optimum_qvlm.hf.checkpoint import require_checkpoint, swap_in_quantized
+        from optimum_qvlm.hf.source import Source
+
+        files = kwargs.get("checkpoint_files")
+        if not files:
+            raise CheckpointError("a model is quantized from the files of a checkpoint; none were given")
+        self.source = Source.of(model.config.name_or_path, files)
+        if self.pre_quantized:
+            swap_in_quantized(model, require_checkpoint(self.config, files))
+        else:
+            self._prepare(model, files)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from optimum_qvlm.hf.saving import wrap_saving
+
+        if not self.pre_quantized:
+            self._calibrate(model)
+        wrap_saving(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The state dict with guards and shapes, as it goes to disk."""
+        from optimum_qvlm.hf.checkpoint import stored_state
+
+        return stored_state(model), {}
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        from optimum_qvlm.hf.checkpoint import quantized_modules
+        from optimum_qvlm.hf.saving import unwrap_saving
+        from optimum_qvlm.modules.swap import replace_module
+
+        for path, module in quantized_modules(model).items():
+            replace_module(model, path, module.to_linear(module.weight_scale.dtype if dtype is None else dtype))
+        unwrap_saving(model)
+        return model
+
+    def _prepare(self, model: Any, files: list[str]) -> None:
+        """Plan on the model without weights, so that what does not fit is refused at once."""
+        from optimum_qvlm.hf.names import disk_names_of_linears
+        from optimum_qvlm.hf.shards import read_headers
+        from optimum_qvlm.models.registry import adapter_for
+        from optimum_qvlm.pipeline.planner import make_plan
+
+        self._names = disk_names_of_linears(model, read_headers(files))
+        self._plan = make_plan(adapter_for(model), self.config.options(), self._names)
+
+    def _calibrate(self, model: Any) -> None:
+        from optimum_qvlm.hf.checkpoint import packed_bytes
+        from optimum_qvlm.hf.preparation import prepare_data, require_all_loaded
+        from optimum_qvlm.pipeline.calibrate import calibrate
+        from optimum_qvlm.report.summary import summarize
+
+        require_all_loaded(model)
+        device = self._placement.compute_device()
+        before = packed_bytes(model)
+        data = None
+        if self.config.method != "rtn":
+            processor = self.config.processor
+            data = prepare_data(model, self._plan, self.config, self.source, device)
+            if processor is not None and not isinstance(processor, str):
+                self._keep_processor(processor)
+        result = calibrate(model, self._plan, self.config.options(), data, device)
+        self.report = summarize(result, self.config.to_dict(), bytes_before=before, bytes_after=packed_bytes(model))
+        self.config.record = CalibrationRecord(
+            modules=result.modules, blocks=result.blocks(), calibration=self.report["calibration"]
+        )
+        self.config.drop_data()
+        self._placement.apply(model)
+
+    def _keep_processor(self, processor: Any) -> None:
+        """Hold the files of the user's own processor, which the source may lack, for saving."""
+        with tempfile.TemporaryDirectory() as folder:
+            processor.save_pretrained(folder)
+            paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+            self.processor_files = {str(path.relative_to(folder)): path.read_bytes() for path in paths}

@@ -1,0 +1,60 @@
+"""Headers of safetensors files, read without the tensors."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from optimum_qvlm.errors import CheckpointError
+
+Manifest = dict[str, list[Any]]
+"""Tensor name -> [dtype as safetensors spells it, shape]."""
+
+
+def read_headers(files: Iterable[str | Path]) -> Manifest:
+    """Names, dtypes and shapes of all tensors in some safetensors files.
+
+    Raises:
+        CheckpointError: a file is of another kind, truncated or not readable.
+    """
+    found: Manifest = {}
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise CheckpointError(
+                f"{file} is not a safetensors file, and pickled weights are not read; convert the checkpoint: load "
+                "it without quantization_config and save_pretrained it"
+            )
+        try:
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():
+                    part = shard.get_slice(name)
+                    found[name] = [part.get_dtype(), list(part.get_shape())]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is damaged or truncated ({error}); fetch it again") from error
+    return found
+
+
+def require_manifest(manifest: Mapping[str, Any], found: Manifest) -> None:
+    """Compare what is in the files with what was written.
+
+    Raises:
+        CheckpointError: names the first tensors that are missing, added or of another dtype or shape.
+    """
+    missing = sorted(set(manifest) - set(found))
+    if missing:
+        raise CheckpointError(f"{_listed(missing)} missing from the checkpoint's files; fetch it again")
+    added = sorted(set(found) - set(manifest))
+    if added:
+        raise CheckpointError(f"{_listed(added)} in the checkpoint's files but not in its manifest; fetch it again")
+    for name, expected in manifest.items():
+        if list(expected) != found[name]:
+            raise CheckpointError(
+                f"tensor {name} has dtype {found[name][0]} and shape {found[name][1]}, but was written with dtype "
+                f"{expected[0]} and shape {expected[1]}; fetch the checkpoint again"
+            )
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"tensor {shown} is" if len(names) == 1 else f"tensors {shown} are"
