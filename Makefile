@@ -1,0 +1,77 @@
+# Development tasks. `make` lists them. Nothing but Python 3.11 or newer and make has to be there before.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VERSION ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := -m pip -qq --disable-pip-version-check --no-input install
+# Editable installs copy the command's file, so they are made again when it changes.
+SOURCES := pyproject.toml optimum_qvlm/version.py optimum_qvlm/cli/command.py
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test test-slow test-gpu test-transformers lint format clean
+
+help: ## list these tasks
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null \
+		|| sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
+
+quickstart: $(VENV)/.package ## quantize the bundled model and compare it with full precision
+	@$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/.dev ## run the tests that any machine can run in minutes
+	@$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/.dev ## run the heavy tests
+	@$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-gpu: $(VENV)/.dev ## run the tests that need a CUDA device
+	@$(BIN)/python -m pytest -m gpu
+
+test-transformers: ## run the integration tests with one transformers release, VERSION=5.16.0
+	@test -n "$(VERSION)" || { echo "make test-transformers needs VERSION, as in VERSION=5.16.0" >&2; exit 2; }
+	@$(MAKE) --no-print-directory .venv-tf-$(VERSION)/.dev
+	@.venv-tf-$(VERSION)/bin/python -m pytest -m "integration and not gpu"
+
+lint: $(VENV)/.dev ## check style, types and the direction of imports
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+format: $(VENV)/.dev ## format the code and sort the imports
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format .
+
+clean: ## remove environments, caches and builds
+	rm -rf .venv .venv-tf-* build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamp files: each says that an environment got that far.
+
+%/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got " + sys.version.split()[0] + "; name one with make PYTHON=...")'
+	@echo "Making the environment $* with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $*
+	@echo "Installing $(TORCH)"
+	@$*/bin/python $(PIP) "$(TORCH)"
+	@touch $@
+
+$(VENV)/.package: $(SOURCES) | $(VENV)/.torch
+	@echo "Installing optimum-qvlm and what it needs"
+	@$(BIN)/python $(PIP) -e ".[examples]"
+	@touch $@
+
+$(VENV)/.dev: $(SOURCES) | $(VENV)/.torch
+	@echo "Installing optimum-qvlm, what it needs and the tools of its developers"
+	@$(BIN)/python $(PIP) -e ".[dev]"
+	@touch $(VENV)/.package $@
+
+.venv-tf-%/.dev: $(SOURCES) | .venv-tf-%/.torch
+	@echo "Installing optimum-qvlm, what it needs and the tools of its developers, with transformers $*"
+	@.venv-tf-$*/bin/python $(PIP) -e ".[dev]" "transformers==$*"
+	@touch $@
+
+.PRECIOUS: %/.torch

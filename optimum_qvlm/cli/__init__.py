@@ -1,0 +1,1 @@
+"""The command `optimum-cli export qvlm`."""

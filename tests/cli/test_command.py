@@ -1,0 +1,170 @@
+"""Options, their help, and what they turn into."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+COMMAND = ["export", "qvlm", "--model", "some/model"]
+HELP_AND_LOADED_MODULES = """
+import sys
+from optimum.commands.optimum_cli import main
+
+sys.argv = ["optimum-cli", "export", "qvlm", "--help"]
+try:
+    main()
+finally:
+    print("LOADED", *sorted(sys.modules))
+"""
+
+
+def test_help_shows_every_option_group_and_the_examples(parser, capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        parser.parse_args(["export", "qvlm", "--help"])
+
+    text = capsys.readouterr().out
+    for title in ("model:", "quantization:", "calibration:", "examples:", "exit status:"):
+        assert f"\n{title}\n" in text
+    assert "optimum-cli export qvlm --model llava-hf/llava-1.5-7b-hf --scheme w4a8 llava-w4a8/" in text
+
+
+def test_examples_in_the_help_parse(parser):
+    """Examples are copied from the terminal, so a stale one is a bug."""
+    from optimum_qvlm.cli.command import EPILOG
+
+    joined = EPILOG.replace("\\\n", " ")
+    examples = re.findall(r"^ +optimum-cli (.*)$", joined, flags=re.MULTILINE)
+
+    assert len(examples) == 3
+    for example in examples:
+        parser.parse_args([word.strip("'") for word in example.split()])
+
+
+def test_help_loads_neither_torch_nor_our_package():
+    """optimum-cli imports the command's file on each run, also for commands of others: it must stay cheap."""
+    done = subprocess.run([sys.executable, "-c", HELP_AND_LOADED_MODULES], capture_output=True, text=True, timeout=120)
+
+    assert done.returncode == 0, done.stderr
+    help_text, _, loaded = done.stdout.partition("LOADED")
+    assert "--vision-scheme" in help_text, "`export qvlm` is not registered: install with `pip install -e .`"
+    assert set(loaded.split()).isdisjoint({"torch", "transformers", "optimum_qvlm", "datasets", "triton"})
+
+
+def test_defaults_are_those_of_the_configuration(parser):
+    """The help prints defaults, so they are written twice; this keeps both the same."""
+    from inspect import signature
+
+    from optimum_qvlm import QVLMConfig
+    from optimum_qvlm.cli.export import config_arguments
+
+    arguments = config_arguments(parser.parse_args([*COMMAND, "out"]))
+
+    parameters = signature(QVLMConfig).parameters
+    assert arguments == {name: parameters[name].default for name in arguments}
+
+
+def test_options_become_the_arguments_of_the_configuration(parser):
+    from optimum_qvlm.cli.export import config_arguments
+
+    args = parser.parse_args(
+        [
+            *COMMAND,
+            *("--scheme", "w4a16"),
+            *("--vision-scheme", "none"),
+            *("--group-size", "64"),
+            *("--num-samples", "3"),
+            *("--batch-size", "2"),
+            *("--max-length", "77"),
+            *("--seed", "5"),
+            *("--method", "rtn"),
+            *("--dataset", "scienceqa"),
+            *("--modules-to-not-convert", "projector"),
+            *("--modules-to-not-convert", "head"),
+            *("--override", "*.layers.0.*=w8a8"),
+            *("--override", "a=b=none"),
+            "out",
+        ]
+    )
+
+    assert config_arguments(args) == {
+        "scheme": "w4a16",
+        "vision_scheme": None,
+        "group_size": 64,
+        "num_samples": 3,
+        "batch_size": 2,
+        "max_length": 77,
+        "seed": 5,
+        "method": "rtn",
+        "dataset": "scienceqa",
+        "modules_to_not_convert": ["projector", "head"],
+        "overrides": {"*.layers.0.*": "w8a8", "a=b": None},
+    }
+
+
+@pytest.mark.parametrize("text, value", [("auto", "auto"), ("none", None), ("32", 32)])
+def test_group_size_takes_words_and_numbers(parser, text, value):
+    assert parser.parse_args([*COMMAND, "--group-size", text, "out"]).group_size == value
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--group-size", "0"], r"--group-size: must be auto, none or a whole number above 0, got '0'"),
+        (["--group-size", "big"], r"--group-size: must be auto, none or a whole number above 0, got 'big'"),
+        (["--num-samples", "-1"], r"--num-samples: must be a whole number above 0, got '-1'"),
+        (["--batch-size", "1.5"], r"--batch-size: must be a whole number above 0, got '1.5'"),
+        (["--override", "layers"], r"--override: must read PATTERN=SCHEME.*got 'layers'"),
+        (["--override", "=w4a8"], r"--override: must read PATTERN=SCHEME.*got '=w4a8'"),
+        (["--override", "a=w4a8", "--override", "a=w8a8"], r"--override: pattern 'a' is given twice"),
+        (["--method", "awq"], r"--method: invalid choice: 'awq'"),
+        (["--task", "ocr"], r"--task: invalid choice: 'ocr'"),
+    ],
+)
+def test_usage_errors_name_option_and_value_and_exit_with_two(parser, capsys, options, message):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        parser.parse_args([*COMMAND, *options, "out"])
+
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("words", [["--model", "m"], ["out"]], ids=["no output", "no model"])
+def test_model_and_output_are_required(parser, capsys, words):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        parser.parse_args(["export", "qvlm", *words])
+
+    assert "the following arguments are required" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_run_raises_the_exit_code(parser, monkeypatch, code):
+    """optimum-cli ignores what `run` returns, so only SystemExit reaches the shell."""
+    args = parser.parse_args([*COMMAND, "out"])
+    monkeypatch.setattr("optimum_qvlm.cli.export.main", lambda _: code)
+
+    with pytest.raises(SystemExit, match=f"^{code}$"):
+        args.func(args).run()
+
+
+def test_interrupts_give_the_shells_code(parser, monkeypatch, capsys):
+    """The way a shell reports Ctrl-C, without a traceback."""
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    args = parser.parse_args([*COMMAND, "out"])
+    monkeypatch.setattr("optimum_qvlm.cli.export.main", interrupt)
+
+    with pytest.raises(SystemExit, match=r"^130$"):
+        args.func(args).run()
+    assert capsys.readouterr().err == "optimum-cli export qvlm: interrupted\n"
+
+
+def test_run_returns_when_all_went_well(parser, monkeypatch):
+    args = parser.parse_args([*COMMAND, "out"])
+    seen = []
+    monkeypatch.setattr("optimum_qvlm.cli.export.main", lambda given: seen.append(given) or 0)
+
+    args.func(args).run()
+
+    assert seen == [args]
