@@ -75,6 +75,23 @@ def make_batches(
     return batches
 
 
+def make_labelled_batches(
+    samples: Sequence[Sample], processor: Any, options: LoaderOptions, image_tokens: Sequence[int] = ()
+) -> list[Batch]:
+    """As `make_batches`, with `labels`: the token ids of the answers, -100 everywhere else.
+
+    Every sample needs an answer.
+    """
+    batches = make_batches(samples, processor, options, image_tokens)
+    for number, batch in enumerate(batches):
+        group = samples[number * options.batch_size : (number + 1) * options.batch_size]
+        prompt_lengths = make_prompts(group, processor)["attention_mask"].sum(dim=1, keepdim=True)
+        places = torch.arange(batch["input_ids"].shape[1])
+        in_answer = (places >= prompt_lengths) & batch["attention_mask"].bool()
+        batch["labels"] = torch.where(in_answer, batch["input_ids"], -100)
+    return batches
+
+
 def make_prompts(samples: Sequence[Sample], processor: Any) -> Batch:
     """Prompts without answers, padded on the left, ready for `generate`."""
     with _padding_side(processor, "left"):
@@ -160,13 +177,14 @@ def _render(samples: Sequence[Sample], processor: Any, *, answered: bool) -> Bat
             )
         else:
             flat = processor is tokenizer
+            padding: dict[str, Any] = {"padding": True} if flat else {"processor_kwargs": {"padding": True}}
             encoded = processor.apply_chat_template(
                 [_conversation(sample, answered=answered, flat=flat) for sample in samples],
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
-                padding=True,
                 add_generation_prompt=not answered,
+                **padding,
             )
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise DataError(

@@ -6,6 +6,7 @@ without this plugin would otherwise leave X at random values with no more than a
 fail, and the tensor `GUARD` shows in its report what to import.
 """
 
+import copy
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +20,7 @@ from optimum_qvlm.hf.names import runtime_modules
 from optimum_qvlm.hf.shards import Manifest, read_headers, require_manifest
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.modules.swap import replace_module
-from optimum_qvlm.search.plan import ModuleRecord
+from optimum_qvlm.search.plan import ModuleRecord, QuantPlan
 
 GUARD = "optimum_qvlm.import_optimum_qvlm_before_loading"
 SAFETENSORS_NAMES = {torch.int32: "I32", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -86,6 +87,25 @@ def swap_in_quantized(model: Any, record: CalibrationRecord) -> None:
     _ignore_extra_tensors(model)
 
 
+def quantized_skeleton(model: Any, plan: QuantPlan) -> Any:
+    """A copy of a model on the meta device as it will be once quantized: same sizes, no values."""
+    skeleton = copy.deepcopy(model)
+    for site in plan.sites():
+        for planned in site.linears:
+            linear = model.get_submodule(planned.path)
+            empty = QuantLinear(
+                planned.in_features,
+                planned.out_features,
+                LinearFormat(weight=planned.weight, activation=site.activation),
+                bias=planned.bias,
+                scale_dtype=linear.weight.dtype,
+                bias_dtype=linear.weight.dtype,
+                device="meta",
+            )
+            replace_module(skeleton, planned.path, empty)
+    return skeleton
+
+
 def packed_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers as they lie in memory, shared ones once."""
     tensors = [*model.parameters(), *model.buffers()]
@@ -137,6 +157,7 @@ __all__ = [
     "Manifest",
     "packed_bytes",
     "quantized_modules",
+    "quantized_skeleton",
     "require_checkpoint",
     "stored_state",
     "swap_in_quantized",

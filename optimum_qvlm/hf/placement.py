@@ -23,18 +23,33 @@ class Placement:
 
     requested: DeviceMap | str | None
     max_memory: dict[Any, Any] = field(default_factory=dict)
+    final: DeviceMap | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.requested, dict):
             _refuse_disk(self.requested)
+            self.final = self.requested
 
     def on_cpu(self) -> DeviceMap | str | None:
         """The device map to load with. Automatic ones stay, so that transformers tells `max_memory`."""
         return {"": "cpu"} if isinstance(self.requested, dict) else self.requested
 
-    def note_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
-        """Remember the limits, and answer with ones that put everything on the CPU."""
+    def note_memory(self, max_memory: dict[Any, Any], skeleton: Any) -> dict[Any, Any]:
+        """Place the quantized `skeleton` (on the meta device) within the limits, now, before hours are spent.
+
+        Returns limits that put the full-precision model on the CPU.
+
+        Raises:
+            ConfigError: it does not fit the memory that was given without the disk.
+        """
         self.max_memory = dict(max_memory)
+        unsplit = list(skeleton._no_split_modules or ())
+        limits = self.max_memory
+        if self.requested != "sequential":
+            low_zero = self.requested == "balanced_low_0"
+            limits = get_balanced_memory(skeleton, dict(limits), no_split_module_classes=unsplit, low_zero=low_zero)
+        self.final = dict(infer_auto_device_map(skeleton, limits, no_split_module_classes=unsplit))
+        _refuse_disk(self.final)
         return {"cpu": sys.maxsize}
 
     def compute_device(self) -> torch.device:
@@ -47,12 +62,8 @@ class Placement:
         return max(fast, key=fast.count) if fast else torch.device("cpu")
 
     def apply(self, model: Any) -> None:
-        """Dispatch the quantized model.
-
-        Raises:
-            ConfigError: it does not fit the memory that was given without the disk.
-        """
-        device_map = self._final(model)
+        """Dispatch the quantized model."""
+        device_map = self.final
         if device_map is None:
             return
         devices = {str(_device(value)) for value in device_map.values()}
@@ -61,18 +72,6 @@ class Placement:
         else:
             dispatch_model(model, device_map, skip_keys=model._skip_keys_device_placement)
         model.hf_device_map = device_map
-
-    def _final(self, model: Any) -> DeviceMap | None:
-        if not isinstance(self.requested, str):
-            return self.requested
-        unsplit = list(model._no_split_modules or ())
-        limits = dict(self.max_memory)
-        if self.requested != "sequential":
-            low_zero = self.requested == "balanced_low_0"
-            limits = get_balanced_memory(model, limits, no_split_module_classes=unsplit, low_zero=low_zero)
-        found: DeviceMap = dict(infer_auto_device_map(model, limits, no_split_module_classes=unsplit))
-        _refuse_disk(found)
-        return found
 
 
 def _refuse_disk(device_map: DeviceMap) -> None:

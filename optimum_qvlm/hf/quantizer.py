@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
 
@@ -30,8 +31,8 @@ class QVLMQuantizer(HfQuantizer):
         self.processor_files: dict[str, bytes] = {}
         self.report: dict[str, Any] | None = None
         self._placement: Any = None
-        self._names: dict[str, str] = {}
         self._plan: Any = None
+        self._model: Any = None
 
     @property
     def config(self) -> QVLMConfig:
@@ -59,7 +60,11 @@ class QVLMQuantizer(HfQuantizer):
 
     def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
         """The only hook that sees `max_memory`."""
-        return max_memory if self.pre_quantized else self._placement.note_memory(max_memory)
+        if self.pre_quantized:
+            return max_memory
+        from optimum_qvlm.hf.checkpoint import quantized_skeleton
+
+        return self._placement.note_memory(max_memory, quantized_skeleton(self._model, self._plan))  # type: ignore[no-any-return]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from optimum_qvlm.hf.checkpoint import require_checkpoint, swap_in_quantized
@@ -94,8 +99,9 @@ class QVLMQuantizer(HfQuantizer):
         from optimum_qvlm.hf.saving import unwrap_saving
         from optimum_qvlm.modules.swap import replace_module
 
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for path, module in quantized_modules(model).items():
-            replace_module(model, path, module.to_linear(module.weight_scale.dtype if dtype is None else dtype))
+            replace_module(model, path, module.to_linear(module.weight_scale.dtype if wanted is None else wanted))
         unwrap_saving(model)
         return model
 
@@ -106,8 +112,9 @@ class QVLMQuantizer(HfQuantizer):
         from optimum_qvlm.models.registry import adapter_for
         from optimum_qvlm.pipeline.planner import make_plan
 
-        self._names = disk_names_of_linears(model, read_headers(files))
-        self._plan = make_plan(adapter_for(model), self.config.options(), self._names)
+        names = disk_names_of_linears(model, read_headers(files))
+        self._plan = make_plan(adapter_for(model), self.config.options(), names)
+        self._model = model
 
     def _calibrate(self, model: Any) -> None:
         from optimum_qvlm.hf.checkpoint import packed_bytes
@@ -115,6 +122,7 @@ class QVLMQuantizer(HfQuantizer):
         from optimum_qvlm.pipeline.calibrate import calibrate
         from optimum_qvlm.report.summary import summarize
 
+        self._model = None
         require_all_loaded(model)
         device = self._placement.compute_device()
         before = packed_bytes(model)

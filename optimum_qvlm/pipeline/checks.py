@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 from optimum_qvlm.errors import CalibrationError, UnsupportedModelError
-from optimum_qvlm.pipeline.capture import Run, linear_inputs
+from optimum_qvlm.pipeline.capture import Run, linear_inputs, require_finite
 from optimum_qvlm.pipeline.streaming import resident
 from optimum_qvlm.search.plan import PlannedLayer, PlannedPart, QuantPlan
 
 CHAIN_TOLERANCE = 1e-3
-"""Largest relative difference between the chain of layers and the real forward; kernels may choose other orders
-of summation, a wrong argument shows as far more."""
+"""Largest relative difference between the chain of layers and the real forward, or two units in the last place of
+the dtype where that is more; kernels may choose other orders of summation, a wrong argument shows as far more."""
 
 
 def require_finite_weights(model: nn.Module, plan: QuantPlan) -> None:
@@ -36,6 +36,7 @@ def require_chain(model: nn.Module, part: PlannedPart, run: Run, device: torch.d
 
     Raises:
         UnsupportedModelError: they do not, so the adapter misses something that happens between them.
+        CalibrationError: a layer returns NaN or infinite values.
     """
     assert run.output is not None
     hidden = run.hidden.to(device)
@@ -43,12 +44,14 @@ def require_chain(model: nn.Module, part: PlannedPart, run: Run, device: torch.d
         for layer, call in zip(part.layers, run.calls, strict=True):
             with resident(model, layer.path, device):
                 hidden = call(model.get_submodule(layer.path), hidden, device)
+            require_finite(hidden, layer.name, run.batch)
     wanted = run.output.to(device).float()
     difference = float((hidden.float() - wanted).norm() / wanted.norm().clamp(min=1e-30))
-    if not difference <= CHAIN_TOLERANCE:
+    limit = max(CHAIN_TOLERANCE, 2 * torch.finfo(hidden.dtype).eps)
+    if not difference <= limit:
         raise UnsupportedModelError(
             f"the {part.name} layers, run one after the other, differ from the model's own forward by "
-            f"{difference:.2g} (limit {CHAIN_TOLERANCE}); the model does more between its layers than the adapter says"
+            f"{difference:.2g} (limit {limit:.2g}); the model does more between its layers than the adapter says"
         )
 
 

@@ -1,6 +1,7 @@
 """From a model and options to a plan: which linear gets which grid, in which site and block."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -56,7 +57,8 @@ class _Planner:
         choice = self._override(self.names[path])
         if choice is None or choice.scheme is None:
             return None
-        if head.weight is self.model.get_input_embeddings().weight:  # type: ignore[operator]
+        tied: Any = getattr(self.model, "all_tied_weights_keys", None) or {}
+        if f"{path}.weight" in {*tied.keys(), *tied.values()}:
             raise ConfigError(
                 f"{self.names[path]} shares its weight with the input embedding and cannot be quantized alone; "
                 "remove its override"

@@ -1,0 +1,57 @@
+"""How close a quantized model stays to full precision, token by token."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from optimum_qvlm.errors import DataError
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fidelity:
+    """Mean over answer tokens.
+
+    Attributes:
+        tokens: how many were compared.
+        mean_kl: Kullback-Leibler divergence of the model from the reference, in nats.
+        top1_agreement: share of tokens whose most likely token is the same, in 0..1.
+    """
+
+    tokens: int
+    mean_kl: float
+    top1_agreement: float
+
+
+def answer_logits(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    """Logits [answer tokens, vocabulary] in fp32 at the positions that predict labelled tokens, per batch.
+
+    Raises:
+        DataError: a batch has no labels, or none that marks an answer.
+    """
+    logits = []
+    for number, batch in enumerate(batches):
+        if "labels" not in batch or not bool((batch["labels"][:, 1:] != IGNORED).any()):
+            raise DataError(f"batch {number} has no labelled answer tokens to compare on")
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+        with torch.inference_mode():
+            output = model(**inputs, use_cache=False).logits
+        predicting = (batch["labels"][:, 1:] != IGNORED).to(output.device)
+        logits.append(output[:, :-1][predicting].float().cpu())
+    return logits
+
+
+def compare(reference: Sequence[Tensor], found: Sequence[Tensor]) -> Fidelity:
+    """Fidelity of `found` to `reference`, both as `answer_logits` returns them."""
+    kl = agreed = tokens = 0.0
+    for wanted, got in zip(reference, found, strict=True):
+        log_wanted, log_got = F.log_softmax(wanted.double(), dim=-1), F.log_softmax(got.double(), dim=-1)
+        kl += float(F.kl_div(log_got, log_wanted, reduction="sum", log_target=True))
+        agreed += float((wanted.argmax(-1) == got.argmax(-1)).sum())
+        tokens += wanted.shape[0]
+    return Fidelity(tokens=int(tokens), mean_kl=kl / tokens, top1_agreement=agreed / tokens)
