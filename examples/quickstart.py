@@ -27,7 +27,7 @@ MODEL = Path(__file__).parent / "tiny_vlm"
 sys.path.insert(0, str(MODEL))
 
 from evaluate import accuracy, answer_questions  # noqa: E402
-from outliers import write_outlier_variant  # noqa: E402
+from outliers import add_outliers  # noqa: E402
 from questions import make_samples  # noqa: E402
 
 SCHEMES = ("w4a8", "w4a4")
@@ -65,7 +65,8 @@ def compare_variant(variant: str, scratch: Path, arguments: argparse.Namespace) 
     folder, reference = MODEL, scratch / f"{variant}.safetensors"
     if variant == "outlier":
         folder = scratch / "outlier"
-        write_outlier_variant(folder)
+        add_outliers(AutoModelForImageTextToText.from_pretrained(MODEL)).save_pretrained(folder)
+        AutoProcessor.from_pretrained(MODEL).save_pretrained(folder)
     full = in_fresh_process(folder, reference, arguments.questions)
     print(f"{variant}: full precision answers {full['accuracy']:.1f} % right", flush=True)
     rows = []

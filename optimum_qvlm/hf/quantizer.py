@@ -107,11 +107,14 @@ class QVLMQuantizer(HfQuantizer):
 
     def _prepare(self, model: Any, files: list[str]) -> None:
         """Plan on the model without weights, so that what does not fit is refused at once."""
+        from optimum_qvlm.data.recipe import find_preset
         from optimum_qvlm.hf.names import disk_names_of_linears
         from optimum_qvlm.hf.shards import read_headers
         from optimum_qvlm.models.registry import adapter_for
         from optimum_qvlm.pipeline.planner import make_plan
 
+        if isinstance(self.config.dataset, str):
+            find_preset(self.config.dataset)
         names = disk_names_of_linears(model, read_headers(files))
         self._plan = make_plan(adapter_for(model), self.config.options(), names)
         self._model = model

@@ -62,13 +62,20 @@ def save_pretrained(
 
 @contextmanager
 def _work_folder(target: Path) -> Iterator[Path]:
-    """A folder beside the target, removed at the end; left-overs of processes that died are removed too."""
+    """A folder beside the target, removed at the end; left-overs of processes that died are removed too.
+
+    Where the target is a mount point, or its parent cannot be written, the folder is made inside the target:
+    renames work within one file system only.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
+    home = target.parent
+    if target.is_dir() and (target.stat().st_dev != home.stat().st_dev or not os.access(home, os.W_OK)):
+        home = target
     prefix = f".{target.name}{WORK_MARK}"
-    for left in target.parent.glob(f"{prefix}*"):
+    for left in home.glob(f"{prefix}*"):
         if not _alive(left.name.removeprefix(prefix)):
             shutil.rmtree(left, ignore_errors=True)
-    work = target.parent / f"{prefix}{os.getpid()}"
+    work = home / f"{prefix}{os.getpid()}"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
@@ -106,6 +113,8 @@ def _add_sidecars(model: Any, work: Path) -> None:
 def _seal(work: Path) -> None:
     """Write the manifest of the tensors as they are on disk, and the digest, into config.json."""
     path = work / "config.json"
+    if not path.exists():  # adapters alone, or a process that writes nothing
+        return
     config = json.loads(path.read_text(encoding="utf-8"))
     values = config["quantization_config"]
     values["manifest"] = read_headers(sorted(work.glob("*.safetensors")))

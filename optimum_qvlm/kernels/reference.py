@@ -23,12 +23,8 @@ def quantize_tokens(x: Tensor, bits: int, group: int | None, clip: float) -> tup
     Raises:
         SpecError: `group` does not divide the channels.
     """
-    grouped = _split(x, group).float()
-    qmax = 2 ** (bits - 1) - 1
-    peak = grouped.abs().amax(dim=-1, keepdim=True)
-    scale = torch.where(peak > 0, peak * clip / qmax, 1.0)
-    codes = torch.round(grouped / scale).clamp_(-qmax, qmax).to(torch.int8)
-    return codes.reshape(x.shape), scale.squeeze(-1)
+    codes, scale = _round(x, bits, group, clip)
+    return codes.to(torch.int8).reshape(x.shape), scale.squeeze(-1)
 
 
 def dequantize_tokens(codes: Tensor, scale: Tensor) -> Tensor:
@@ -38,14 +34,27 @@ def dequantize_tokens(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def fake_quantize_tokens(x: Tensor, bits: int, group: int | None, clip: float) -> Tensor:
-    """`x` rounded to its grid and returned in its own dtype; gradients pass straight through."""
-    rounded = dequantize_tokens(*quantize_tokens(x.detach(), bits, group, clip)).to(x.dtype)
+    """`x` rounded to its grid and returned in its own dtype; gradients pass straight through.
+
+    Equals `dequantize_tokens(*quantize_tokens(...))`, without the way through int8.
+    """
+    codes, scale = _round(x.detach(), bits, group, clip)
+    rounded = codes.mul_(scale).reshape(x.shape).to(x.dtype)
     return x + (rounded - x).detach() if x.requires_grad else rounded
 
 
 def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Product of (already rounded) activations [..., in] with a dequantized weight [out, in]."""
     return F.linear(x, weight.to(x.dtype), bias)
+
+
+def _round(x: Tensor, bits: int, group: int | None, clip: float) -> tuple[Tensor, Tensor]:
+    """Codes [..., groups, channels of a group] as fp32 and scales [..., groups, 1]."""
+    grouped = _split(x, group).float()
+    qmax = 2 ** (bits - 1) - 1
+    peak = torch.linalg.vector_norm(grouped, ord=float("inf"), dim=-1, keepdim=True)
+    scale = torch.where(peak > 0, peak * clip / qmax, 1.0)
+    return (grouped / scale).round_().clamp_(-qmax, qmax), scale
 
 
 def _split(x: Tensor, group: int | None) -> Tensor:

@@ -35,10 +35,12 @@ def answer_logits(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> list[T
         DataError: a batch has no labels, or none that marks an answer.
     """
     logits = []
+    placed = [parameter.device for parameter in model.parameters() if parameter.device.type != "meta"]
+    device = next((device for device in placed if device.type != "cpu"), torch.device("cpu"))
     for number, batch in enumerate(batches):
         if "labels" not in batch or not bool((batch["labels"][:, 1:] != IGNORED).any()):
             raise DataError(f"batch {number} has no labelled answer tokens to compare on")
-        inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+        inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
         with torch.inference_mode():
             output = model(**inputs, use_cache=False).logits
         predicting = (batch["labels"][:, 1:] != IGNORED).to(output.device)
