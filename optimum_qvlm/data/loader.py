@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from optimum_qvlm.data import packaged
@@ -39,14 +40,15 @@ def read_dataset(dataset: Any, options: LoaderOptions, *, wants_images: bool) ->
         DataError: empty, of no accepted form, or without a single image where `wants_images`.
     """
     source, records = _records(dataset, wants_images=wants_images)
-    if not records:
+    if len(records) == 0:
         raise DataError("the calibration dataset is empty; pass at least one sample, or None for the packaged set")
+    places = list(range(len(records)))
     if len(records) > options.num_samples:
-        chosen = sorted(random.Random(options.seed).sample(range(len(records)), options.num_samples))
-        records = [records[index] for index in chosen]
-    if _is_model_input(records[0]):
-        return source, list(_ready(records, options.num_samples))
-    samples = [r if isinstance(r, Sample) else read_sample(r, f"dataset[{i}]") for i, r in enumerate(records)]
+        places = sorted(random.Random(options.seed).sample(places, options.num_samples))
+    chosen = [(place, records[place]) for place in places]
+    if _is_model_input(chosen[0][1]):
+        return source, list(_ready(chosen, options.num_samples))
+    samples = [r if isinstance(r, Sample) else read_sample(r, f"dataset[{place}]") for place, r in chosen]
     if wants_images and not any(sample.has_image for sample in samples):
         raise DataError(
             f"none of the {len(samples)} calibration samples has an image, but the model has a vision tower; "
@@ -101,7 +103,8 @@ def make_prompts(samples: Sequence[Sample], processor: Any) -> Batch:
 def fingerprint(batches: Sequence[Batch]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of the model inputs, in order."""
     digest = hashlib.sha256()
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        digest.update(b"next batch" if number > 0 else b"")
         for name in sorted(batch):
             tensor = batch[name].detach().cpu().contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -114,16 +117,19 @@ def tokenizer_of(processor: Any) -> Any:
     return getattr(processor, "tokenizer", processor)
 
 
-def _records(dataset: Any, *, wants_images: bool) -> tuple[str, list[Any]]:
+def _records(dataset: Any, *, wants_images: bool) -> tuple[str, Sequence[Any]]:
     if dataset is None:
         return "packaged", packaged.image_samples() if wants_images else packaged.text_samples()
     if isinstance(dataset, str):
         return f"preset:{dataset}", _download(find_preset(dataset))
-    if hasattr(dataset, "column_names"):
-        return "datasets.Dataset", [dataset[index] for index in range(len(dataset))]
+    if hasattr(dataset, "column_names") and hasattr(dataset, "__len__") and not isinstance(dataset, Mapping):
+        return "datasets.Dataset", dataset
     if not isinstance(dataset, Sequence):
-        raise DataError(f"dataset must be None, a preset's name, a list or a datasets.Dataset, got {type(dataset)}")
-    return "user", list(dataset)
+        raise DataError(
+            "dataset must be None, a preset's name, a list or a datasets.Dataset, "
+            f"got {type(dataset).__name__}; choose one split of a DatasetDict, and make a stream a list"
+        )
+    return "user", dataset
 
 
 def _download(preset: Preset) -> list[Any]:
@@ -153,9 +159,9 @@ def _is_model_input(record: Any) -> bool:
     return isinstance(record, Mapping) and isinstance(record.get("input_ids"), Tensor)
 
 
-def _ready(records: Sequence[Any], limit: int) -> Iterator[Batch]:
+def _ready(records: Sequence[tuple[int, Any]], limit: int) -> Iterator[Batch]:
     rows = 0
-    for number, record in enumerate(records):
+    for number, record in records:
         if not _is_model_input(record) or record["input_ids"].dim() != 2:
             raise DataError(
                 f"dataset[{number}] must be a dict of model inputs with input_ids [rows, tokens], as dataset[0] is"
@@ -186,7 +192,7 @@ def _render(samples: Sequence[Sample], processor: Any, *, answered: bool) -> Bat
                 add_generation_prompt=not answered,
                 **padding,
             )
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, TemplateError) as error:
         raise DataError(
             f"{type(processor).__name__} cannot process the calibration samples: {error}. Pass samples that it "
             "accepts, or ready model inputs (a list of dicts of tensors) as dataset"

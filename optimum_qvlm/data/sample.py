@@ -58,22 +58,26 @@ def read_sample(record: object, where: str) -> Sample:
 
 
 def _from_question(record: Mapping[str, Any], where: str) -> Sample:
-    images = record.get("images", record.get("image"))
+    if not isinstance(record["question"], str):
+        raise DataError(f"{where}: question must be a text, got {type(record['question']).__name__}")
+    images = record.get("image") if record.get("images") is None else record["images"]
     if images is None:
         images = []
     elif not isinstance(images, Sequence) or isinstance(images, str):
         images = [images]
     content: list[dict[str, Any]] = [{"type": "image", "image": open_image(image, where)} for image in images]
-    content.append({"type": "text", "text": str(record["question"])})
+    content.append({"type": "text", "text": record["question"]})
     answer = record.get("answer")
     return Sample(messages=({"role": "user", "content": content},), answer=None if answer is None else str(answer))
 
 
-def _from_messages(messages: Sequence[Mapping[str, Any]], where: str) -> Sample:
+def _from_messages(messages: Any, where: str) -> Sample:
     turns: list[dict[str, Any]] = []
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise DataError(f"{where}: messages must be a list of chat messages, got {type(messages).__name__}")
     for message in messages:
-        if "role" not in message or "content" not in message:
-            raise DataError(f'{where}: a chat message needs "role" and "content", got {sorted(message)}')
+        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+            raise DataError(f'{where}: a chat message needs "role" and "content", got {_shown(message)}')
         turns.append({"role": message["role"], "content": _parts(message["content"], where)})
     if turns and turns[-1]["role"] == "assistant":
         answer = "".join(part.get("text", "") for part in turns.pop()["content"])
@@ -82,6 +86,10 @@ def _from_messages(messages: Sequence[Mapping[str, Any]], where: str) -> Sample:
     if not turns:
         raise DataError(f"{where} holds no message before the answer")
     return Sample(messages=tuple(turns), answer=answer)
+
+
+def _shown(message: object) -> str:
+    return str(sorted(map(str, message))) if isinstance(message, Mapping) else type(message).__name__
 
 
 def _parts(content: object, where: str) -> list[dict[str, Any]]:

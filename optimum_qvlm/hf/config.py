@@ -113,7 +113,7 @@ class QVLMConfig(QuantizationConfigMixin):
         self.vision_scheme = vision_scheme
         self.symmetric = symmetric
         self.modules_to_not_convert = modules_to_not_convert
-        self.overrides = None if overrides is None else dict(overrides)
+        self.overrides = dict(overrides) if isinstance(overrides, Mapping) else overrides
         self.dataset = dataset
         self.processor = processor
         self.num_samples = num_samples
@@ -218,11 +218,14 @@ class QVLMConfig(QuantizationConfigMixin):
             )
         group_size = value.get("group_size", "auto")
         _check_group(group_size, f"overrides[{pattern!r}]: group_size")
+        symmetric = value.get("symmetric", self.symmetric)
+        if not isinstance(symmetric, bool):
+            raise ConfigError(f"overrides[{pattern!r}]: symmetric must be True or False, got {symmetric!r}")
         scheme = value.get("scheme", self.scheme)
         return LinearChoice(
             scheme=None if scheme is None else Scheme.parse(scheme),
             group_size=group_size,
-            symmetric=value.get("symmetric", self.symmetric),
+            symmetric=symmetric,
         )
 
     def _validate(self) -> None:
@@ -238,9 +241,12 @@ class QVLMConfig(QuantizationConfigMixin):
             raise ConfigError(f"method must be one of {', '.join(get_args(Method))}, got {self.method!r}")
         _check_group(self.group_size, "group_size")
         keep: Any = self.modules_to_not_convert
-        if keep is not None and (isinstance(keep, str) or not all(isinstance(p, str) for p in keep)):
+        if keep is not None and not (_is_list(keep) and all(isinstance(p, str) for p in keep)):
             raise ConfigError(f"modules_to_not_convert must be a list of name patterns, got {keep!r}")
         self.modules_to_not_convert = None if keep is None else list(keep)
+        overrides: Any = self.overrides
+        if overrides is not None and not (isinstance(overrides, dict) and all(isinstance(p, str) for p in overrides)):
+            raise ConfigError(f"overrides must be a dict from name patterns to schemes, got {overrides!r}")
         self.options()
 
 
@@ -248,6 +254,10 @@ def config_digest(values: Mapping[str, Any]) -> str:
     """SHA-256 over a saved quantization_config without its own digest, in canonical JSON."""
     rest = {name: value for name, value in values.items() if name != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple | set | frozenset)
 
 
 def _check_group(value: object, where: str) -> None:

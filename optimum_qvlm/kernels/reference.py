@@ -29,7 +29,7 @@ def quantize_tokens(x: Tensor, bits: int, group: int | None, clip: float) -> tup
 
 def dequantize_tokens(codes: Tensor, scale: Tensor) -> Tensor:
     """fp32 activations [..., channels] from codes [..., channels] and scales [..., groups]."""
-    grouped = codes.reshape(*scale.shape, -1)
+    grouped = codes.reshape(*scale.shape, codes.shape[-1] // scale.shape[-1])
     return (grouped * scale.unsqueeze(-1)).reshape(codes.shape)
 
 

@@ -44,7 +44,7 @@ def quantize_weight(
         SpecError: the group does not divide the input channels.
     """
     grouped = split_groups(weight, spec).float()
-    ratio = clip if isinstance(clip, float) else clip.unsqueeze(-1).float()
+    ratio = clip.unsqueeze(-1).float() if isinstance(clip, Tensor) else clip
     low, high = -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1
     if spec.symmetric:
         width = 2 * grouped.abs().amax(dim=-1, keepdim=True) * ratio
@@ -63,7 +63,7 @@ def quantize_weight(
 def dequantize_weight(quantized: QuantizedWeight) -> Tensor:
     """fp32 weight [out_features, in_features]."""
     rows, groups = quantized.scale.shape
-    grouped = quantized.codes.reshape(rows, groups, -1).float()
+    grouped = quantized.codes.reshape(rows, groups, quantized.codes.shape[1] // groups).float()
     if quantized.zero_point is not None:
         grouped = grouped - quantized.zero_point.unsqueeze(-1).float()
     return (grouped * quantized.scale.unsqueeze(-1).float()).reshape(quantized.codes.shape)
@@ -74,7 +74,8 @@ def split_groups(weight: Tensor, spec: WeightSpec) -> Tensor:
     rows, columns = weight.shape
     if spec.group is not None and columns % spec.group != 0:
         raise SpecError(f"group={spec.group} does not divide in_features={columns}")
-    return weight.reshape(rows, spec.groups(columns), -1)
+    groups = spec.groups(columns)
+    return weight.reshape(rows, groups, columns // groups)
 
 
 def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
