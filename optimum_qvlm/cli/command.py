@@ -64,7 +64,7 @@ def override(text: str) -> tuple[str, str | None]:
     """`PATTERN=SCHEME`, split at the last `=`."""
     pattern, _, scheme = text.rpartition("=")
     if pattern == "" or scheme == "":
-        message = f"must read PATTERN=SCHEME, as in 'layers.0=w8a8' or 'layers.0=none', got {text!r}"
+        message = f"must read PATTERN=SCHEME, as in 'lm_head=w8a8' or 'multi_modal_projector=none', got {text!r}"
         raise argparse.ArgumentTypeError(message)
     return pattern, optional_scheme(scheme)
 

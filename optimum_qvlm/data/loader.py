@@ -137,7 +137,13 @@ def _download(preset: Preset) -> list[Any]:
         import datasets
     except ImportError as error:
         raise DataError("a preset needs the datasets library: pip install 'optimum-qvlm[datasets]'") from error
-    rows = datasets.load_dataset(preset.path, preset.name, split=preset.split, revision=preset.revision)
+    try:
+        rows = datasets.load_dataset(preset.path, preset.name, split=preset.split, revision=preset.revision)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"the preset's dataset {preset.path} could not be loaded ({error}); check the connection, or pass your own "
+            "samples as dataset"
+        ) from error
     records = []
     for row in rows:
         if preset.image is not None and row[preset.image] is None:
@@ -192,6 +198,8 @@ def _render(samples: Sequence[Sample], processor: Any, *, answered: bool) -> Bat
                 add_generation_prompt=not answered,
                 **padding,
             )
+    except DataError:
+        raise
     except (ValueError, TypeError, KeyError, IndexError, TemplateError) as error:
         raise DataError(
             f"{type(processor).__name__} cannot process the calibration samples: {error}. Pass samples that it "

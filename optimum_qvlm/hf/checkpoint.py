@@ -3,7 +3,8 @@
 A linear X is stored as in the pack-quantized format of compressed-tensors: `X.weight_packed`, `X.weight_scale`,
 `X.weight_shape` and, with zero points, `X.weight_zero_point`. Beside them lies an empty `X.weight`: transformers
 without this plugin would otherwise leave X at random values with no more than a warning; the empty tensor makes it
-fail, and the tensor `GUARD` shows in its report what to import.
+fail, and the tensor `GUARD` shows in its report what to import. Its 32 bytes are the identity of the configuration
+that the weights were saved with.
 """
 
 import copy
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from optimum_qvlm.errors import CheckpointError
 from optimum_qvlm.hf.config import CalibrationRecord, QVLMConfig
 from optimum_qvlm.hf.names import runtime_modules
-from optimum_qvlm.hf.shards import Manifest, read_headers, require_manifest
+from optimum_qvlm.hf.shards import Manifest, read_headers, read_tensor, require_manifest
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.modules.swap import replace_module
 from optimum_qvlm.search.plan import ModuleRecord, QuantPlan
@@ -26,13 +27,16 @@ GUARD = "optimum_qvlm.import_optimum_qvlm_before_loading"
 SAFETENSORS_NAMES = {torch.int32: "I32", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-def stored_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict as it goes to disk: with weight shapes and guards."""
+def stored_state(model: nn.Module, identity: str) -> dict[str, Tensor]:
+    """The state dict as it goes to disk: with weight shapes and guards.
+
+    `identity` is that of the configuration which is saved with it, see `config_identity`.
+    """
     state = dict(model.state_dict())
     for path, module in quantized_modules(model).items():
         state[f"{path}.weight_shape"] = torch.tensor([module.out_features, module.in_features])
         state[f"{path}.weight"] = torch.empty(0)
-    state[GUARD] = torch.empty(0)
+    state[GUARD] = torch.tensor(list(bytes.fromhex(identity)), dtype=torch.uint8)
     return state
 
 
@@ -61,6 +65,12 @@ def require_checkpoint(config: QVLMConfig, files: list[str]) -> CalibrationRecor
     require_manifest(record.manifest, read_headers(files))
     for name, module in record.modules.items():
         _require_fit(name, module, record.manifest)
+    identity = bytes(read_tensor(files, GUARD).tolist()).hex()
+    if identity != record.found_identity:
+        raise CheckpointError(
+            f"the weights were not written together with config.json (identity {identity}, config "
+            f"{record.found_identity}); the folder mixes two saves: save or fetch it again"
+        )
     return record
 
 

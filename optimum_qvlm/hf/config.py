@@ -47,6 +47,7 @@ class CalibrationRecord:
         manifest: name -> [dtype, shape] of every tensor as written; set when a checkpoint is saved.
         digest: SHA-256 over the rest of the saved configuration; set when a checkpoint is saved.
         found_digest: the same, computed over the configuration that was read.
+        found_identity: `config_identity` of the configuration that was read.
     """
 
     modules: dict[str, ModuleRecord]
@@ -55,6 +56,7 @@ class CalibrationRecord:
     manifest: dict[str, Any] | None = None
     digest: str | None = None
     found_digest: str | None = None
+    found_identity: str | None = None
 
 
 class QVLMConfig(QuantizationConfigMixin):
@@ -182,6 +184,7 @@ class QVLMConfig(QuantizationConfigMixin):
         if results:
             config.record = _read_record(results)
             config.record.found_digest = config_digest(config_dict)
+            config.record.found_identity = config_identity(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
     def drop_data(self) -> None:
@@ -252,8 +255,16 @@ class QVLMConfig(QuantizationConfigMixin):
 
 def config_digest(values: Mapping[str, Any]) -> str:
     """SHA-256 over a saved quantization_config without its own digest, in canonical JSON."""
-    rest = {name: value for name, value in values.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return _sha256({name: value for name, value in values.items() if name != "digest"})
+
+
+def config_identity(values: Mapping[str, Any]) -> str:
+    """SHA-256 over settings and results alone: it stands beside the weights, so that files of two saves do not mix."""
+    return _sha256({name: value for name, value in values.items() if name not in ("digest", "manifest")})
+
+
+def _sha256(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _is_list(value: object) -> bool:

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import torch
+from transformers import AutoProcessor
 
 from optimum_qvlm.data.loader import LoaderOptions, fingerprint, make_batches, read_dataset
 from optimum_qvlm.data.recipe import Recipe
@@ -59,7 +60,8 @@ def prepare_data(
     conversations = [sample for sample in samples if isinstance(sample, Sample)]
     batches = [sample for sample in samples if not isinstance(sample, Sample)]
     if conversations:
-        processor = _processor(config, source)
+        own = users_processor(config)
+        processor = source.load_processor() if own is None else own
         layers = [layer.path for part in plan.parts for layer in part.layers]
         answered = fill_answers(model, conversations, processor, layers=layers, device=device, batch=config.batch_size)
         batches = make_batches(answered, processor, options, image_tokens)
@@ -73,15 +75,18 @@ def prepare_data(
     return CalibrationData(batches=batches, recipe=recipe)
 
 
-def _processor(config: QVLMConfig, source: Source) -> Any:
-    if isinstance(config.processor, str):
-        from transformers import AutoProcessor
+def users_processor(config: QVLMConfig) -> Any:
+    """The processor that the user gave, loaded where it is a name or path; None where there is none.
 
-        try:
-            return AutoProcessor.from_pretrained(config.processor)
-        except (OSError, ValueError) as error:
-            raise DataError(f"processor={config.processor!r} could not be loaded: {error}") from error
-    return source.load_processor() if config.processor is None else config.processor
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    if not isinstance(config.processor, str):
+        return config.processor
+    try:
+        return AutoProcessor.from_pretrained(config.processor)
+    except (OSError, ValueError) as error:
+        raise DataError(f"processor={config.processor!r} could not be loaded: {error}") from error
 
 
 def _require_images(batches: list[dict[str, torch.Tensor]], image_tokens: tuple[int, ...]) -> None:

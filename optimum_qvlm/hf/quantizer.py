@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
 
 from optimum_qvlm.errors import CheckpointError
-from optimum_qvlm.hf.config import CalibrationRecord, QVLMConfig
+from optimum_qvlm.hf.config import CalibrationRecord, QVLMConfig, config_identity
 
 
 class QVLMQuantizer(HfQuantizer):
@@ -92,7 +92,7 @@ class QVLMQuantizer(HfQuantizer):
         """The state dict with guards and shapes, as it goes to disk."""
         from optimum_qvlm.hf.checkpoint import stored_state
 
-        return stored_state(model), {}
+        return stored_state(model, config_identity(self.config.to_dict())), {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         from optimum_qvlm.hf.checkpoint import quantized_modules
@@ -102,6 +102,8 @@ class QVLMQuantizer(HfQuantizer):
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for path, module in quantized_modules(model).items():
             replace_module(model, path, module.to_linear(module.weight_scale.dtype if wanted is None else wanted))
+        if wanted is not None and wanted != model.dtype:
+            torch.nn.Module.to(model, wanted)
         unwrap_saving(model)
         return model
 
@@ -121,7 +123,7 @@ class QVLMQuantizer(HfQuantizer):
 
     def _calibrate(self, model: Any) -> None:
         from optimum_qvlm.hf.checkpoint import packed_bytes
-        from optimum_qvlm.hf.preparation import prepare_data, require_all_loaded
+        from optimum_qvlm.hf.preparation import prepare_data, require_all_loaded, users_processor
         from optimum_qvlm.pipeline.calibrate import calibrate
         from optimum_qvlm.report.summary import summarize
 
@@ -131,10 +133,10 @@ class QVLMQuantizer(HfQuantizer):
         before = packed_bytes(model)
         data = None
         if self.config.method != "rtn":
-            processor = self.config.processor
+            self.config.processor = users_processor(self.config)
             data = prepare_data(model, self._plan, self.config, self.source, device)
-            if processor is not None and not isinstance(processor, str):
-                self._keep_processor(processor)
+            if self.config.processor is not None:
+                self._keep_processor(self.config.processor)
         result = calibrate(model, self._plan, self.config.options(), data, device)
         self.report = summarize(result, self.config.to_dict(), bytes_before=before, bytes_after=packed_bytes(model))
         self.config.record = CalibrationRecord(

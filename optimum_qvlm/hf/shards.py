@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from optimum_qvlm.errors import CheckpointError
 
@@ -33,6 +34,20 @@ def read_headers(files: Iterable[str | Path]) -> Manifest:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} is damaged or truncated ({error}); fetch it again") from error
     return found
+
+
+def read_tensor(files: Iterable[str | Path], name: str) -> Tensor:
+    """One small tensor from whichever of the files holds it.
+
+    Raises:
+        CheckpointError: none does.
+    """
+    for file in files:
+        with safe_open(file, framework="pt") as shard:
+            if name in shard.keys():  # noqa: SIM118
+                found: Tensor = shard.get_tensor(name)
+                return found
+    raise CheckpointError(f"tensor {name} is missing from the checkpoint's files; fetch it again")
 
 
 def require_manifest(manifest: Mapping[str, Any], found: Manifest) -> None:

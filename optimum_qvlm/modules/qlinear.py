@@ -1,5 +1,6 @@
 """A linear layer whose weight is stored as packed integers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -101,6 +102,14 @@ class QuantLinear(nn.Linear):
         if activation is not None:
             input = fake_quantize_tokens(input, activation.bits, activation.group, self.format.activation_clip)
         return quantized_linear(input, dequantize_weight(self.quantized()), self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move and cast as any module, except that scales keep their dtype: codes were chosen for it."""
+        scale = self.weight_scale.detach()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight_scale.dtype != scale.dtype:
+            self.weight_scale = _frozen(scale.to(self.weight_scale.device))
+        return self
 
     def reset_parameters(self) -> None:
         """Nothing to initialise: packed weights only come from a rounding or a checkpoint."""

@@ -1,0 +1,137 @@
+"""The documentation against the code: links, Python blocks, and lists of what there is."""
+
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from optimum_qvlm import QVLMConfig, errors
+from optimum_qvlm.errors import QVLMError
+from optimum_qvlm.search.plan import ModuleRecord
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+RUNS = "# runs"
+
+
+def named(page: Path) -> str:
+    """How a page is called in test names."""
+    return str(page.relative_to(ROOT))
+
+
+def python_blocks(page: Path) -> list[tuple[int, str]]:
+    """Python blocks of a page with the number of their first line."""
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [(text.count("\n", 0, match.start(1)) + 1, match[1]) for match in found]
+
+
+def running_script(page: Path) -> str:
+    """The blocks of a page that run, each at its own lines, so that a traceback shows lines of the page."""
+    script = ""
+    for first_line, block in python_blocks(page):
+        if block.startswith(f"{RUNS}\n"):
+            script += "\n" * (first_line - 1 - script.count("\n")) + block
+    return script
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=named)
+def test_relative_links_lead_somewhere(page):
+    """Both the file and the heading that a link names are there."""
+    broken = []
+    for target in LINK.findall(prose(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(target)
+    assert broken == []
+
+
+def test_the_index_links_every_page():
+    linked = {(DOCS / target).resolve() for target in LINK.findall(prose(DOCS / "index.md")) if "#" not in target}
+    assert {page for page in PAGES if page.name != "index.md"} <= linked
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_every_python_block_compiles(page):
+    """Also those that are not run, since they need a download."""
+    for first_line, block in python_blocks(page):
+        compile("\n" * (first_line - 1) + block, str(page), "exec")
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("page", [page for page in PAGES if running_script(page)], ids=named)
+def test_blocks_marked_to_run_do(page, bundled_folder, tmp_path):
+    """In a new process, in a folder that holds nothing but the bundled model, as the index says."""
+    shutil.copytree(bundled_folder, tmp_path / "tiny_vlm", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    script = f"exec(compile({running_script(page)!r}, {str(page)!r}, 'exec'))"
+
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in inspect.signature(QVLMConfig).parameters])
+def test_every_argument_of_the_config_has_its_row(name):
+    """With its default, as the signature has it."""
+    page = (DOCS / "reference" / "config.md").read_text(encoding="utf-8")
+    row = next((line for line in page.splitlines() if line.startswith(f"| `{name}` |")), None)
+
+    assert row is not None
+    default = inspect.signature(QVLMConfig).parameters[name].default
+    shown = f'"{default}"' if isinstance(default, str) else repr(default)
+    assert row.split("|")[3].strip() == f"`{shown}`"
+
+
+def test_every_error_class_has_its_section():
+    classes = [c.__name__ for c in vars(errors).values() if inspect.isclass(c) and issubclass(c, QVLMError)]
+    sections = re.findall(r"^## (\w+)$", (DOCS / "reference" / "errors.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+    assert sorted(classes) == sorted(sections)
+
+
+@pytest.mark.integration
+def test_every_field_of_the_report_is_described(llava_folder):
+    """Of a real one, so that a field added in the code is missed here."""
+    from transformers import AutoModelForImageTextToText
+
+    from tests.tiny_models import llava_batch
+
+    config = QVLMConfig(dataset=[llava_batch()])
+    report = AutoModelForImageTextToText.from_pretrained(llava_folder, quantization_config=config).hf_quantizer.report
+
+    page = (DOCS / "reference" / "report.md").read_text(encoding="utf-8")
+    top_level = page.split("\n## ")[0]
+    fields = re.findall(r"^\| `(\w+)` \|", top_level, re.MULTILINE)
+    assert fields == list(report)
+    inner = [report["calibration"], report["bytes"], report["layers"][0], report["sites"][0]]
+    names = {name for entry in inner for name in entry} | set(ModuleRecord.__dataclass_fields__)
+    assert {name for name in names if f"`{name}`" not in page} == set()
