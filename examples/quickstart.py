@@ -21,12 +21,12 @@ from transformers.utils import logging
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.data.loader import LoaderOptions, make_labelled_batches
 from optimum_qvlm.data.sample import read_sample
-from optimum_qvlm.report.fidelity import answer_logits, compare
+from optimum_qvlm.report.fidelity import answer_logits, compare, right_answers
 
 MODEL = Path(__file__).parent / "tiny_vlm"
 sys.path.insert(0, str(MODEL))
 
-from evaluate import accuracy, answer_questions  # noqa: E402
+from evaluate import answer_questions  # noqa: E402
 from outliers import add_outliers  # noqa: E402
 from questions import make_samples  # noqa: E402
 
@@ -68,7 +68,7 @@ def compare_variant(variant: str, scratch: Path, arguments: argparse.Namespace) 
         add_outliers(AutoModelForImageTextToText.from_pretrained(MODEL)).save_pretrained(folder)
         AutoProcessor.from_pretrained(MODEL).save_pretrained(folder)
     full = in_fresh_process(folder, reference, arguments.questions)
-    print(f"{variant}: full precision answers {full['accuracy']:.1f} % right", flush=True)
+    say(variant, "full precision", full)
     rows = []
     for scheme in SCHEMES:
         found = {}
@@ -76,9 +76,14 @@ def compare_variant(variant: str, scratch: Path, arguments: argparse.Namespace) 
             out = scratch / f"{variant}-{scheme}-{method}"
             seconds = quantize(folder, out, scheme, method, arguments.seed)
             found[method] = in_fresh_process(out, reference, arguments.questions) | {"seconds": seconds}
-            print(f"{variant}: {scheme} by {method} answers {found[method]['accuracy']:.1f} % right", flush=True)
+            say(variant, f"{scheme} by {method}", found[method])
         rows.append(table_row(variant, scheme, full, found))
     return rows
+
+
+def say(variant: str, how: str, found: dict[str, Any]) -> None:
+    """One line as soon as something is known."""
+    print(f"{variant}, {how}: {found['accuracy']:.1f} % right. {found['spoken']}", flush=True)
 
 
 def quantize(folder: Path, out: Path, scheme: str, method: str, seed: int) -> float:
@@ -100,19 +105,25 @@ def in_fresh_process(folder: Path, reference: Path, questions: int) -> dict[str,
 
 
 def measure(folder: Path, reference: Path, questions: int) -> dict[str, Any]:
-    """Accuracy, sizes, and fidelity to the logits in `reference`, which the first model to come writes."""
+    """Accuracy, sizes, and fidelity to the logits in `reference`, which the first model to come writes.
+
+    One forward over questions with their answers tells all of it: an answer is right where each of its tokens is the
+    first choice, which is when greedy generation gives it.
+    """
     model = AutoModelForImageTextToText.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
     samples = make_samples("heldout", questions, 0)
-    right = accuracy(answer_questions(model, processor, samples), samples)
+    options = LoaderOptions(num_samples=questions, batch_size=50, max_length=2048, seed=0)
+    records = [read_sample(sample, "question") for sample in samples]
+    batches = make_labelled_batches(records, processor, options, (model.config.image_token_id,))
+    logits = answer_logits(model, batches)
+    right = right_answers(logits, batches)
     found: dict[str, Any] = {
-        "accuracy": 100 * right,
+        "accuracy": 100 * sum(right) / len(right),
         "disk": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         "memory": model.get_memory_footprint(),
+        "spoken": f"{samples[0]['question']} {answer_questions(model, processor, samples[:1])[0]}",
     }
-    options = LoaderOptions(num_samples=len(samples), batch_size=50, max_length=2048, seed=0)
-    records = [read_sample(sample, "question") for sample in samples]
-    logits = answer_logits(model, make_labelled_batches(records, processor, options, (model.config.image_token_id,)))
     if reference.exists():
         wanted = load_file(reference)
         close = compare([wanted[str(number)] for number in range(len(wanted))], logits)

@@ -139,6 +139,10 @@ def _download(preset: Preset) -> list[Any]:
         raise DataError("a preset needs the datasets library: pip install 'optimum-qvlm[datasets]'") from error
     try:
         rows = datasets.load_dataset(preset.path, preset.name, split=preset.split, revision=preset.revision)
+        columns = {preset.question, preset.answer, preset.image, preset.choices} - {None}
+        missing = columns - set(rows.column_names)
+        if missing:
+            raise ValueError(f"it has no column {', '.join(sorted(map(str, missing)))}")
     except (OSError, ValueError) as error:
         raise DataError(
             f"the preset's dataset {preset.path} could not be loaded ({error}); check the connection, or pass your own "
@@ -179,8 +183,6 @@ def _ready(records: Sequence[tuple[int, Any]], limit: int) -> Iterator[Batch]:
 
 def _render(samples: Sequence[Sample], processor: Any, *, answered: bool) -> Batch:
     tokenizer = tokenizer_of(processor)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     template = getattr(processor, "chat_template", None)
     try:
         if template is None or all(sample.text is not None for sample in samples):
@@ -244,10 +246,15 @@ def _cut(batch: Batch, max_length: int, image_tokens: Sequence[int]) -> Batch:
 
 @contextmanager
 def _padding_side(processor: Any, side: str) -> Iterator[None]:
+    """Pad on one side, with the end token where there is no pad token; the user's tokenizer is left as it was."""
     tokenizer = tokenizer_of(processor)
-    before = tokenizer.padding_side
+    before, pad = tokenizer.padding_side, tokenizer.pad_token
     tokenizer.padding_side = side
+    if pad is None:
+        tokenizer.pad_token = tokenizer.eos_token
     try:
         yield
     finally:
         tokenizer.padding_side = before
+        if pad is None:
+            tokenizer.pad_token = None

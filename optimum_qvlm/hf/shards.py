@@ -44,7 +44,7 @@ def read_tensor(files: Iterable[str | Path], name: str) -> Tensor:
     """
     for file in files:
         with safe_open(file, framework="pt") as shard:
-            if name in shard.keys():  # noqa: SIM118
+            if name in shard.keys():
                 found: Tensor = shard.get_tensor(name)
                 return found
     raise CheckpointError(f"tensor {name} is missing from the checkpoint's files; fetch it again")

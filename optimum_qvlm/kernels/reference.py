@@ -53,7 +53,8 @@ def _round(x: Tensor, bits: int, group: int | None, clip: float) -> tuple[Tensor
     grouped = _split(x, group).float()
     qmax = 2 ** (bits - 1) - 1
     peak = torch.linalg.vector_norm(grouped, ord=float("inf"), dim=-1, keepdim=True)
-    scale = torch.where(peak > 0, peak * clip / qmax, 1.0)
+    scale = peak * clip / qmax
+    scale = torch.where(scale > 0, scale, 1.0)  # zeros, and peaks so small that their scale underflows
     return (grouped / scale).round_().clamp_(-qmax, qmax), scale
 
 

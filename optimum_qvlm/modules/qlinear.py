@@ -28,7 +28,7 @@ class LinearFormat:
 class QuantLinear(nn.Linear):
     """`nn.Linear` over packed integers: `y = Q(x) dequantize(W)^T + b`.
 
-    Parameters (none of them trainable but the bias):
+    Parameters, of which only the bias can be trained:
         weight_packed: int32 [out_features, words], see `optimum_qvlm.quant.packing`.
         weight_scale: [out_features, groups], floating.
         weight_zero_point: int32 [words, groups], packed along the rows; None on a symmetric grid.
@@ -38,6 +38,7 @@ class QuantLinear(nn.Linear):
     """
 
     weight_zero_point: Tensor | None
+    _is_hf_initialized = True  # transformers would dequantize each weight at load, to fill a copy with random values
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class QuantLinear(nn.Linear):
         zero = torch.empty(packed_width(out_features, bits), groups, dtype=torch.int32, device=device)
         self.register_parameter("weight_zero_point", None if format.weight.symmetric else _frozen(zero))
         shift = torch.empty(out_features, dtype=bias_dtype, device=device)
-        self.register_parameter("bias", _frozen(shift) if bias else None)
+        self.register_parameter("bias", nn.Parameter(shift) if bias else None)
 
     @classmethod
     def from_quantized(cls, quantized: QuantizedWeight, bias: Tensor | None, format: LinearFormat) -> Self:

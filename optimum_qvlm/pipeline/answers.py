@@ -29,12 +29,11 @@ def fill_answers(
     open_ones = [i for i, sample in enumerate(filled) if sample.answer is None and sample.text is None]
     groups = [open_ones[start : start + batch] for start in range(0, len(open_ones), batch)]
     tokenizer = tokenizer_of(processor)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     with torch.no_grad(), streamed(model, layers, device):
         for group in logging.tqdm(groups, desc="answering", unit="batch", disable=not groups):
             prompt = {n: t.to(device) for n, t in make_prompts([filled[i] for i in group], processor).items()}
-            output = model.generate(
-                **prompt, do_sample=False, max_new_tokens=ANSWER_TOKENS, pad_token_id=tokenizer.pad_token_id
-            )
+            output = model.generate(**prompt, do_sample=False, max_new_tokens=ANSWER_TOKENS, pad_token_id=pad)
             texts = tokenizer.batch_decode(output[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
             for index, text in zip(group, texts, strict=True):
                 filled[index] = replace(filled[index], answer=text.strip())

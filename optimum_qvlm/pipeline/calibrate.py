@@ -94,7 +94,8 @@ class _Work:
         for index, part in enumerate(self.plan.parts):
             runs = captured.pop(part.name)
             inputs = [run.hidden for run in runs] if index == 0 else tracer.inputs(part, batches, runs)
-            sampler = TokenSampler(batches, runs, self.options.search_tokens, self.options.seed)
+            masks = [None if part.vision else batches[run.batch].get("attention_mask") for run in runs]
+            sampler = TokenSampler(masks, self.options.search_tokens, self.options.seed)
             self._search_part(part, _Chain(runs, inputs, sampler, self.device), bar)
 
     def _forward(self) -> Callable[..., Any]:

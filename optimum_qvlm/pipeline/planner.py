@@ -69,7 +69,7 @@ class _Planner:
         layers = tuple(
             PlannedLayer(path=path, name=self._display(path), sites=self._sites(path, part)) for path in part.layers
         )
-        return PlannedPart(name=part.name, layers=layers)
+        return PlannedPart(name=part.name, layers=layers, vision=part.vision)
 
     def _display(self, path: str) -> str:
         """The disk name of a layer, read off one of its linears."""

@@ -1,23 +1,25 @@
 """Which tokens the search looks at."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from optimum_qvlm.pipeline.capture import Run
-
 
 class TokenSampler:
-    """Draws the same tokens of a run for every site that sees as many of them; padding is never drawn."""
+    """Draws the same tokens of a run for every site that sees as many of them; padding is never drawn.
 
-    def __init__(self, batches: Sequence[Mapping[str, Tensor]], runs: Sequence[Run], budget: int, seed: int) -> None:
-        self._batches, self._runs, self._seed = batches, runs, seed
-        self._share = -(-budget // max(len(runs), 1))
+    `masks` has one entry per run of a part: the attention mask [rows, tokens] of its batch, or None where every
+    token is real.
+    """
+
+    def __init__(self, masks: Sequence[Tensor | None], budget: int, seed: int) -> None:
+        self._masks, self._seed = masks, seed
+        self._share = -(-budget // max(len(masks), 1))
 
     def valid(self, number: int, rows: int, tokens: int) -> Tensor | None:
         """Mask [rows * tokens] of tokens that are not padding in a run, None where all are real."""
-        mask = self._batches[self._runs[number].batch].get("attention_mask")
+        mask = self._masks[number]
         if mask is None or mask.shape != (rows, tokens):
             return None
         return mask.reshape(-1).bool()

@@ -48,6 +48,21 @@ def answer_logits(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> list[T
     return logits
 
 
+def right_answers(logits: Sequence[Tensor], batches: Sequence[Mapping[str, Tensor]]) -> list[bool]:
+    """Whether each sample's whole answer, its end included, is the model's first choice token by token.
+
+    That is the case exactly where greedy generation gives the answer. `logits` are those of `answer_logits`.
+    """
+    right: list[bool] = []
+    for found, batch in zip(logits, batches, strict=True):
+        labels = batch["labels"][:, 1:].cpu()
+        wanted = labels != IGNORED
+        agrees = torch.ones_like(wanted)
+        agrees[wanted] = found.argmax(-1) == labels[wanted]
+        right += agrees.all(dim=1).tolist()
+    return right
+
+
 def compare(reference: Sequence[Tensor], found: Sequence[Tensor]) -> Fidelity:
     """Fidelity of `found` to `reference`, both as `answer_logits` returns them."""
     kl = agreed = tokens = 0.0

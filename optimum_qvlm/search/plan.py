@@ -48,10 +48,11 @@ class PlannedLayer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedPart:
-    """A chain of layers: each reads what the one before returned."""
+    """A chain of layers: each reads what the one before returned. `vision` ones see no text tokens."""
 
     name: str
     layers: tuple[PlannedLayer, ...]
+    vision: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
