@@ -227,7 +227,11 @@ def test_every_form_names_the_bad_image(form, tmp_path):
         read_sample(record, "dataset[3]")
 
 
-@pytest.mark.parametrize("image", [3, b"bytes", np.zeros((2, 2, 3)), {"bytes": b"", "path": None}], ids=lambda image: type(image).__name__)
+@pytest.mark.parametrize(
+    "image",
+    [3, b"bytes", np.zeros((2, 2, 3)), {"bytes": b"", "path": None}],
+    ids=lambda image: type(image).__name__,
+)
 def test_other_objects_are_no_images(image):
     message = rf"dataset\[3\]: an image must be a PIL image or a file path, got {type(image).__name__}"
     with pytest.raises(DataError, match=message):

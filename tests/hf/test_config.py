@@ -1,0 +1,329 @@
+"""`QVLMConfig`: what it refuses, and that it survives JSON and copying."""
+
+import copy
+import json
+
+import pytest
+
+from optimum_qvlm import QVLMConfig, QVLMError
+from optimum_qvlm.errors import ConfigError, SpecError
+from optimum_qvlm.hf.config import FORMAT_VERSION, CalibrationRecord, config_digest, config_identity
+from optimum_qvlm.quant.spec import Scheme
+from optimum_qvlm.search.plan import ModuleRecord
+
+OVERRIDES = {"lm_head": "w8a8", "layers.0": None, "*.down_proj": {"scheme": "w4a16", "group_size": 32}}
+
+
+def make_record(**changes) -> CalibrationRecord:
+    """One module, one block, sealed."""
+    module = ModuleRecord(
+        in_features=64,
+        out_features=32,
+        bias=False,
+        weight_bits=4,
+        weight_group=32,
+        symmetric=True,
+        scale_dtype="bfloat16",
+        activation_bits=8,
+        activation_group=None,
+        activation_clip=0.95,
+        weight_clip=0.8125,
+        site="layers.0.q_proj",
+    )
+    values = {
+        "modules": {"layers.0.q_proj": module},
+        "blocks": [{"part": "language", "first": 0, "last": 0}],
+        "calibration": {"method": "qvlm", "samples": 4},
+        "manifest": {"layers.0.q_proj.weight_scale": ["BF16", [32, 2]]},
+        "digest": "0" * 64,
+    }
+    return CalibrationRecord(**(values | changes))
+
+
+def through_json(config: QVLMConfig) -> QVLMConfig:
+    return QVLMConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+
+
+@pytest.mark.parametrize("field", ["scheme", "vision_scheme"])
+@pytest.mark.parametrize("value", ["w9a1", "w4", "w1a8", "w4a9", "W4A8", "w4a8 ", "", 4, ["w4a8"]])
+def test_unknown_schemes_are_refused_with_the_known_ones(field, value):
+    with pytest.raises(SpecError, match=r"unknown scheme .*; use one of w4a16, w4a8, w4a4, w6a6, w8a8, or w<bits>"):
+        QVLMConfig(**{field: value})
+
+
+def test_the_language_model_needs_a_scheme():
+    """None would mean: quantize nothing, which is what leaving the configuration out does."""
+    with pytest.raises(SpecError, match="unknown scheme None"):
+        QVLMConfig(None)
+
+
+@pytest.mark.parametrize("field", ["num_samples", "batch_size", "max_length", "search_tokens"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "64", None, True])
+def test_counts_must_be_positive_integers(field, value):
+    with pytest.raises(ConfigError, match=f"{field} must be a positive integer, got {value!r}"):
+        QVLMConfig(**{field: value})
+
+
+@pytest.mark.parametrize("value", [-1, 0.5, "0", None, True])
+def test_seeds_must_be_integers_from_zero(value):
+    with pytest.raises(ConfigError, match=f"seed must be an integer of at least 0, got {value!r}"):
+        QVLMConfig(seed=value)
+
+
+@pytest.mark.parametrize("value", [0, -32, 32.0, "32", "Auto", True, [32]])
+def test_group_sizes_must_be_auto_none_or_positive(value):
+    with pytest.raises(ConfigError, match='group_size must be "auto", None or a positive integer, got '):
+        QVLMConfig(group_size=value)
+
+
+@pytest.mark.parametrize("value", [1, "yes", None])
+def test_symmetric_must_be_a_boolean(value):
+    with pytest.raises(ConfigError, match=f"symmetric must be True or False, got {value!r}"):
+        QVLMConfig(symmetric=value)
+
+
+@pytest.mark.parametrize("value", ["gptq", "QVLM", None])
+def test_methods_are_qvlm_and_rtn(value):
+    with pytest.raises(ConfigError, match=f"method must be one of qvlm, rtn, got {value!r}"):
+        QVLMConfig(method=value)
+
+
+@pytest.mark.parametrize("value", ["lm_head", [1], ["lm_head", None], 5], ids=["text", "number", "none", "no list"])
+def test_modules_to_not_convert_must_be_a_list_of_names(value):
+    """A bare string would be taken letter by letter."""
+    with pytest.raises(ConfigError, match="modules_to_not_convert must be a list of name patterns, got "):
+        QVLMConfig(modules_to_not_convert=value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [5, ["w4a8"], {"bits": 4}, {"scheme": "w4a8", "groups": 32}],
+    ids=["number", "list", "other keys", "key too many"],
+)
+def test_overrides_must_be_schemes_or_known_settings(value):
+    with pytest.raises(ConfigError, match=r"overrides\['lm_head'\] must be a scheme, None, or a dict with scheme"):
+        QVLMConfig(overrides={"lm_head": value})
+
+
+def test_schemes_of_overrides_are_checked_at_once():
+    """Not hours later, when their module is reached."""
+    with pytest.raises(SpecError, match="unknown scheme 'w4'"):
+        QVLMConfig(overrides={"lm_head": {"scheme": "w4"}})
+
+
+def test_group_sizes_of_overrides_are_checked_at_once():
+    with pytest.raises(ConfigError, match=r"overrides\['lm_head'\]: group_size must be .*, got 0"):
+        QVLMConfig(overrides={"lm_head": {"group_size": 0}})
+
+
+def test_symmetric_of_overrides_is_checked_at_once():
+    with pytest.raises(ConfigError, match="symmetric must be True or False, got 'no'"):
+        QVLMConfig(overrides={"lm_head": {"symmetric": "no"}})
+
+
+@pytest.mark.parametrize("value", [["lm_head"], "lm_head", 5], ids=["list", "text", "number"])
+def test_overrides_must_be_a_mapping(value):
+    with pytest.raises(ConfigError, match="overrides must be"):
+        QVLMConfig(overrides=value)
+
+
+def test_patterns_of_overrides_must_be_text():
+    with pytest.raises(ConfigError, match="overrides"):
+        QVLMConfig(overrides={5: "w8a8"})
+
+
+def test_errors_are_value_errors():
+    """So that users need not know our classes."""
+    assert issubclass(ConfigError, QVLMError) and issubclass(QVLMError, ValueError)
+
+
+def test_options_carry_every_setting():
+    config = QVLMConfig(
+        "w4a4",
+        group_size=16,
+        vision_scheme="w6a6",
+        symmetric=False,
+        modules_to_not_convert=["lm_head"],
+        overrides=OVERRIDES,
+        seed=3,
+        method="rtn",
+        search_tokens=7,
+    )
+
+    options = config.options()
+
+    assert (options.language.scheme, options.language.group_size) == (Scheme(4, 4), 16)
+    assert (options.vision.scheme, options.vision.group_size) == (Scheme(6, 6), "auto")
+    assert not options.language.symmetric and not options.vision.symmetric
+    assert (options.keep, options.seed, options.method, options.search_tokens) == (("lm_head",), 3, "rtn", 7)
+    assert [pattern for pattern, _ in options.overrides] == list(OVERRIDES)
+    head, first, down = (choice for _, choice in options.overrides)
+    assert (head.scheme, head.group_size, head.symmetric) == (Scheme(8, 8), "auto", False)
+    assert first.scheme is None
+    assert (down.scheme, down.group_size, down.symmetric) == (Scheme(4, None), 32, False)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"vision_scheme": None, "group_size": None, "symmetric": False},
+        {"overrides": OVERRIDES, "modules_to_not_convert": ["a", "b"]},
+        {"num_samples": 3, "batch_size": 1, "max_length": 9, "seed": 2**40, "method": "rtn", "search_tokens": 1},
+        {"dataset": "scienceqa"},
+    ],
+    ids=["defaults", "nones", "patterns", "numbers", "preset"],
+)
+def test_settings_survive_json(settings):
+    config = QVLMConfig("w6a6", **settings)
+
+    again = through_json(config)
+
+    assert again == config
+    assert again.to_dict() == config.to_dict()
+    assert list(again.overrides or {}) == list(config.overrides or {})
+
+
+def test_the_order_of_overrides_survives_json():
+    """The first pattern that matches decides."""
+    config = QVLMConfig(overrides={"*": "w8a8", "lm_head": None})
+
+    assert list(through_json(config).overrides) == ["*", "lm_head"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"manifest": None, "digest": None}], ids=["sealed", "not saved yet"])
+def test_a_record_survives_json(changes):
+    config = QVLMConfig(overrides=OVERRIDES)
+    config.record = make_record(**changes)
+
+    again = through_json(config)
+
+    assert again.to_dict() == config.to_dict()
+    assert again.record.modules == config.record.modules
+    assert again.record.blocks == config.record.blocks
+    assert again.record.manifest == config.record.manifest
+
+
+def test_reading_computes_the_digest_of_what_was_read():
+    config = QVLMConfig()
+    config.record = make_record()
+    values = config.to_dict()
+
+    record = QVLMConfig.from_dict(values).record
+
+    assert record.digest == "0" * 64
+    assert record.found_digest == config_digest(values)
+    assert record.found_identity == config_identity(values)
+
+
+def test_the_identity_is_known_before_the_weights_are_written():
+    """It stands among them, so it cannot depend on their manifest."""
+    values = QVLMConfig().to_dict()
+
+    assert config_identity(values | {"manifest": {}, "digest": "x"}) == config_identity(values)
+    assert config_identity(values | {"seed": 1}) != config_identity(values)
+
+
+def test_the_digest_looks_at_everything_but_itself():
+    values = QVLMConfig().to_dict()
+
+    assert config_digest(values | {"digest": "x"}) == config_digest(values)
+    assert config_digest(dict(reversed(values.items()))) == config_digest(values)
+    assert config_digest(values | {"seed": 1}) != config_digest(values)
+
+
+def test_datasets_and_processors_are_never_written():
+    """They may be large, private, or both."""
+    config = QVLMConfig(dataset=[{"question": "secret"}], processor=object())
+
+    written = json.dumps(config.to_dict())
+
+    assert "secret" not in written and "processor" not in written
+    assert config.to_dict()["dataset"] is None
+
+
+def test_the_name_of_a_preset_is_written():
+    assert QVLMConfig(dataset="scienceqa").to_dict()["dataset"] == "scienceqa"
+
+
+def test_data_can_be_dropped():
+    config = QVLMConfig(dataset=[{"question": "q"}], processor=object())
+    preset = QVLMConfig(dataset="scienceqa")
+
+    config.drop_data()
+    preset.drop_data()
+
+    assert config.dataset is None and config.processor is None
+    assert preset.dataset == "scienceqa"
+
+
+def test_a_deep_copy_shares_data_and_nothing_else():
+    """transformers copies configurations; a dataset in memory or a processor must not be copied with them."""
+    config = QVLMConfig(
+        dataset=[object()], processor=object(), overrides=dict(OVERRIDES), modules_to_not_convert=["lm_head"]
+    )
+    config.record = make_record()
+
+    copied = copy.deepcopy(config)
+
+    assert copied.dataset is config.dataset and copied.processor is config.processor
+    assert copied == config
+    copied.overrides["new"] = None
+    copied.modules_to_not_convert.append("new")
+    copied.record.modules.clear()
+    assert list(config.overrides) == list(OVERRIDES)
+    assert config.modules_to_not_convert == ["lm_head"]
+    assert list(config.record.modules) == ["layers.0.q_proj"]
+
+
+def test_the_users_containers_are_not_taken_over():
+    """Changing the own list later must not change a configuration that was validated."""
+    keep, overrides = ["lm_head"], dict(OVERRIDES)
+    config = QVLMConfig(modules_to_not_convert=keep, overrides=overrides)
+
+    keep.append("new")
+    overrides["new"] = None
+
+    assert config.modules_to_not_convert == ["lm_head"]
+    assert list(config.overrides) == list(OVERRIDES)
+
+
+def test_unknown_fields_are_refused():
+    """A setting of a later release would otherwise be dropped without a word."""
+    with pytest.raises(ConfigError, match="unknown fields in quantization_config: bits, desc_act"):
+        QVLMConfig.from_dict({"quant_method": "qvlm", "scheme": "w4a8", "desc_act": True, "bits": 4})
+
+
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 99, "2", None])
+def test_newer_formats_are_refused_with_the_way_out(version):
+    with pytest.raises(ConfigError, match=r"format version .*reads up to 1; upgrade it: pip install -U optimum-qvlm"):
+        QVLMConfig.from_dict({"quant_method": "qvlm", "format_version": version})
+
+
+@pytest.mark.parametrize("modules", [None, [], {"a": {}}, {"a": None}, {"a": {"bits": 4}}])
+def test_records_that_are_not_whole_are_refused(modules):
+    values = QVLMConfig().to_dict() | {"digest": "0"}
+    if modules is not None:
+        values["modules"] = modules
+
+    with pytest.raises(ConfigError, match=r"the modules of quantization_config are not whole .*; fetch the checkpoint"):
+        QVLMConfig.from_dict(values)
+
+
+def test_unused_arguments_are_returned_when_asked_for():
+    """transformers passes what it was given and takes back what is not ours."""
+    config, rest = QVLMConfig.from_dict({"scheme": "w4a4"}, return_unused_kwargs=True, revision="main")
+
+    assert config.scheme == "w4a4"
+    assert rest == {"revision": "main"}
+
+
+def test_a_configuration_can_be_printed():
+    """`print(model.config)` shows it, also while a dataset is in it."""
+    assert '"scheme": "w4a8"' in repr(QVLMConfig(dataset=[object()]))
+
+
+def test_equality_is_of_settings():
+    assert QVLMConfig("w4a8") == QVLMConfig("w4a8")
+    assert QVLMConfig("w4a8") != QVLMConfig("w4a4")
+    assert QVLMConfig("w4a8") != "w4a8"

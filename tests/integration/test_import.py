@@ -1,0 +1,70 @@
+"""What `import optimum_qvlm` costs on top of transformers."""
+
+import json
+
+import pytest
+
+from tests.jobs import run_python
+
+pytestmark = pytest.mark.integration
+
+NEW_MODULES = """
+import json, sys
+import transformers.quantizers.auto
+before = set(sys.modules)
+import optimum_qvlm
+import torch
+print(json.dumps([sorted(set(sys.modules) - before), torch.cuda.is_initialized()]))
+"""
+
+TIMED = """
+import subprocess, sys
+code = "import transformers.quantizers.auto; import optimum_qvlm"
+print(subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True).stderr)
+"""
+
+LIMIT_MS = 300
+RUNS = 3
+
+
+@pytest.fixture(scope="module")
+def imported():
+    """Modules that the import adds, and whether CUDA was initialised."""
+    ran = run_python(NEW_MODULES)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def test_nothing_heavy_is_imported(imported):
+    """Programs that load a quantized model need no calibration, kernels compile when they are first used."""
+    modules, _ = imported
+
+    heavy = {"triton", "datasets", "matplotlib", "PIL", "accelerate", "optimum", "compressed_tensors", "pandas"}
+    assert not heavy & {module.partition(".")[0] for module in modules}
+
+
+def test_only_light_parts_of_the_package_are_imported(imported):
+    modules, _ = imported
+
+    late = ("optimum_qvlm.pipeline.calibrate", "optimum_qvlm.data", "optimum_qvlm.models", "optimum_qvlm.cli")
+    assert not [module for module in modules if module.startswith(late)]
+
+
+def test_cuda_is_left_alone(imported):
+    """An initialised device cannot be used after a fork."""
+    _, cuda_is_initialised = imported
+
+    assert not cuda_is_initialised
+
+
+def test_the_import_is_quick():
+    """Time of the package and what only it imports; the fastest of some runs, since machines are busy."""
+    fastest_ms = float("inf")
+    for _ in range(RUNS):
+        lines = run_python(TIMED).stdout.splitlines()
+        ours = [line for line in lines if line.rpartition("|")[2].strip() == "optimum_qvlm"]
+        fastest_ms = min(fastest_ms, int(ours[-1].split("|")[1]) / 1000)
+        if fastest_ms < LIMIT_MS:
+            break
+
+    assert fastest_ms < LIMIT_MS

@@ -1,0 +1,29 @@
+"""Plans for the tiny models, as calibration makes them."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from optimum_qvlm import QVLMConfig
+from optimum_qvlm.models.registry import adapter_for
+from optimum_qvlm.pipeline.planner import make_plan
+from optimum_qvlm.search.plan import QuantPlan
+
+CPU = torch.device("cpu")
+
+
+def plan_for(model: nn.Module, scheme: str = "w4a8", *, adapter: Any = None, **settings: Any) -> QuantPlan:
+    """The plan of a model whose tensors are named on disk as at run time."""
+    names = {path: path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    chosen = adapter_for(model) if adapter is None else adapter
+    return make_plan(chosen, QVLMConfig(scheme, **settings).options(), names)
+
+
+def forward_of(model: Any) -> Any:
+    """The model's forward as calibration runs it."""
+
+    def forward(**inputs: torch.Tensor) -> Any:
+        return model(**inputs, use_cache=False)
+
+    return forward
