@@ -123,11 +123,10 @@ def packed_bytes(model: nn.Module) -> int:
 
 
 def _empty(linear: nn.Linear, entry: ModuleRecord) -> QuantLinear:
-    format = LinearFormat(weight=entry.weight, activation=entry.activation, activation_clip=entry.activation_clip)
     return QuantLinear(
         entry.in_features,
         entry.out_features,
-        format,
+        _format(entry),
         bias=linear.bias is not None,
         scale_dtype=getattr(torch, entry.scale_dtype),
         bias_dtype=None if linear.bias is None else linear.bias.dtype,
@@ -135,13 +134,22 @@ def _empty(linear: nn.Linear, entry: ModuleRecord) -> QuantLinear:
     )
 
 
+def _format(entry: ModuleRecord) -> LinearFormat:
+    return LinearFormat(
+        weight=entry.weight,
+        activation=entry.activation,
+        activation_clip=entry.activation_clip,
+        equalized=entry.equalized,
+        rotation=entry.rotation,
+    )
+
+
 def _require_fit(name: str, entry: ModuleRecord, manifest: Mapping[str, Any]) -> None:
     """The tensors of a module against its recorded precision."""
     try:
-        format = LinearFormat(weight=entry.weight, activation=entry.activation)
         scale_dtype = getattr(torch, entry.scale_dtype)
         module = QuantLinear(
-            entry.in_features, entry.out_features, format, bias=False, scale_dtype=scale_dtype, device="meta"
+            entry.in_features, entry.out_features, _format(entry), bias=False, scale_dtype=scale_dtype, device="meta"
         )
     except (ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{name}: its entry in quantization_config is not valid: {error}") from error

@@ -43,6 +43,61 @@ def fake_quantize_tokens(x: Tensor, bits: int, group: int | None, clip: float) -
     return x + (rounded - x).detach() if x.requires_grad else rounded
 
 
+def quantize_static(x: Tensor, bits: int, scale: Tensor) -> Tensor:
+    """Round activations to symmetric integers with a fixed scale.
+
+    Args:
+        x: activations [..., channels], any floating dtype.
+        bits: 2..8.
+        scale: fp32 [1], above zero, the same for every token and channel.
+
+    Returns:
+        int8 codes of the shape of `x`; values beyond the grid saturate. Halves round to even.
+    """
+    return _round_static(x, bits, scale).to(torch.int8)
+
+
+def fake_quantize_static(x: Tensor, bits: int, scale: Tensor) -> Tensor:
+    """`x` rounded as by `quantize_static` and returned in its own dtype; gradients pass straight through."""
+    rounded = _round_static(x.detach(), bits, scale).mul_(scale.float()).to(x.dtype)
+    return x + (rounded - x).detach() if x.requires_grad else rounded
+
+
+def transform_tokens(x: Tensor, equalizer: Tensor | None, rotation: int | None) -> Tensor:
+    """Activations times `diag(equalizer) (I x H)`, in fp32.
+
+    Args:
+        x: activations [..., channels], any floating dtype.
+        equalizer: fp32 [channels], or None.
+        rotation: size of the Hadamard blocks along the channels, a power of two, or None.
+
+    Raises:
+        SpecError: `rotation` is no power of two or does not divide the channels.
+    """
+    x = x.float()
+    if equalizer is not None:
+        x = x * equalizer.float()
+    if rotation is not None:
+        x = (_split(x, rotation) @ hadamard(rotation, x.device)).reshape(x.shape)
+    return x
+
+
+def hadamard(size: int, device: torch.device | None = None) -> Tensor:
+    """Orthogonal, symmetric Hadamard matrix in Sylvester's order, fp32 [size, size].
+
+    Raises:
+        SpecError: `size` is no power of two.
+    """
+    if size < 1 or size & (size - 1) != 0:
+        raise SpecError(f"rotation={size} is no power of two")
+    index = torch.arange(size, device=device)
+    common = index.unsqueeze(0) & index.unsqueeze(1)
+    for shift in (8, 4, 2, 1):
+        common = common ^ (common >> shift)
+    matrix: Tensor = (1.0 - 2.0 * (common & 1)) * size**-0.5
+    return matrix
+
+
 def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Product of (already rounded) activations [..., in] with a dequantized weight [out, in]."""
     return F.linear(x, weight.to(x.dtype), bias)
@@ -56,6 +111,11 @@ def _round(x: Tensor, bits: int, group: int | None, clip: float) -> tuple[Tensor
     scale = peak * clip / qmax
     scale = torch.where(scale > 0, scale, 1.0)  # zeros, and peaks so small that their scale underflows
     return (grouped / scale).round_().clamp_(-qmax, qmax), scale
+
+
+def _round_static(x: Tensor, bits: int, scale: Tensor) -> Tensor:
+    qmax = 2 ** (bits - 1) - 1
+    return (x.float() / scale.float()).round_().clamp_(-qmax, qmax)
 
 
 def _split(x: Tensor, group: int | None) -> Tensor:

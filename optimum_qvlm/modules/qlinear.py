@@ -7,37 +7,45 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from optimum_qvlm.kernels import fake_quantize_tokens, quantized_linear
+from optimum_qvlm.kernels import fake_quantize_static, fake_quantize_tokens, quantized_linear, transform_tokens
 from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight
 from optimum_qvlm.quant.packing import pack_codes, packed_width, unpack_codes
 from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
+from optimum_qvlm.quant.transform import SiteTransform
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearFormat:
-    """How one linear is quantized: its grids and the clip of its activations.
+    """How one linear is quantized: its grids, the clip of its activations, the transform of its site.
 
-    `activation_clip` is the ratio of each token's (or group's) peak that the largest code stands for.
+    `activation_clip` is the ratio of each token's (or group's) peak that the largest code stands for; `equalized`
+    and `rotation` say what `optimum_qvlm.quant.transform.SiteTransform` does to the activations.
     """
 
     weight: WeightSpec
     activation: ActivationSpec | None = None
     activation_clip: float = 1.0
+    equalized: bool = False
+    rotation: int | None = None
 
 
 class QuantLinear(nn.Linear):
-    """`nn.Linear` over packed integers: `y = Q(x) dequantize(W)^T + b`.
+    """`nn.Linear` over packed integers: `y = Q(x T) dequantize(W)^T + b`.
 
     Parameters, of which only the bias can be trained:
         weight_packed: int32 [out_features, words], see `optimum_qvlm.quant.packing`.
         weight_scale: [out_features, groups], floating.
         weight_zero_point: int32 [words, groups], packed along the rows; None on a symmetric grid.
+        input_equalizer: fp32 [in_features], the diagonal of T; None where the site is not equalized.
+        input_scale: fp32 [1], the scale of a static activation; None on dynamic grids.
         bias: [out_features] or None.
 
     `format` holds the grids. `weight` is a property that dequantizes on demand, for code that looks at it.
     """
 
     weight_zero_point: Tensor | None
+    input_equalizer: Tensor | None
+    input_scale: Tensor | None
     _is_hf_initialized = True  # transformers would dequantize each weight at load, to fill a copy with random values
 
     def __init__(
@@ -59,12 +67,30 @@ class QuantLinear(nn.Linear):
         self.weight_scale = _frozen(torch.empty(out_features, groups, dtype=scale_dtype, device=device))
         zero = torch.empty(packed_width(out_features, bits), groups, dtype=torch.int32, device=device)
         self.register_parameter("weight_zero_point", None if format.weight.symmetric else _frozen(zero))
+        equalizer = torch.empty(in_features, dtype=torch.float32, device=device)
+        self.register_parameter("input_equalizer", _frozen(equalizer) if format.equalized else None)
+        static = format.activation is not None and format.activation.static
+        fixed = torch.empty(1, dtype=torch.float32, device=device)
+        self.register_parameter("input_scale", _frozen(fixed) if static else None)
         shift = torch.empty(out_features, dtype=bias_dtype, device=device)
         self.register_parameter("bias", nn.Parameter(shift) if bias else None)
 
     @classmethod
-    def from_quantized(cls, quantized: QuantizedWeight, bias: Tensor | None, format: LinearFormat) -> Self:
-        """Pack a rounded weight; the bias is taken as it is."""
+    def from_quantized(
+        cls,
+        quantized: QuantizedWeight,
+        bias: Tensor | None,
+        format: LinearFormat,
+        *,
+        input_equalizer: Tensor | None = None,
+        input_scale: Tensor | None = None,
+    ) -> Self:
+        """Pack a rounded weight, in which the inverse of the site's transform is already folded.
+
+        The bias is taken as it is. `input_equalizer` and `input_scale` go with `format.equalized` and a static
+        activation.
+        """
+        assert format.equalized == (input_equalizer is not None)
         rows, columns = quantized.codes.shape
         module = cls(
             columns,
@@ -79,6 +105,11 @@ class QuantLinear(nn.Linear):
         module.weight_scale = _frozen(quantized.scale.detach().clone())
         if quantized.zero_point is not None:
             module.weight_zero_point = _frozen(pack_codes(quantized.zero_point.T, bits).T.contiguous())
+        if input_equalizer is not None:
+            module.input_equalizer = _frozen(input_equalizer.detach().float().clone())
+        if module.input_scale is not None:
+            assert input_scale is not None
+            module.input_scale = _frozen(input_scale.detach().float().reshape(1).clone())
         if bias is not None:
             module.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
         return module
@@ -94,22 +125,35 @@ class QuantLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The dequantized weight [out_features, in_features] in the dtype of the scales."""
-        return dequantize_weight(self.quantized()).to(self.weight_scale.dtype)
+        """The dequantized weight [out_features, in_features] in the dtype of the scales, transform undone."""
+        return self._plain_weight().to(self.weight_scale.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """Product of the rounded input [..., in_features] with the weight, plus bias, in the input's dtype."""
-        activation = self.format.activation
-        if activation is not None:
+        activation, dtype = self.format.activation, input.dtype
+        if self.input_equalizer is not None or self.format.rotation is not None:
+            input = transform_tokens(input, self.input_equalizer, self.format.rotation)
+        if self.input_scale is not None:
+            assert activation is not None
+            input = fake_quantize_static(input, activation.bits, self.input_scale)
+        elif activation is not None:
             input = fake_quantize_tokens(input, activation.bits, activation.group, self.format.activation_clip)
-        return quantized_linear(input, dequantize_weight(self.quantized()), self.bias)
+        return quantized_linear(input.to(dtype), dequantize_weight(self.quantized()), self.bias)
+
+    def _plain_weight(self) -> Tensor:
+        transform = SiteTransform(self.input_equalizer, self.format.rotation)
+        weight = dequantize_weight(self.quantized())
+        return weight if transform.is_identity else transform.unfold(weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move and cast as any module, except that scales keep their dtype: codes were chosen for it."""
-        scale = self.weight_scale.detach()
+        fixed = ("weight_scale", "input_equalizer", "input_scale")
+        before = [(name, kept.detach()) for name in fixed if (kept := getattr(self, name)) is not None]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight_scale.dtype != scale.dtype:
-            self.weight_scale = _frozen(scale.to(self.weight_scale.device))
+        for name, kept in before:
+            found = getattr(self, name)
+            if found.dtype != kept.dtype:
+                setattr(self, name, _frozen(kept.to(found.device)))
         return self
 
     def reset_parameters(self) -> None:
@@ -120,7 +164,12 @@ class QuantLinear(nn.Linear):
         weight, activation = self.format.weight, self.format.activation
         shown = f"weight={weight.bits} bits/{weight.group or 'row'}"
         if activation is not None:
-            shown += f", activation={activation.bits} bits/{activation.group or 'token'}"
+            extent = "static" if activation.static else activation.group or "token"
+            shown += f", activation={activation.bits} bits/{extent}"
+        if self.format.equalized:
+            shown += ", equalized"
+        if self.format.rotation is not None:
+            shown += f", rotation={self.format.rotation}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, {shown}, bias={self.bias is not None}"
         )
@@ -129,7 +178,7 @@ class QuantLinear(nn.Linear):
         """A plain linear with the dequantized weight."""
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        linear.weight = nn.Parameter(dequantize_weight(self.quantized()).to(dtype), requires_grad=False)
+        linear.weight = nn.Parameter(self._plain_weight().to(dtype), requires_grad=False)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)
         return linear

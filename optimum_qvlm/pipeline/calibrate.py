@@ -153,9 +153,20 @@ class _Work:
             quantized = choice.weights[linear.name]
             bias = self._linear(linear.path).bias
             format = LinearFormat(
-                weight=linear.weight, activation=site.activation, activation_clip=choice.activation_clip
+                weight=linear.weight,
+                activation=site.activation,
+                activation_clip=choice.activation_clip,
+                equalized=choice.transform.equalizer is not None,
+                rotation=choice.transform.rotation,
             )
-            replace_module(self.model, linear.path, QuantLinear.from_quantized(quantized, bias, format))
+            module = QuantLinear.from_quantized(
+                quantized,
+                bias,
+                format,
+                input_equalizer=choice.transform.equalizer,
+                input_scale=choice.input_scale,
+            )
+            replace_module(self.model, linear.path, module)
             self.modules[linear.name] = ModuleRecord(
                 in_features=linear.in_features,
                 out_features=linear.out_features,
@@ -169,6 +180,9 @@ class _Work:
                 activation_clip=choice.activation_clip,
                 weight_clip=choice.weight_clips[linear.name],
                 site=site.name,
+                activation_static=site.activation is not None and site.activation.static,
+                equalized=format.equalized,
+                rotation=format.rotation,
             )
 
 

@@ -40,19 +40,23 @@ class WeightSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationSpec:
-    """Symmetric dynamic grid for one activation [tokens, channels].
+    """Symmetric grid for one activation [tokens, channels].
 
-    `group` counts channels of a token that share a scale; None shares the whole token.
+    A dynamic grid takes its scale from each input: `group` counts channels of a token that share it, None shares the
+    whole token. A `static` one has a single scale, found once in calibration.
     """
 
     bits: int
     group: int | None = None
+    static: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise SpecError(f"activation bits must lie in 2..8 (16 means not quantized), got {self.bits}")
         if self.group is not None and self.group < 1:
             raise SpecError(f"group must be positive or None, got {self.group}")
+        if self.static and self.group is not None:
+            raise SpecError(f"a static activation has one scale, got group={self.group}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,9 @@ class ModuleRecord:
     """What one linear got: its effective precision. Saved in the checkpoint and asserted at load.
 
     `activation_clip` is the ratio of the dynamic peak that the largest code stands for, `weight_clip` the mean
-    over rows and groups of the same ratio for the weight (already contained in the scales).
+    over rows and groups of the same ratio for the weight (already contained in the scales). `activation_static`
+    marks a scale fixed in calibration, `equalized` and `rotation` the transform of the site
+    (`optimum_qvlm.quant.transform`).
     """
 
     in_features: int
@@ -101,6 +103,9 @@ class ModuleRecord:
     activation_clip: float
     weight_clip: float
     site: str
+    activation_static: bool = False
+    equalized: bool = False
+    rotation: int | None = None
 
     @property
     def weight(self) -> WeightSpec:
@@ -112,7 +117,7 @@ class ModuleRecord:
         """The activation's grid."""
         if self.activation_bits is None:
             return None
-        return ActivationSpec(bits=self.activation_bits, group=self.activation_group)
+        return ActivationSpec(bits=self.activation_bits, group=self.activation_group, static=self.activation_static)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

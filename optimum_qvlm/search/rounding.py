@@ -9,6 +9,7 @@ from torch import Tensor
 from optimum_qvlm.kernels import fake_quantize_tokens
 from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight, quantize_weight, split_groups
 from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
+from optimum_qvlm.quant.transform import SiteTransform
 
 ROWS_AT_ONCE = 1024
 
@@ -50,6 +51,7 @@ class SiteProblem:
 class SiteChoice:
     """The rounding function that was found.
 
+    `weights` hold the inverse of `transform` folded in. `input_scale` is the fp32 [1] scale of a static activation.
     `error` and `nearest_error` are relative: squared error of the site's outputs over their squared norm,
     for this choice and for round-to-nearest (NaN where there was nothing to measure on).
     """
@@ -59,6 +61,8 @@ class SiteChoice:
     weight_clips: dict[str, float] = field(default_factory=dict)
     error: float = float("nan")
     nearest_error: float = float("nan")
+    transform: SiteTransform = field(default_factory=SiteTransform)
+    input_scale: Tensor | None = None
 
 
 def round_to_nearest(

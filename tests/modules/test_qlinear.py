@@ -1,6 +1,7 @@
 """The quantized linear: what it computes, and that it passes for an `nn.Linear`."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from optimum_qvlm.kernels import fake_quantize_tokens
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.quant.affine import dequantize_weight, quantize_weight
 from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
+from optimum_qvlm.quant.transform import SiteTransform
 
 BITS = range(2, 9)
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -307,3 +309,38 @@ def test_initialisation_leaves_packed_weights_alone():
     module.reset_parameters()
 
     assert torch.equal(module.weight, before)
+
+
+@pytest.mark.parametrize("rotation", [None, 32])
+@pytest.mark.parametrize("equalized", [False, True])
+def test_a_transformed_linear_computes_what_its_parts_say(equalized, rotation):
+    """Transform, rounding and product in this order; `weight` and `to_linear` undo the transform."""
+    linear = make_linear()
+    factors = torch.linspace(0.5, 2.0, 96) if equalized else None
+    transform = SiteTransform(factors, rotation)
+    format = replace(make_format(bits=4, group=32, activation_bits=4), equalized=equalized, rotation=rotation)
+    rounded = quantize_weight(transform.fold(linear.weight.detach()), format.weight)
+
+    module = QuantLinear.from_quantized(rounded, linear.bias, format, input_equalizer=factors)
+
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(2))
+    expected = F.linear(
+        fake_quantize_tokens(transform.tokens(x), 4, 32, 1.0), dequantize_weight(rounded), linear.bias.detach()
+    )
+    assert torch.equal(module(x), expected)
+    assert torch.allclose(module.weight, transform.unfold(dequantize_weight(rounded)), atol=1e-6)
+    assert torch.equal(module.to_linear(torch.float32).weight, module.weight)
+    assert module.half().input_equalizer is None or module.input_equalizer.dtype == torch.float32
+
+
+def test_a_static_activation_keeps_its_scale():
+    """The scale does not follow the input: values beyond the grid saturate."""
+    linear = make_linear()
+    format = LinearFormat(weight=WeightSpec(bits=4, group=32), activation=ActivationSpec(bits=4, static=True))
+    rounded = quantize_weight(linear.weight.detach(), format.weight)
+    module = QuantLinear.from_quantized(rounded, None, format, input_scale=torch.tensor([0.5]))
+
+    x = torch.full((1, 96), 100.0)
+
+    assert torch.allclose(module(x), F.linear(torch.full((1, 96), 3.5), dequantize_weight(rounded)), rtol=1e-5)
+    assert module.half().input_scale.dtype == torch.float32

@@ -145,3 +145,10 @@ def test_activations_below_eight_bits_share_the_groups_of_the_weight(scheme, wei
     parsed = Scheme.parse(scheme)
 
     assert parsed.activation_spec(WeightSpec(bits=parsed.weight_bits, group=weight_group)) == expected
+
+
+def test_a_static_activation_has_one_scale():
+    """Groups and a fixed scale exclude each other; the message shows the group."""
+    assert ActivationSpec(bits=4, static=True).static
+    with pytest.raises(SpecError, match="a static activation has one scale, got group=32"):
+        ActivationSpec(bits=4, group=32, static=True)
