@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from optimum_qvlm.data.recipe import Recipe
+from optimum_qvlm.models.registry import adapter_for
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.modules.swap import replace_module
 from optimum_qvlm.pipeline import checks
@@ -77,26 +78,35 @@ class _Work:
     def round_all(self, bar: Any) -> None:
         for part in self.plan.parts:
             for layer in part.layers:
-                with resident(self.model, layer.path, self.device):
-                    for site in layer.sites:
-                        weights, specs = self._weights(site)
-                        self._swap(site, round_to_nearest(weights, specs, self._scale_dtype(site)))
+                self._round(layer)
                 bar.update()
+        for layer in self.plan.unused:
+            self._round(layer)
+
+    def _round(self, layer: PlannedLayer) -> None:
+        with resident(self.model, layer.path, self.device):
+            for site in layer.sites:
+                weights, specs = self._weights(site)
+                self._swap(site, round_to_nearest(weights, specs, self._scale_dtype(site)))
 
     def search_all(self, batches: Sequence[Mapping[str, Tensor]], bar: Any) -> None:
-        tracer = Tracer(self.model, self._forward(), self.plan.parts, self.device)
+        joins = {part.name: part.join for part in adapter_for(self.model).parts() if part.join is not None}
+        tracer = Tracer(self.model, self._forward(), self.plan.parts, self.device, joins)
         bar.set_description("capturing inputs")
         captured = tracer.capture(batches)
+        checks.require_unused(tracer, self.plan.unused, captured, batches)
         for part in self.plan.parts:
             checks.require_chain(self.model, part, captured[part.name][0], self.device)
             for number, layer in enumerate(part.layers):
                 checks.require_shared_inputs(self.model, layer, captured[part.name][0], number, self.device)
         for index, part in enumerate(self.plan.parts):
             runs = captured.pop(part.name)
-            inputs = [run.hidden for run in runs] if index == 0 else tracer.inputs(part, batches, runs)
+            quantized = [replace(run) for run in runs] if index == 0 else tracer.enter(part, batches, runs)
             masks = [None if part.vision else batches[run.batch].get("attention_mask") for run in runs]
             sampler = TokenSampler(masks, self.options.search_tokens, self.options.seed)
-            self._search_part(part, _Chain(runs, inputs, sampler, self.device), bar)
+            self._search_part(part, _Chain(runs, quantized, sampler, self.device), bar)
+        for layer in self.plan.unused:
+            self._round(layer)
 
     def _forward(self) -> Callable[..., Any]:
         """The model's forward without a cache, and without logits where no part needs them."""
@@ -191,7 +201,7 @@ class _Chain:
     """Hidden states of one part, run by run: the full-precision chain and the quantized one, on the CPU."""
 
     runs: list[Run]
-    quantized: list[Tensor]
+    quantized: list[Run]
     sampler: TokenSampler
     device: torch.device
 
@@ -205,8 +215,8 @@ class _Chain:
         """Sampled tokens [tokens, in_features] that reach the site through the quantized prefix."""
         local = site.linears[0].path.removeprefix(layer_path).removeprefix(".")
         taken = []
-        for index, (run, hidden) in enumerate(zip(self.runs, self.quantized, strict=True)):
-            run_layer = _bind(run, number, module, hidden.to(self.device), self.device)
+        for index, run in enumerate(self.quantized):
+            run_layer = _bind(run, number, module, run.hidden.to(self.device), self.device)
             tensor = linear_inputs(module, [local], run_layer)[local]
             tokens = self.sampler.take(index, tensor)
             require_finite(tokens, site.name, run.batch)
@@ -216,12 +226,12 @@ class _Chain:
     def advance(self, module: nn.Module, number: int, wanted: Sequence[Tensor], name: str) -> float:
         """Push the quantized chain through the quantized layer. Returns the relative squared error."""
         error = norm = 0.0
-        for index, run in enumerate(self.runs):
-            output = run.calls[number](module, self.quantized[index].to(self.device), self.device)
+        for index, run in enumerate(self.quantized):
+            output = run.calls[number](module, run.hidden.to(self.device), self.device)
             require_finite(output, name, run.batch)
             change, size = self.sampler.relative_error(index, output, wanted[index].to(self.device))
             error, norm = error + change, norm + size
-            self.quantized[index] = output.cpu()
+            run.hidden = output.cpu()
         return error / max(norm, 1e-30)
 
 

@@ -66,18 +66,24 @@ class Block:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantPlan:
-    """Parts in execution order, their blocks, and the linears that stay as they are."""
+    """Parts in execution order, their blocks, and the linears that stay as they are.
+
+    `unused` layers run, but nothing reads what they return: they are in no part and no block, and their linears are
+    rounded to nearest.
+    """
 
     parts: tuple[PlannedPart, ...]
     blocks: tuple[Block, ...]
     kept: tuple[str, ...]
+    unused: tuple[PlannedLayer, ...] = ()
 
     def sites(self) -> list[Site]:
-        """All sites in execution order."""
-        return [site for part in self.parts for layer in part.layers for site in layer.sites]
+        """All sites, those of the parts in execution order, then those of unused layers."""
+        layers = [layer for part in self.parts for layer in part.layers]
+        return [site for layer in (*layers, *self.unused) for site in layer.sites]
 
     def linears(self) -> list[PlannedLinear]:
-        """All linears that will be quantized, in execution order."""
+        """All linears that will be quantized, in the order of their sites."""
         return [linear for site in self.sites() for linear in site.linears]
 
 
