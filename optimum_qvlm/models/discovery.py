@@ -65,4 +65,4 @@ class DiscoveredAdapter(LlavaAdapter):
 
     def _path(self, module: nn.Module) -> str:
         paths = (path for path, candidate in self.model.named_modules() if candidate is module)
-        return next(paths)
+        return str(next(paths))

@@ -94,11 +94,11 @@ class _Work:
         tracer = Tracer(self.model, self._forward(), self.plan.parts, self.device, joins)
         bar.set_description("capturing inputs")
         captured = tracer.capture(batches)
-        checks.require_unused(tracer, self.plan.unused, captured, batches)
         for part in self.plan.parts:
             checks.require_chain(self.model, part, captured[part.name][0], self.device)
             for number, layer in enumerate(part.layers):
                 checks.require_shared_inputs(self.model, layer, captured[part.name][0], number, self.device)
+        checks.require_unused(tracer, self.plan.unused, captured, batches)
         for index, part in enumerate(self.plan.parts):
             runs = captured.pop(part.name)
             quantized = [replace(run) for run in runs] if index == 0 else tracer.enter(part, batches, runs)

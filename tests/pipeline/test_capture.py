@@ -139,7 +139,7 @@ def test_nothing_stays_hooked(case):
     before = count_hooks(model)
     tracer = make_tracer(model)
 
-    tracer.inputs(tracer.parts[-1], batches, tracer.capture(batches)[tracer.parts[-1].name])
+    tracer.enter(tracer.parts[-1], batches, tracer.capture(batches)[tracer.parts[-1].name])
 
     assert count_hooks(model) == before
 
@@ -150,7 +150,7 @@ def test_inputs_of_an_unchanged_model_are_those_captured(case):
     captured = tracer.capture(batches)
 
     for part in tracer.parts:
-        found = tracer.inputs(part, batches, captured[part.name])
+        found = [run.hidden for run in tracer.enter(part, batches, captured[part.name])]
         assert all(torch.equal(a, run.hidden) for a, run in zip(found, captured[part.name], strict=True))
 
 
@@ -162,7 +162,7 @@ def test_inputs_follow_changes_of_earlier_parts():
     with torch.no_grad():
         model.model.multi_modal_projector.linear_2.weight.mul_(2)
 
-    found = tracer.inputs(tracer.parts[2], batches, captured["language"])
+    found = [run.hidden for run in tracer.enter(tracer.parts[2], batches, captured["language"])]
 
     assert not any(torch.equal(a, run.hidden) for a, run in zip(found, captured["language"], strict=True))
 
@@ -174,7 +174,7 @@ def test_inputs_of_mixed_batches_match_their_runs():
     captured = tracer.capture(batches)
 
     for part in tracer.parts:
-        found = tracer.inputs(part, batches, captured[part.name])
+        found = [run.hidden for run in tracer.enter(part, batches, captured[part.name])]
         assert all(torch.equal(a, run.hidden) for a, run in zip(found, captured[part.name], strict=True))
 
 
