@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from optimum_qvlm.data.recipe import Recipe
-from optimum_qvlm.models.registry import adapter_for
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.modules.swap import replace_module
 from optimum_qvlm.pipeline import checks
@@ -90,8 +89,7 @@ class _Work:
                 self._swap(site, round_to_nearest(weights, specs, self._scale_dtype(site)))
 
     def search_all(self, batches: Sequence[Mapping[str, Tensor]], bar: Any) -> None:
-        joins = {part.name: part.join for part in adapter_for(self.model).parts() if part.join is not None}
-        tracer = Tracer(self.model, self._forward(), self.plan.parts, self.device, joins)
+        tracer = Tracer.of(self.model, self.plan, self.device)
         bar.set_description("capturing inputs")
         captured = tracer.capture(batches)
         for part in self.plan.parts:
@@ -107,16 +105,6 @@ class _Work:
             self._search_part(part, _Chain(runs, quantized, sampler, self.device), bar)
         for layer in self.plan.unused:
             self._round(layer)
-
-    def _forward(self) -> Callable[..., Any]:
-        """The model's forward without a cache, and without logits where no part needs them."""
-        whole = any(part.name == "head" for part in self.plan.parts)
-        target: Any = self.model if whole else self.model.base_model
-
-        def forward(**inputs: Tensor) -> Any:
-            return target(**inputs, use_cache=False)
-
-        return forward
 
     def _search_part(self, part: PlannedPart, chain: "_Chain", bar: Any) -> None:
         numbers = {(b.part, n): i for i, b in enumerate(self.plan.blocks) for n in range(b.first, b.last + 1)}

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from optimum_qvlm.errors import CalibrationError, UnsupportedModelError
 from optimum_qvlm.models.adapter import Join
+from optimum_qvlm.models.registry import adapter_for
 from optimum_qvlm.pipeline.streaming import streamed
-from optimum_qvlm.search.plan import PlannedPart
+from optimum_qvlm.search.plan import PlannedPart, QuantPlan
 
 HIDDEN = "hidden_states"
 
@@ -165,6 +166,14 @@ class Tracer:
         """What the model's forward returns first for a batch: logits, or the last hidden states."""
         with self._ready():
             return first_tensor(tuple(self._forward(batch).values()))
+
+    @classmethod
+    def of(cls, model: Any, plan: QuantPlan, device: torch.device) -> "Tracer":
+        """For a plan and its model's adapter. Forwards use no cache, and compute logits only where a part is there."""
+        whole = any(part.name == "head" for part in plan.parts)
+        target = model if whole else model.base_model
+        joins = {part.name: part.join for part in adapter_for(model).parts() if part.join is not None}
+        return cls(model, lambda **inputs: target(**inputs, use_cache=False), plan.parts, device, joins)
 
     @contextmanager
     def _ready(self) -> Iterator[None]:

@@ -32,8 +32,10 @@ def require_finite_weights(model: nn.Module, plan: QuantPlan) -> None:
             )
 
 
-def require_chain(model: nn.Module, part: PlannedPart, run: Run, device: torch.device) -> None:
+def require_chain(model: nn.Module, part: PlannedPart, run: Run, device: torch.device) -> float:
     """Check on one run that the layers, called alone one after the other, give what the real forward gave.
+
+    Returns their relative difference.
 
     Raises:
         UnsupportedModelError: they do not, so the adapter misses something that happens between them.
@@ -53,6 +55,7 @@ def require_chain(model: nn.Module, part: PlannedPart, run: Run, device: torch.d
             f"the {part.name} layers, run one after the other, differ from the model's own forward by "
             f"{difference:.2g} (limit {limit:.2g}); the model does more between its layers than the adapter says"
         )
+    return difference
 
 
 def require_unused(
