@@ -38,9 +38,7 @@ class DiscoveredAdapter(LlavaAdapter):
             return (Part(name="language", layers=self.numbered(self.layer_list(self.decoder))),)
         self.tower = tower
         projectors = self._projectors()
-        if not projectors:
-            raise UnsupportedModelError("no projector with linears lies between vision tower and decoder")
-        names = ["projector", *(f"projector {number}" for number in range(2, len(projectors) + 1))]
+        names = ["projector", *(f"projector {number}" for number in range(2, len(projectors) + 1))][: len(projectors)]
         return (
             self.tower_part(),
             *(Part(name=n, layers=(path,), vision=True) for n, path in zip(names, projectors, strict=True)),
@@ -54,13 +52,13 @@ class DiscoveredAdapter(LlavaAdapter):
         return None if path == "" or self.decoder.startswith(path) else path
 
     def _projectors(self) -> list[str]:
-        """Outermost modules with linears whose name says that they lead from tower to decoder."""
+        """Outermost modules with linears whose name says that they lead from tower to decoder; of lists, the entries."""
         layers = self.layer_list(self.tower)
         found: list[str] = []
         for path, module in self.model.named_modules():
             inside = any(path == outer or path.startswith(f"{outer}.") for outer in (self.decoder, layers, *found))
             if not inside and PROJECTOR_NAMES.search(path.rpartition(".")[2]) and holds_linear(module):
-                found.append(path)
+                found += self.numbered(path) if isinstance(module, nn.ModuleList) else [path]
         return found
 
     def _path(self, module: nn.Module) -> str:
