@@ -52,7 +52,7 @@ class DiscoveredAdapter(LlavaAdapter):
         return None if path == "" or self.decoder.startswith(path) else path
 
     def _projectors(self) -> list[str]:
-        """Outermost modules with linears whose name says that they lead from tower to decoder; of lists, the entries."""
+        """Outermost modules with linears that are named for leading from tower to decoder; of lists, the entries."""
         layers = self.layer_list(self.tower)
         found: list[str] = []
         for path, module in self.model.named_modules():
