@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from optimum_qvlm.pipeline.rehearsal import Cost
-from optimum_qvlm.search.plan import ModuleRecord, QuantPlan
+from optimum_qvlm.search.plan import ModuleRecord, PlannedLayer, QuantPlan
 
 UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3}
 
@@ -76,8 +76,10 @@ def module_rows(
 ) -> tuple[ModuleRow, ...]:
     """Rows of a plan whose linears got `records`; bytes by disk name."""
     numbers = {(b.part, n): i for i, b in enumerate(plan.blocks, 1) for n in range(b.first, b.last + 1)}
-    places = [(part.name, numbers[part.name, n], layer) for part in plan.parts for n, layer in enumerate(part.layers)]
-    places += [("unused", None, layer) for layer in plan.unused]  # type: ignore[list-item]
+    places: list[tuple[str, int | None, PlannedLayer]] = [
+        (part.name, numbers[part.name, n], layer) for part in plan.parts for n, layer in enumerate(part.layers)
+    ]
+    places += [("unused", None, layer) for layer in plan.unused]
     return tuple(
         ModuleRow(
             name=linear.name,
@@ -139,7 +141,8 @@ def _totals(run: DryRun) -> list[str]:
     return [
         *lines,
         f"estimate: {run.cost.seconds:.0f} s, {readable(run.cost.host_bytes)} of CPU memory, "
-        f"{readable(run.cost.device_bytes)} more on the device that computes",
+        f"{readable(run.cost.device_bytes)} more on the device that computes; "
+        f"this dry run took {run.rehearsal_seconds:.0f} s",
     ]
 
 
