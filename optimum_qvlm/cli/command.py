@@ -26,6 +26,9 @@ examples:
     optimum-cli export qvlm --model ./llava --override '*language_model*.layers.0.*=w8a8' \\
         --modules-to-not-convert multi_modal_projector llava-mixed/
 
+  See in minutes whether that would work, how long it would take and how large the result would be:
+    optimum-cli export qvlm --model ./llava --dry-run llava-w4a8/
+
 exit status:
   0 saved, 1 unexpected error, 2 usage or input that was refused, 130 interrupted
 """
@@ -91,6 +94,11 @@ class AddOverride(argparse.Action):
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """What is quantized, how it is loaded, where it goes."""
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder for the quantized model")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="try everything on one sample, print each module's precision and what the export would cost, save nothing",
+    )
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, help="folder or Hub id of the full-precision model")
     group.add_argument("--revision", default="main", help="branch, tag or commit on the Hub (%(default)s)")

@@ -47,6 +47,9 @@ def export(args: Namespace) -> None:
     from optimum_qvlm import QVLMConfig
 
     config = QVLMConfig(**arguments)
+    if args.dry_run:
+        print(try_out(args, config))
+        return
     model = load_model(args, config)
     model.save_pretrained(args.output)
     print(summary(args.output, args.scheme))
@@ -71,15 +74,25 @@ def config_arguments(args: Namespace) -> dict[str, Any]:
 
 def load_model(args: Namespace, config: object) -> Any:
     """The model, quantized by `config` while it loads."""
+    auto_class, options = loading(args)
+    return auto_class.from_pretrained(args.model, quantization_config=config, **options)
+
+
+def loading(args: Namespace) -> tuple[Any, dict[str, Any]]:
+    """The class to load the model with, and the options of its `from_pretrained`."""
     source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     auto_class = choose_auto_class(args.task, read_model_config(args.model, source))
-    return auto_class.from_pretrained(
-        args.model,
-        quantization_config=config,
-        dtype=args.dtype,
-        device_map=choose_device(args.device),
-        **source,
-    )
+    return auto_class, {"dtype": args.dtype, "device_map": choose_device(args.device), **source}
+
+
+def try_out(args: Namespace, config: Any) -> Any:
+    """What an export would do, tried; the rehearsal saves on the disk that the output would be on."""
+    from optimum_qvlm import dry_run
+
+    output = args.output.absolute()
+    folder = next(parent for parent in (output, *output.parents) if parent.is_dir())
+    auto_class, options = loading(args)
+    return dry_run(args.model, config, model_class=auto_class, folder=folder, **options)
 
 
 def read_model_config(model: str, source: dict[str, Any]) -> Any:

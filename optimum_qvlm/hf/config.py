@@ -113,6 +113,9 @@ class QVLMConfig(QuantizationConfigMixin):
         'w4a8'
     """
 
+    rehearse = False
+    """Set by `dry_run` on its copy: try the calibration out in place of doing it. No setting, and never saved."""
+
     def __init__(
         self,
         scheme: str = "w4a8",

@@ -1,12 +1,15 @@
 """What must be in order before a calibration starts: weights, processor, data."""
 
+import math
 import re
+import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoProcessor
 
-from optimum_qvlm.data.loader import LoaderOptions, fingerprint, make_batches, read_dataset
+from optimum_qvlm.data.loader import Batch, LoaderOptions, fingerprint, make_batches, read_dataset
 from optimum_qvlm.data.recipe import Recipe
 from optimum_qvlm.data.sample import Sample
 from optimum_qvlm.errors import CheckpointError, DataError
@@ -15,6 +18,7 @@ from optimum_qvlm.hf.source import Source
 from optimum_qvlm.models.registry import adapter_for
 from optimum_qvlm.pipeline.answers import fill_answers
 from optimum_qvlm.pipeline.calibrate import CalibrationData
+from optimum_qvlm.pipeline.rehearsal import Workload
 from optimum_qvlm.search.plan import QuantPlan
 
 
@@ -49,30 +53,95 @@ def prepare_data(
     Raises:
         DataError: data or processor are missing or do not fit the model.
     """
-    options = LoaderOptions(
-        num_samples=config.num_samples,
-        batch_size=config.batch_size,
-        max_length=config.max_length,
-        seed=config.seed,
+    loaded = _Loaded(model, config, source)
+    batches = loaded.ready
+    if loaded.conversations:
+        answered = loaded.answered(loaded.conversations, plan, device, batch=config.batch_size)
+        batches = loaded.render(answered)
+    return loaded.data(batches)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TriedData:
+    """The data of a dry run: all of it rendered, answers that are missing left out, and one sample of it."""
+
+    workload: Workload
+    recipe: Recipe
+    missing_answers: int
+
+
+def try_data(model: Any, plan: QuantPlan, config: QVLMConfig, source: Source, device: torch.device) -> TriedData:
+    """As `prepare_data`, but of the missing answers only one is written, to see how long it takes.
+
+    Raises:
+        DataError: as `prepare_data`.
+    """
+    loaded = _Loaded(model, config, source)
+    unanswered = [sample for sample in loaded.conversations if sample.answer is None and sample.text is None]
+    batches = loaded.render(loaded.conversations) if loaded.conversations else loaded.ready
+    data = loaded.data(batches)
+    answer_seconds = 0.0
+    if unanswered:
+        started = time.perf_counter()
+        loaded.answered(unanswered[:1], plan, device, batch=1)
+        answer_seconds = (time.perf_counter() - started) * math.ceil(len(unanswered) / config.batch_size)
+    with_image = [sample for sample in loaded.conversations if sample.has_image]
+    if loaded.conversations:
+        (sample,) = loaded.render((with_image or loaded.conversations)[:1])
+    else:
+        sample = next((batch for batch in batches if loaded.holds_image(batch)), batches[0])
+    return TriedData(
+        workload=Workload(sample=sample, batches=batches, answer_seconds=answer_seconds),
+        recipe=data.recipe,
+        missing_answers=len(unanswered),
     )
-    image_tokens = adapter_for(model).image_tokens()
-    origin, samples = read_dataset(config.dataset, options, wants_images=bool(image_tokens))
-    conversations = [sample for sample in samples if isinstance(sample, Sample)]
-    batches = [sample for sample in samples if not isinstance(sample, Sample)]
-    if conversations:
-        own = users_processor(config)
-        processor = source.load_processor() if own is None else own
+
+
+class _Loaded:
+    """Samples as the user's dataset holds them, with what renders them."""
+
+    def __init__(self, model: Any, config: QVLMConfig, source: Source) -> None:
+        self.model, self.config = model, config
+        self.options = LoaderOptions(
+            num_samples=config.num_samples,
+            batch_size=config.batch_size,
+            max_length=config.max_length,
+            seed=config.seed,
+        )
+        self.image_tokens = adapter_for(model).image_tokens()
+        self.origin, samples = read_dataset(config.dataset, self.options, wants_images=bool(self.image_tokens))
+        self.conversations = [sample for sample in samples if isinstance(sample, Sample)]
+        self.ready = [sample for sample in samples if not isinstance(sample, Sample)]
+        own = users_processor(config) if self.conversations else None
+        self.processor = source.load_processor() if self.conversations and own is None else own
+
+    def answered(self, samples: list[Sample], plan: QuantPlan, device: torch.device, *, batch: int) -> list[Sample]:
+        """The samples with the model's own answers where they have none."""
         layers = [layer.path for part in plan.parts for layer in part.layers]
-        answered = fill_answers(model, conversations, processor, layers=layers, device=device, batch=config.batch_size)
-        batches = make_batches(answered, processor, options, image_tokens)
-    _require_images(batches, image_tokens)
-    recipe = Recipe(
-        source=origin,
-        samples=sum(batch["input_ids"].shape[0] for batch in batches),
-        seed=config.seed,
-        fingerprint=fingerprint(batches),
-    )
-    return CalibrationData(batches=batches, recipe=recipe)
+        return fill_answers(self.model, samples, self.processor, layers=layers, device=device, batch=batch)
+
+    def render(self, samples: list[Sample]) -> list[Batch]:
+        """Batches of model inputs."""
+        return make_batches(samples, self.processor, self.options, self.image_tokens)
+
+    def holds_image(self, batch: Batch) -> bool:
+        """Whether a token of the batch stands for an image."""
+        return bool(torch.isin(batch["input_ids"], torch.tensor(self.image_tokens)).any())
+
+    def data(self, batches: list[Batch]) -> CalibrationData:
+        """The batches with their record; a processor that drops images would leave the tower without data."""
+        if self.image_tokens and not any(self.holds_image(batch) for batch in batches):
+            raise DataError(
+                f"no calibration input holds an image token ({', '.join(map(str, self.image_tokens))}); the "
+                "processor's chat template must place one for each image"
+            )
+        recipe = Recipe(
+            source=self.origin,
+            samples=sum(batch["input_ids"].shape[0] for batch in batches),
+            seed=self.config.seed,
+            fingerprint=fingerprint(batches),
+        )
+        return CalibrationData(batches=batches, recipe=recipe)
 
 
 def users_processor(config: QVLMConfig) -> Any:
@@ -87,13 +156,3 @@ def users_processor(config: QVLMConfig) -> Any:
         return AutoProcessor.from_pretrained(config.processor)
     except (OSError, ValueError) as error:
         raise DataError(f"processor={config.processor!r} could not be loaded: {error}") from error
-
-
-def _require_images(batches: list[dict[str, torch.Tensor]], image_tokens: tuple[int, ...]) -> None:
-    """A processor that drops images would leave the vision tower without data."""
-    wanted = torch.tensor(image_tokens)
-    if image_tokens and not any(bool(torch.isin(batch["input_ids"], wanted).any()) for batch in batches):
-        raise DataError(
-            f"no calibration input holds an image token ({', '.join(map(str, image_tokens))}); the processor's chat "
-            "template must place one for each image"
-        )

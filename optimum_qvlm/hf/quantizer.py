@@ -21,6 +21,7 @@ class QVLMQuantizer(HfQuantizer):
         source: where the checkpoint came from, for the files beside the weights.
         processor_files: name -> content of a processor that the user passed and the source lacks.
         report: content of `qvlm_report.json`, None where the source's own is copied.
+        dry_run: what a dry run showed, None after a real one.
     """
 
     requires_calibration = False
@@ -30,6 +31,7 @@ class QVLMQuantizer(HfQuantizer):
         self.source: Any = None
         self.processor_files: dict[str, bytes] = {}
         self.report: dict[str, Any] | None = None
+        self.dry_run: Any = None
         self._placement: Any = None
         self._plan: Any = None
         self._model: Any = None
@@ -123,6 +125,7 @@ class QVLMQuantizer(HfQuantizer):
 
     def _calibrate(self, model: Any) -> None:
         from optimum_qvlm.hf.checkpoint import packed_bytes
+        from optimum_qvlm.hf.dry_run import try_out
         from optimum_qvlm.hf.preparation import prepare_data, require_all_loaded, users_processor
         from optimum_qvlm.pipeline.calibrate import calibrate
         from optimum_qvlm.report.summary import summarize
@@ -131,13 +134,17 @@ class QVLMQuantizer(HfQuantizer):
         require_all_loaded(model)
         device = self._placement.compute_device()
         before = packed_bytes(model)
-        data = None
         if self.config.method != "rtn":
             self.config.processor = users_processor(self.config)
-            data = prepare_data(model, self._plan, self.config, self.source, device)
-            if self.config.processor is not None:
-                self._keep_processor(self.config.processor)
-        result = calibrate(model, self._plan, self.config.options(), data, device)
+        if self.config.rehearse:
+            self.dry_run, result = try_out(model, self._plan, self.config, self.source, device)
+        else:
+            data = None
+            if self.config.method != "rtn":
+                data = prepare_data(model, self._plan, self.config, self.source, device)
+            result = calibrate(model, self._plan, self.config.options(), data, device)
+        if self.config.processor is not None:
+            self._keep_processor(self.config.processor)
         self.report = summarize(result, self.config.to_dict(), bytes_before=before, bytes_after=packed_bytes(model))
         self.config.record = CalibrationRecord(
             modules=result.modules, blocks=result.blocks(), calibration=self.report["calibration"]

@@ -1,10 +1,10 @@
 """What calibration needs to know of a model family: its chains of layers, and which linears share an input."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from optimum_qvlm.errors import UnsupportedModelError
 
@@ -14,24 +14,58 @@ SHARED_INPUTS: tuple[tuple[str, ...], ...] = (
 )
 """Names of sibling linears that read the same tensor in every architecture that uses these names."""
 
+TOKEN_FIELDS = ("image_token_id", "image_token_index", "video_token_id")
+"""Fields of configurations that hold the id of a token which stands for a part of an image or video."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Join:
+    """What a model does to the hidden states between one layer of a part and the next.
+
+    Calibration runs layers alone, so it has to do the same. What is mixed in may come from parts that were
+    quantized before; it is read anew from the arguments of a call each time a chain enters the part, so the
+    full-precision chain gets what the full-precision model computes, the quantized one what the quantized does.
+
+    Attributes:
+        owner: dotted path of the module that runs the part's layers; its arguments hold what is mixed in.
+        apply: called with the number of the layer that comes next (from 1), the hidden states that the layer
+            before returned, and the owner's arguments by name. Returns what enters the next layer, as a new
+            tensor where it changes anything.
+    """
+
+    owner: str
+    apply: Callable[[int, Tensor, Mapping[str, Any]], Tensor]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     """A chain of layers, each reading the hidden states that the one before returned.
 
     Attributes:
-        name: what people call it: vision, projector, language, head.
+        name: what people call it: vision, projector, language, head. No two parts of a model share one.
         layers: dotted module paths in execution order.
         vision: whether the vision scheme applies.
+        unused: paths of layers that belong here but whose outputs nothing reads. They cannot be calibrated, and
+            are rounded to nearest. Calibration verifies that the model's output does not depend on them.
+        join: what happens between the layers, None where each reads exactly what the one before returned.
     """
 
     name: str
     layers: tuple[str, ...]
     vision: bool = False
+    unused: tuple[str, ...] = ()
+    join: Join | None = None
 
 
 class Adapter:
-    """Describes one model family. Subclasses say where the parts sit; the rest is shared."""
+    """Describes one model family. Subclasses say where the parts sit; the rest is shared.
+
+    Adapters are made on models without weights too, and must not run or change them.
+
+    Attributes:
+        model: the model.
+        config: its configuration.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -42,8 +76,12 @@ class Adapter:
         raise NotImplementedError
 
     def image_tokens(self) -> tuple[int, ...]:
-        """Token ids that stand for image patches in the text; empty for a text model."""
-        return ()
+        """Token ids that stand for image patches in the text; empty for a text model.
+
+        By default those that the configuration names in one of the fields `TOKEN_FIELDS`.
+        """
+        named = [getattr(self.config, field, None) for field in TOKEN_FIELDS]
+        return tuple(dict.fromkeys(token for token in named if isinstance(token, int)))
 
     def sites(self, layer: str) -> list[tuple[str, ...]]:
         """Paths of the linears of a layer, grouped by the input that they share, in definition order.
@@ -81,3 +119,32 @@ class Adapter:
         if not isinstance(children, Sequence | nn.ModuleList):
             raise UnsupportedModelError(f"{path} of {type(self.model).__name__} is not a list of layers")
         return tuple(f"{path}.{number}" for number in range(len(children)))
+
+    def layer_list(self, path: str) -> str:
+        """Path of the list of layers below the module at `path`: the outermost one with linears, the longest.
+
+        Raises:
+            UnsupportedModelError: there is none, or two are equally long.
+        """
+        found = {name: len(self.model.get_submodule(name)) for name in layer_lists(self.model, path)}  # type: ignore[arg-type]
+        longest = [name for name, length in found.items() if length == max(found.values())]
+        if len(longest) != 1:
+            shown = f"the lists {', '.join(longest)}" if longest else "no list of layers"
+            raise UnsupportedModelError(f"{path} of {type(self.model).__name__} holds {shown}, where one was expected")
+        return longest[0]
+
+
+def layer_lists(model: nn.Module, path: str) -> Iterator[str]:
+    """Paths of the module lists at or below `path` that lie in no other list and whose entries all hold linears."""
+    module = model.get_submodule(path)
+    if isinstance(module, nn.ModuleList):
+        if len(module) > 0 and all(holds_linear(entry) for entry in module):
+            yield path
+        return
+    for name, _ in module.named_children():
+        yield from layer_lists(model, f"{path}.{name}" if path else name)
+
+
+def holds_linear(module: nn.Module) -> bool:
+    """Whether a module is or contains a linear."""
+    return any(isinstance(child, nn.Linear) for child in module.modules())

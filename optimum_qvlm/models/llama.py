@@ -4,7 +4,7 @@ from optimum_qvlm.models.adapter import Adapter, Part
 
 
 class LlamaAdapter(Adapter):
-    """Llama and the models that share its layout."""
+    """Llama and the models that share its layout, as Qwen2, Qwen3 and Mistral do."""
 
     def parts(self) -> tuple[Part, ...]:
         """One chain: the decoder layers."""

@@ -1,23 +1,41 @@
-"""LLaVA: a CLIP or SigLIP tower, a projector of two linears, a text decoder."""
+"""LLaVA and what is built like it: a tower, a projector, a text decoder."""
 
-from optimum_qvlm.models.adapter import Adapter, Part
-
-TOWER_LAYERS = ("model.vision_tower.encoder.layers", "model.vision_tower.vision_model.encoder.layers")
+from optimum_qvlm.models.adapter import Adapter, Part, holds_linear
 
 
 class LlavaAdapter(Adapter):
-    """`LlavaForConditionalGeneration`, whatever tower and decoder it holds."""
+    """A tower, a projector that reads its output in one go, and a decoder, whatever models these are.
+
+    LLaVA-NeXT, InternVL, PaliGemma and Gemma 3 have the same module names.
+
+    Attributes:
+        tower, projector, decoder: dotted paths of these modules.
+    """
+
+    tower = "model.vision_tower"
+    projector = "model.multi_modal_projector"
+    decoder = "model.language_model"
 
     def parts(self) -> tuple[Part, ...]:
-        """Tower, projector, decoder. The tower's module path differs between releases of transformers."""
-        modules = dict(self.model.named_modules())
-        tower = next((path for path in TOWER_LAYERS if path in modules), TOWER_LAYERS[0])
-        return (
-            Part(name="vision", layers=self.numbered(tower), vision=True),
-            Part(name="projector", layers=("model.multi_modal_projector",), vision=True),
-            Part(name="language", layers=self.numbered("model.language_model.layers")),
-        )
+        """Tower, projector, decoder. A projector without linears (Gemma 3 multiplies by a bare matrix) is no part."""
+        parts = [self.tower_part()]
+        if holds_linear(self.model.get_submodule(self.projector)):
+            parts.append(Part(name="projector", layers=(self.projector,), vision=True))
+        return (*parts, Part(name="language", layers=self.numbered(self.layer_list(self.decoder))))
 
-    def image_tokens(self) -> tuple[int, ...]:
-        """The placeholder that the processor repeats once per image patch."""
-        return (int(self.config.image_token_id),)
+    def tower_part(self) -> Part:
+        """The tower's layers, up to the last whose output is read."""
+        layers = self.numbered(self.layer_list(self.tower))
+        used = self._layers_read(len(layers))
+        return Part(name="vision", layers=layers[:used], unused=layers[used:], vision=True)
+
+    def _layers_read(self, count: int) -> int:
+        """How many of the tower's `count` layers matter for the features that the configuration selects.
+
+        `vision_feature_layer` counts hidden states: 0 is what enters the first layer, -1 what leaves the last.
+        """
+        chosen = getattr(self.config, "vision_feature_layer", None)
+        if chosen is None:
+            return count
+        states = [chosen] if isinstance(chosen, int) else list(chosen)
+        return max(1, *(state if state >= 0 else count + 1 + state for state in states))

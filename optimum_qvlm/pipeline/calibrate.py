@@ -1,7 +1,7 @@
 """The orchestrator: walks the parts of a model in order, searches each block, and swaps its linears."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -85,20 +85,26 @@ class _Work:
     def round_all(self, bar: Any) -> None:
         for part in self.plan.parts:
             for layer in part.layers:
-                with resident(self.model, layer.path, self.device):
-                    for site in layer.sites:
-                        weights, specs = self._weights(site)
-                        self._swap(site, round_to_nearest(weights, specs, self._scale_dtype(site)))
+                self._round(layer)
                 bar.update()
+        for layer in self.plan.unused:
+            self._round(layer)
+
+    def _round(self, layer: PlannedLayer) -> None:
+        with resident(self.model, layer.path, self.device):
+            for site in layer.sites:
+                weights, specs = self._weights(site)
+                self._swap(site, round_to_nearest(weights, specs, self._scale_dtype(site)))
 
     def search_all(self, batches: Sequence[Mapping[str, Tensor]], bar: Any) -> None:
-        tracer = Tracer(self.model, self._forward(), self.plan.parts, self.device)
+        tracer = Tracer.of(self.model, self.plan, self.device)
         bar.set_description("capturing inputs")
         captured = tracer.capture(batches)
         for part in self.plan.parts:
             checks.require_chain(self.model, part, captured[part.name][0], self.device)
             for number, layer in enumerate(part.layers):
                 checks.require_shared_inputs(self.model, layer, captured[part.name][0], number, self.device)
+        checks.require_unused(tracer, self.plan.unused, captured, batches)
         chains = {part.name: self._chain(part, captured.pop(part.name), batches) for part in self.plan.parts}
         if self.options.method == "qvlm":
             bar.set_description("measuring dependency")
@@ -106,13 +112,15 @@ class _Work:
         for index, part in enumerate(self.plan.parts):
             chain = chains.pop(part.name)
             if index > 0:
-                chain.quantized = tracer.inputs(part, batches, chain.runs)
+                chain.enter(tracer.enter(part, batches, chain.runs))
             self._search_part(part, chain, bar)
+        for layer in self.plan.unused:
+            self._round(layer)
 
     def _chain(self, part: PlannedPart, runs: list[Run], batches: Sequence[Mapping[str, Tensor]]) -> Chain:
         masks = [None if part.vision else batches[run.batch].get("attention_mask") for run in runs]
         sampler = TokenSampler(masks, self.options.search_tokens, self.options.seed)
-        return Chain(runs, [run.hidden for run in runs], sampler, self.device)
+        return Chain.of(runs, sampler, self.device)
 
     def _form_blocks(self, chains: Mapping[str, Chain]) -> None:
         """Replace the plan's blocks by those that the measured dependency gives."""
@@ -126,16 +134,6 @@ class _Work:
             values = [d.entropy for d in found[part.name]]
             blocks += partition(part.name, len(part.layers), values, threshold, options.max_block_depth)
         self.plan = replace(self.plan, blocks=tuple(blocks), dependencies=dependencies, threshold=threshold)
-
-    def _forward(self) -> Callable[..., Any]:
-        """The model's forward without a cache, and without logits where no part needs them."""
-        whole = any(part.name == "head" for part in self.plan.parts)
-        target: Any = self.model if whole else self.model.base_model
-
-        def forward(**inputs: Tensor) -> Any:
-            return target(**inputs, use_cache=False)
-
-        return forward
 
     def _search_part(self, part: PlannedPart, chain: Chain, bar: Any) -> None:
         for number, block in enumerate(self.plan.blocks, start=1):

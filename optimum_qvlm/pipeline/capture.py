@@ -1,16 +1,19 @@
 """What reaches the layers of a model in a real forward, so that each layer can be run again alone."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from optimum_qvlm.errors import CalibrationError, UnsupportedModelError
+from optimum_qvlm.models.adapter import Join
+from optimum_qvlm.models.registry import adapter_for
 from optimum_qvlm.pipeline.streaming import streamed
-from optimum_qvlm.search.plan import PlannedPart
+from optimum_qvlm.search.plan import PlannedPart, QuantPlan
 
 HIDDEN = "hidden_states"
 
@@ -19,18 +22,39 @@ class _Stop(Exception):
     """Ends a forward once the wanted tensor was seen."""
 
 
+@dataclass(frozen=True, slots=True)
+class Mixing:
+    """What happens to the hidden states on their way to layer `number`, with the owner's arguments on the CPU."""
+
+    join: Join
+    number: int
+    arguments: dict[str, Any]
+
+    def __call__(self, hidden: Tensor, device: torch.device) -> Tensor:
+        """What enters the layer, given what the one before returned."""
+        return self.join.apply(self.number, hidden, _to(self.arguments, device, {}))
+
+
 @dataclass(slots=True)
 class LayerCall:
-    """All arguments of one call of a layer but the hidden states, on the CPU."""
+    """All arguments of one call of a layer but the hidden states, on the CPU.
+
+    Attributes:
+        name: the keyword of the hidden states, None where they come first.
+        mixing: what the model does to them before this layer, None for nothing.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    by_name: bool
+    name: str | None
+    mixing: Mixing | None = None
 
     def __call__(self, layer: nn.Module, hidden: Tensor, device: torch.device) -> Tensor:
-        """Run `layer` on other hidden states. Returns its hidden states."""
+        """Run `layer` on what the layer before returned. Returns its hidden states."""
+        if self.mixing is not None:
+            hidden = self.mixing(hidden, device)
         args, kwargs = _to(self.args, device, {}), _to(self.kwargs, device, {})
-        output = layer(*args, **{HIDDEN: hidden}, **kwargs) if self.by_name else layer(hidden, *args, **kwargs)
+        output = layer(hidden, *args, **kwargs) if self.name is None else layer(*args, **{self.name: hidden}, **kwargs)
         return first_tensor(output)
 
 
@@ -50,6 +74,16 @@ class Run:
     calls: list[LayerCall] = field(default_factory=list)
     output: Tensor | None = None
 
+    def entering(self, hidden: Tensor, arguments: dict[str, Any] | None) -> "Run":
+        """The same pass with what enters the part now: hidden states, and the arguments of the part's owner."""
+        calls = [
+            call
+            if call.mixing is None or arguments is None
+            else replace(call, mixing=replace(call.mixing, arguments=arguments))
+            for call in self.calls
+        ]
+        return Run(self.batch, hidden, calls)
+
 
 @dataclass(frozen=True, slots=True)
 class Tracer:
@@ -60,12 +94,14 @@ class Tracer:
         forward: called with a batch's tensors; must run every part.
         parts: the chains of layers.
         device: where to compute.
+        joins: what happens between the layers of a part, by its name.
     """
 
     model: nn.Module
     forward: Callable[..., Any]
     parts: Sequence[PlannedPart]
     device: torch.device
+    joins: Mapping[str, Join] = field(default_factory=dict)
 
     def capture(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Run]]:
         """Runs of every part, by the part's name, from one full forward per batch.
@@ -94,33 +130,50 @@ class Tracer:
                 )
         return runs
 
-    def inputs(self, part: PlannedPart, batches: Sequence[Mapping[str, Tensor]], runs: Sequence[Run]) -> list[Tensor]:
-        """Hidden states that enter `part` now, one per run: earlier parts may have been quantized since.
+    def enter(self, part: PlannedPart, batches: Sequence[Mapping[str, Tensor]], runs: Sequence[Run]) -> list[Run]:
+        """The runs with what enters `part` now: earlier parts may have been quantized since.
 
         Each forward ends where the last of its runs enters the part.
         """
-        seen: list[Tensor] = []
+        seen: list[Run] = []
+        current = _Position()
         expected = [sum(run.batch == number for run in runs) for number in range(len(batches))]
         remaining = 0
 
         def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal remaining
-            seen.append((args[0] if args else kwargs[HIDDEN]).cpu())
+            hidden = _hidden_of(args, kwargs, part.layers[0].name)[1]
+            seen.append(runs[len(seen)].entering(hidden.cpu(), current.owners.get(part.name)))
             remaining -= 1
             if remaining == 0:
                 raise _Stop
 
         with self._ready(), _hooks() as hooks:
+            self._note_owner(part, current, hooks)
             first = self.model.get_submodule(part.layers[0].path)
             hooks.append(first.register_forward_pre_hook(stop, with_kwargs=True))
             for batch, remaining in zip(batches, expected, strict=True):
                 if remaining == 0:
                     continue
+                current.memo = {}
                 try:
                     self._forward(batch)
                 except _Stop:
                     pass
         return seen
+
+    def output(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the model's forward returns first for a batch: logits, or the last hidden states."""
+        with self._ready():
+            return first_tensor(tuple(self._forward(batch).values()))
+
+    @classmethod
+    def of(cls, model: Any, plan: QuantPlan, device: torch.device) -> "Tracer":
+        """For a plan and its model's adapter. Forwards use no cache, and compute logits only where a part is there."""
+        whole = any(part.name == "head" for part in plan.parts)
+        target = model if whole else model.base_model
+        joins = {part.name: part.join for part in adapter_for(model).parts() if part.join is not None}
+        return cls(model, lambda **inputs: target(**inputs, use_cache=False), plan.parts, device, joins)
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
@@ -128,26 +181,44 @@ class Tracer:
         with torch.no_grad(), streamed(self.model, layers, self.device):
             yield
 
-    def _forward(self, batch: Mapping[str, Tensor]) -> None:
-        self.forward(**{name: tensor.to(self.device) for name, tensor in batch.items()})
+    def _forward(self, batch: Mapping[str, Tensor]) -> Any:
+        return self.forward(**{name: tensor.to(self.device) for name, tensor in batch.items()})
+
+    def _note_owner(self, part: PlannedPart, current: "_Position", hooks: list[Any]) -> None:
+        """Keep the arguments of each call of the part's owner, where its layers are joined."""
+        if part.name not in self.joins:
+            return
+        owner = self.model.get_submodule(self.joins[part.name].owner)
+        signature = inspect.signature(owner.forward)
+
+        def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            arguments = dict(signature.bind(*args, **kwargs).arguments)
+            for parameter in signature.parameters.values():
+                if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                    arguments |= arguments.pop(parameter.name, {})
+            current.owners[part.name] = _to(arguments, torch.device("cpu"), current.memo)
+
+        hooks.append(owner.register_forward_pre_hook(note, with_kwargs=True))
 
     def _record(self, part: PlannedPart, runs: list[Run], current: "_Position", hooks: list[Any]) -> None:
+        self._note_owner(part, current, hooks)
         for number, layer in enumerate(part.layers):
 
             def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int = number) -> None:
-                by_name = HIDDEN in kwargs
-                hidden = kwargs[HIDDEN] if by_name else args[0]
+                name, hidden = _hidden_of(args, kwargs, part.layers[number].name)
                 if number == 0:
                     runs.append(Run(current.batch, hidden.detach().to("cpu", copy=True)))
                 elif not runs or len(runs[-1].calls) != number:
                     raise UnsupportedModelError(f"{part.layers[number].name} ran out of turn in the {part.name} part")
-                rest = {name: value for name, value in kwargs.items() if name != HIDDEN}
+                rest = {key: value for key, value in kwargs.items() if key != name}
                 cpu = torch.device("cpu")
                 call = LayerCall(
-                    _to(args if by_name else args[1:], cpu, current.memo),
+                    _to(args[1:] if name is None else args, cpu, current.memo),
                     _to(rest, cpu, current.memo),
-                    by_name,
+                    name,
                 )
+                if number > 0 and part.name in self.joins:
+                    call.mixing = Mixing(self.joins[part.name], number, current.owners[part.name])
                 runs[-1].calls.append(call)
 
             module = self.model.get_submodule(layer.path)
@@ -162,8 +233,11 @@ class Tracer:
 
 @dataclass(slots=True)
 class _Position:
+    """Where the forwards are: the batch, its tensors that were moved, and the arguments of owners by part."""
+
     batch: int = 0
     memo: dict[int, Any] = field(default_factory=dict)
+    owners: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @contextmanager
@@ -193,6 +267,22 @@ def linear_inputs(layer: nn.Module, paths: Sequence[str], run: Callable[[], Tens
         except _Stop:
             pass
     return seen
+
+
+def _hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], layer: str) -> tuple[str | None, Tensor]:
+    """The hidden states among the arguments of a layer's call, with their keyword: None where they come first.
+
+    Without a first argument they are called `hidden_states`, or are the first keyword that holds a tensor.
+    """
+    if args and HIDDEN not in kwargs:
+        name, hidden = None, args[0]
+    else:
+        tensors = (key for key, value in kwargs.items() if isinstance(value, Tensor))
+        name = HIDDEN if HIDDEN in kwargs else next(tensors, None)
+        hidden = None if name is None else kwargs[name]
+    if not isinstance(hidden, Tensor):
+        raise UnsupportedModelError(f"{layer} is called without hidden states; it is no layer of a chain")
+    return name, hidden
 
 
 def first_tensor(output: Any) -> Tensor:

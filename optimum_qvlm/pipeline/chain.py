@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from optimum_qvlm.pipeline.capture import Run, linear_inputs, require_finite
+from optimum_qvlm.pipeline.capture import LayerCall, Run, linear_inputs, require_finite
 from optimum_qvlm.pipeline.tokens import TokenSampler
 from optimum_qvlm.search.plan import Site
 
@@ -18,14 +19,25 @@ class Chain:
     Attributes:
         runs: passes through the part; their `hidden` is the full-precision chain.
         quantized: hidden states [rows, tokens, channels] that went through the quantized layers, one per run.
+        calls: of the quantized chain, per run and layer: what is added between layers may come from quantized parts.
         sampler: draws tokens, and knows which are padding.
         device: where layers run.
     """
 
     runs: list[Run]
     quantized: list[Tensor]
+    calls: list[list[LayerCall]]
     sampler: TokenSampler
     device: torch.device
+
+    @classmethod
+    def of(cls, runs: list[Run], sampler: TokenSampler, device: torch.device) -> Self:
+        """Both chains at the front of a part, with nothing quantized before it."""
+        return cls(runs, [run.hidden for run in runs], [run.calls for run in runs], sampler, device)
+
+    def enter(self, runs: Sequence[Run]) -> None:
+        """Put the quantized chain at the front of the part, with what enters there now."""
+        self.quantized, self.calls = [run.hidden for run in runs], [run.calls for run in runs]
 
     def full_precision(self, module: nn.Module, number: int) -> list[Tensor]:
         """Outputs of the layer before it is quantized, on full-precision inputs, which they replace."""
@@ -38,7 +50,7 @@ class Chain:
         local = site.linears[0].path.removeprefix(layer_path).removeprefix(".")
         taken = []
         for index, (run, hidden) in enumerate(zip(self.runs, self.quantized, strict=True)):
-            run_layer = _bind(run, number, module, hidden.to(self.device), self.device)
+            run_layer = _bind(self.calls[index][number], module, hidden.to(self.device), self.device)
             tensor = linear_inputs(module, [local], run_layer)[local]
             tokens = self.sampler.take(index, tensor)
             require_finite(tokens, site.name, run.batch)
@@ -57,7 +69,7 @@ class Chain:
 
     def output(self, module: nn.Module, number: int, index: int, hidden: Tensor) -> Tensor:
         """As `step`, whatever comes out."""
-        return self.runs[index].calls[number](module, hidden.to(self.device), self.device)
+        return self.calls[index][number](module, hidden.to(self.device), self.device)
 
     def advance(self, module: nn.Module, number: int, name: str) -> None:
         """Push the quantized chain through a layer."""
@@ -88,5 +100,5 @@ def some_runs(hidden: Sequence[Tensor], tokens: int, seed: int) -> list[int]:
     return sorted(chosen)
 
 
-def _bind(run: Run, number: int, module: nn.Module, hidden: Tensor, device: torch.device) -> Callable[[], Tensor]:
-    return lambda: run.calls[number](module, hidden, device)
+def _bind(call: LayerCall, module: nn.Module, hidden: Tensor, device: torch.device) -> Callable[[], Tensor]:
+    return lambda: call(module, hidden, device)

@@ -1,12 +1,13 @@
 """What can be known to fail before hours are spent."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from optimum_qvlm.errors import CalibrationError, UnsupportedModelError
-from optimum_qvlm.pipeline.capture import Run, linear_inputs, require_finite
+from optimum_qvlm.pipeline.capture import Run, Tracer, first_tensor, linear_inputs, require_finite
 from optimum_qvlm.pipeline.streaming import resident
 from optimum_qvlm.search.plan import PlannedLayer, PlannedPart, QuantPlan
 
@@ -31,8 +32,10 @@ def require_finite_weights(model: nn.Module, plan: QuantPlan) -> None:
             )
 
 
-def require_chain(model: nn.Module, part: PlannedPart, run: Run, device: torch.device) -> None:
+def require_chain(model: nn.Module, part: PlannedPart, run: Run, device: torch.device) -> float:
     """Check on one run that the layers, called alone one after the other, give what the real forward gave.
+
+    Returns their relative difference.
 
     Raises:
         UnsupportedModelError: they do not, so the adapter misses something that happens between them.
@@ -45,14 +48,61 @@ def require_chain(model: nn.Module, part: PlannedPart, run: Run, device: torch.d
             with resident(model, layer.path, device):
                 hidden = call(model.get_submodule(layer.path), hidden, device)
             require_finite(hidden, layer.name, run.batch)
-    wanted = run.output.to(device).float()
-    difference = float((hidden.float() - wanted).norm() / wanted.norm().clamp(min=1e-30))
-    limit = max(CHAIN_TOLERANCE, 2 * torch.finfo(hidden.dtype).eps)
+    difference = _relative_difference(hidden, run.output.to(device))
+    limit = _limit(hidden.dtype)
     if not difference <= limit:
         raise UnsupportedModelError(
             f"the {part.name} layers, run one after the other, differ from the model's own forward by "
             f"{difference:.2g} (limit {limit:.2g}); the model does more between its layers than the adapter says"
         )
+    return difference
+
+
+def require_unused(
+    tracer: Tracer,
+    unused: Sequence[PlannedLayer],
+    captured: Mapping[str, Sequence[Run]],
+    batches: Sequence[Mapping[str, Tensor]],
+) -> None:
+    """Check that the model's output does not depend on what the `unused` layers return.
+
+    It is computed twice on the first batch that reaches as many parts as any: as it is, and with theirs at zero.
+
+    Raises:
+        UnsupportedModelError: the outputs differ.
+    """
+    if not unused:
+        return
+    reached = Counter(run.batch for runs in captured.values() for run in runs)
+    batch = batches[max(reached, key=lambda number: (reached[number], -number))]
+    wanted = tracer.output(batch)
+    for layer in unused:
+        handle = tracer.model.get_submodule(layer.path).register_forward_hook(_zeroed)
+        try:
+            found = tracer.output(batch)
+        finally:
+            handle.remove()
+        difference = _relative_difference(found, wanted)
+        if not difference <= _limit(wanted.dtype):
+            raise UnsupportedModelError(
+                f"the model's output depends on {layer.name} (it changes by {difference:.2g} without), which the "
+                "adapter calls unused"
+            )
+
+
+def _zeroed(_module: nn.Module, _args: object, output: object) -> object:
+    if isinstance(output, tuple | list):
+        return type(output)([torch.zeros_like(first_tensor(output)), *output[1:]])
+    return torch.zeros_like(first_tensor(output))
+
+
+def _relative_difference(found: Tensor, wanted: Tensor) -> float:
+    wanted = wanted.float()
+    return float((found.float() - wanted).norm() / wanted.norm().clamp(min=1e-30))
+
+
+def _limit(dtype: torch.dtype) -> float:
+    return max(CHAIN_TOLERANCE, 2 * torch.finfo(dtype).eps)
 
 
 def require_shared_inputs(model: nn.Module, layer: PlannedLayer, run: Run, number: int, device: torch.device) -> None:

@@ -1,6 +1,7 @@
 """From a model and options to a plan: which linear gets which grid, in which site and block."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,9 @@ from optimum_qvlm.pipeline.options import CalibrationOptions, LinearChoice, matc
 from optimum_qvlm.quant.spec import ActivationSpec
 from optimum_qvlm.search.plan import Block, PlannedLayer, PlannedLinear, PlannedPart, QuantPlan, Site
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Modules whose weights have more than two dimensions without being several linears."""
+
 
 def make_plan(adapter: Adapter, options: CalibrationOptions, disk_names: Mapping[str, str]) -> QuantPlan:
     """Resolve every linear of the model. `disk_names` maps run-time paths to the names of tensors on disk.
@@ -18,20 +22,40 @@ def make_plan(adapter: Adapter, options: CalibrationOptions, disk_names: Mapping
     Raises:
         SpecError: a group does not fit a linear, named in the message.
         ConfigError: a pattern matches nothing, or asks for what cannot be (a tied output embedding).
-        UnsupportedModelError: nothing would be quantized.
+        UnsupportedModelError: nothing would be quantized, or a layer chooses among experts.
     """
     planner = _Planner(adapter, options, disk_names)
-    parts = planner.parts()
+    parts, unused = planner.parts()
     plan = QuantPlan(
         parts=parts,
         blocks=tuple(Block(part=p.name, first=n, last=n) for p in parts for n in range(len(p.layers))),
         kept=(),
+        unused=unused,
     )
     chosen = {linear.path for linear in plan.linears()}
     if not chosen:
         raise UnsupportedModelError("nothing is left to quantize: every linear is kept in full precision")
     kept = tuple(name for path, name in disk_names.items() if path not in chosen)
-    return QuantPlan(parts=plan.parts, blocks=plan.blocks, kept=kept)
+    return replace(plan, kept=kept)
+
+
+def require_no_experts(model: nn.Module, layers: Sequence[str]) -> None:
+    """Refuse layers that choose among experts: most of their weights would stay as they are, or be rounded unseen.
+
+    Experts in one tensor [experts, ...] are no linears, and those in lists see few or none of the samples' tokens.
+
+    Raises:
+        UnsupportedModelError: names the first such module.
+    """
+    for layer in layers:
+        for name, module in model.get_submodule(layer).named_modules():
+            fused = not isinstance(module, CONVOLUTIONS) and any(p.dim() > 2 for p in module.parameters(recurse=False))
+            listed = isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "experts"
+            if fused or listed:
+                raise UnsupportedModelError(
+                    f"{layer}.{name} holds the experts of a mixture ({type(module).__name__}), which cannot be "
+                    "quantized yet; use a dense model of this family"
+                )
 
 
 class _Planner:
@@ -39,14 +63,18 @@ class _Planner:
         self.adapter, self.options, self.names = adapter, options, disk_names
         self.model = adapter.model
 
-    def parts(self) -> tuple[PlannedPart, ...]:
+    def parts(self) -> tuple[tuple[PlannedPart, ...], tuple[PlannedLayer, ...]]:
+        """The parts, and the layers that nothing reads."""
         found = self.adapter.parts()
+        for part in found:
+            require_no_experts(self.model, (*part.layers, *part.unused))
         head = self._head()
         if head is not None:
             found = (*found, head)
         patterns = [*self.options.keep, *(pattern for pattern, _ in self.options.overrides)]
         require_matches(patterns, self.names.values(), "modules_to_not_convert and overrides")
-        return tuple(self._part(part) for part in found)
+        unused = tuple(self._layer(path, part) for part in found for path in part.unused)
+        return tuple(self._part(part) for part in found), unused
 
     def _head(self) -> Part | None:
         """The output embedding as a part of its own, where an override asks for it."""
@@ -66,10 +94,11 @@ class _Planner:
         return Part(name="head", layers=(path,))
 
     def _part(self, part: Part) -> PlannedPart:
-        layers = tuple(
-            PlannedLayer(path=path, name=self._display(path), sites=self._sites(path, part)) for path in part.layers
-        )
+        layers = tuple(self._layer(path, part) for path in part.layers)
         return PlannedPart(name=part.name, layers=layers, vision=part.vision)
+
+    def _layer(self, path: str, part: Part) -> PlannedLayer:
+        return PlannedLayer(path=path, name=self._display(path), sites=self._sites(path, part))
 
     def _display(self, path: str) -> str:
         """The disk name of a layer, read off one of its linears."""

@@ -33,6 +33,7 @@ def summarize(
         "seconds": round(result.seconds, 2),
         "linears_per_scheme": dict(schemes),
         "kept_in_full_precision": list(result.plan.kept),
+        "unused": [layer.name for layer in result.plan.unused],
         "bytes": {
             "before": bytes_before,
             "after": bytes_after,

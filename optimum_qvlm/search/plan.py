@@ -84,6 +84,9 @@ class QuantPlan:
 
     `dependencies` and `threshold` are what the blocks were formed by; empty and None where nothing was measured, and
     each layer is a block of its own.
+
+    `unused` layers run, but nothing reads what they return: they are in no part and no block, and their linears are
+    rounded to nearest.
     """
 
     parts: tuple[PlannedPart, ...]
@@ -91,13 +94,15 @@ class QuantPlan:
     kept: tuple[str, ...]
     dependencies: tuple[Dependency, ...] = ()
     threshold: float | None = None
+    unused: tuple[PlannedLayer, ...] = ()
 
     def sites(self) -> list[Site]:
-        """All sites in execution order."""
-        return [site for part in self.parts for layer in part.layers for site in layer.sites]
+        """All sites, those of the parts in execution order, then those of unused layers."""
+        layers = [layer for part in self.parts for layer in part.layers]
+        return [site for layer in (*layers, *self.unused) for site in layer.sites]
 
     def linears(self) -> list[PlannedLinear]:
-        """All linears that will be quantized, in execution order."""
+        """All linears that will be quantized, in the order of their sites."""
         return [linear for site in self.sites() for linear in site.linears]
 
 

@@ -36,7 +36,7 @@ def test_examples_in_the_help_parse(parser):
     joined = EPILOG.replace("\\\n", " ")
     examples = re.findall(r"^ +optimum-cli (.*)$", joined, flags=re.MULTILINE)
 
-    assert len(examples) == 3
+    assert len(examples) == 4
     for example in examples:
         parser.parse_args([word.strip("'") for word in example.split()])
 

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from optimum_qvlm.errors import UnsupportedModelError
-from optimum_qvlm.models.adapter import Adapter
+from optimum_qvlm.models.adapter import Adapter, holds_linear
 
 
 class Tree(nn.Module):
@@ -87,3 +87,61 @@ def test_by_default_no_token_stands_for_an_image():
 def test_a_family_must_say_where_its_parts_sit():
     with pytest.raises(NotImplementedError, match=r"^$"):
         Adapter(Tree()).parts()
+
+
+def layers(count, entry=None):
+    return nn.ModuleList((nn.Linear(2, 2) if entry is None else entry()) for _ in range(count))
+
+
+@pytest.mark.parametrize(
+    "tower, expected",
+    [
+        (Tree(layers=layers(2)), "tower.layers"),
+        (Tree(encoder=Tree(layer=layers(3)), heads=layers(2)), "tower.encoder.layer"),
+        (Tree(blocks=layers(2, lambda: Tree(inner=layers(5)))), "tower.blocks"),
+        (Tree(norms=layers(4, lambda: nn.LayerNorm(2)), blocks=layers(2)), "tower.blocks"),
+        (layers(2), "tower"),
+    ],
+    ids=["plain", "longest", "outermost", "with linears", "itself"],
+)
+def test_the_list_of_layers_is_the_longest_outermost_one_with_linears(tower, expected):
+    assert Adapter(Tree(tower=tower)).layer_list("tower") == expected
+
+
+@pytest.mark.parametrize(
+    "tower, message",
+    [
+        (Tree(norm=nn.LayerNorm(2)), "tower of Tree holds no list of layers, where one was expected"),
+        (Tree(a=layers(2), b=layers(2)), "tower of Tree holds the lists tower.a, tower.b, where one was expected"),
+        (Tree(layers=layers(0)), "tower of Tree holds no list of layers"),
+    ],
+    ids=["none", "two", "empty"],
+)
+def test_no_or_two_such_lists_are_refused(tower, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        Adapter(Tree(tower=tower)).layer_list("tower")
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"image_token_id": 7}, (7,)),
+        ({"image_token_index": 8}, (8,)),
+        ({"image_token_id": 7, "image_token_index": 7, "video_token_id": 9}, (7, 9)),
+        ({"image_token_id": None}, ()),
+    ],
+)
+def test_image_tokens_are_those_that_the_configuration_names(fields, expected):
+    """Under one of the names that families use, each once."""
+    model = Tree()
+    model.config = SimpleNamespace(**fields)
+
+    assert Adapter(model).image_tokens() == expected
+
+
+@pytest.mark.parametrize(
+    "module, expected",
+    [(nn.Linear(2, 2), True), (nn.Sequential(nn.ReLU(), nn.Linear(2, 2)), True), (nn.LayerNorm(2), False)],
+)
+def test_whether_a_module_holds_a_linear(module, expected):
+    assert holds_linear(module) is expected

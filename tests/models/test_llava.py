@@ -17,13 +17,26 @@ def test_parts_come_in_execution_order(tower_layers, text_layers):
 
     assert [part.name for part in (vision, projector, language)] == ["vision", "projector", "language"]
     assert [part.vision for part in (vision, projector, language)] == [True, True, False]
-    assert [len(part.layers) for part in (vision, projector, language)] == [tower_layers, 1, text_layers]
+    assert [len(part.layers) for part in (vision, projector, language)] == [tower_layers - 1, 1, text_layers]
+
+
+@pytest.mark.parametrize(
+    "chosen, read",
+    [(-1, 4), (-2, 3), (-4, 1), (4, 4), (2, 2), ([-2, -4], 3), ([1, 3], 3), (0, 1)],
+)
+def test_layers_behind_the_features_that_are_selected_are_unused(chosen, read):
+    """`vision_feature_layer` counts hidden states, of which there is one more than layers."""
+    vision = LlavaAdapter(tiny_llava(vision={"num_hidden_layers": 4}, vision_feature_layer=chosen)).parts()[0]
+
+    paths = tuple(f"model.vision_tower.encoder.layers.{number}" for number in range(4))
+    assert (vision.layers, vision.unused) == (paths[:read], paths[read:])
 
 
 def test_every_layer_of_every_part_runs_in_turn():
     """The parts are chains: what is named must be called, once per forward and in this order."""
     model = tiny_llava()
-    named = [layer for part in LlavaAdapter(model).parts() for layer in part.layers]
+    vision, *others = LlavaAdapter(model).parts()
+    named = [*vision.layers, *vision.unused, *(layer for part in others for layer in part.layers)]
     called: list[str] = []
     for path in named:
         model.get_submodule(path).register_forward_hook(lambda *_, path=path: called.append(path))
@@ -40,7 +53,11 @@ def test_all_linears_but_the_head_lie_in_a_site():
     adapter = LlavaAdapter(model)
 
     found = [
-        path for part in adapter.parts() for layer in part.layers for site in adapter.sites(layer) for path in site
+        path
+        for part in adapter.parts()
+        for layer in (*part.layers, *part.unused)
+        for site in adapter.sites(layer)
+        for path in site
     ]
 
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -88,6 +105,6 @@ def test_a_tower_of_another_shape_is_refused():
     model.model.vision_tower = nn.Linear(2, 2)
 
     with pytest.raises(
-        UnsupportedModelError, match=r"LlavaForConditionalGeneration has no model\.vision_tower\.encoder"
+        UnsupportedModelError, match=r"model\.vision_tower of LlavaForConditionalGeneration holds no list of layers"
     ):
         LlavaAdapter(model).parts()

@@ -26,7 +26,7 @@ class Setting:
         self.part = plan_for(self.model, "w3a3").parts[0]
         runs = Tracer(self.model, forward_of(self.model), [self.part], CPU).capture(BATCHES)["language"]
         sampler = TokenSampler([batch["attention_mask"] for batch in BATCHES], 2048, 0)
-        self.chain = Chain(runs, [run.hidden for run in runs], sampler, CPU)
+        self.chain = Chain.of(runs, sampler, CPU)
         self.block = Block(part="language", first=0, last=1)
         self.sites = []
         with torch.no_grad():

@@ -8,7 +8,9 @@ from optimum_qvlm.errors import CalibrationError, UnsupportedModelError
 from optimum_qvlm.models.adapter import Part
 from optimum_qvlm.models.llama import LlamaAdapter
 from optimum_qvlm.pipeline.capture import Tracer, first_tensor, linear_inputs, require_finite
+from optimum_qvlm.search.plan import PlannedLayer, PlannedPart
 from tests.plans import CPU, forward_of, plan_for
+from tests.tiny_families import FAMILIES, qwen_batch
 from tests.tiny_models import llama_batch, llava_batch, tiny_llama, tiny_llava
 
 LLAVA_BATCHES = [llava_batch(padding=3), llava_batch(rows=1, tokens=9, seed=1), llava_batch(rows=3, tokens=20, seed=2)]
@@ -139,7 +141,7 @@ def test_nothing_stays_hooked(case):
     before = count_hooks(model)
     tracer = make_tracer(model)
 
-    tracer.inputs(tracer.parts[-1], batches, tracer.capture(batches)[tracer.parts[-1].name])
+    tracer.enter(tracer.parts[-1], batches, tracer.capture(batches)[tracer.parts[-1].name])
 
     assert count_hooks(model) == before
 
@@ -150,7 +152,7 @@ def test_inputs_of_an_unchanged_model_are_those_captured(case):
     captured = tracer.capture(batches)
 
     for part in tracer.parts:
-        found = tracer.inputs(part, batches, captured[part.name])
+        found = [run.hidden for run in tracer.enter(part, batches, captured[part.name])]
         assert all(torch.equal(a, run.hidden) for a, run in zip(found, captured[part.name], strict=True))
 
 
@@ -162,7 +164,7 @@ def test_inputs_follow_changes_of_earlier_parts():
     with torch.no_grad():
         model.model.multi_modal_projector.linear_2.weight.mul_(2)
 
-    found = tracer.inputs(tracer.parts[2], batches, captured["language"])
+    found = [run.hidden for run in tracer.enter(tracer.parts[2], batches, captured["language"])]
 
     assert not any(torch.equal(a, run.hidden) for a, run in zip(found, captured["language"], strict=True))
 
@@ -174,7 +176,7 @@ def test_inputs_of_mixed_batches_match_their_runs():
     captured = tracer.capture(batches)
 
     for part in tracer.parts:
-        found = tracer.inputs(part, batches, captured[part.name])
+        found = [run.hidden for run in tracer.enter(part, batches, captured[part.name])]
         assert all(torch.equal(a, run.hidden) for a, run in zip(found, captured[part.name], strict=True))
 
 
@@ -251,3 +253,87 @@ def test_hidden_states_come_alone_or_first(output):
 def test_other_outputs_are_refused(output):
     with pytest.raises(UnsupportedModelError, match=r"a layer returned .*, not hidden states"):
         first_tensor(output)
+
+
+def deepstack():
+    """Qwen3-VL, which adds features of its tower between decoder layers, with its tracer."""
+    model = FAMILIES["qwen3_vl"].build()
+    return model, Tracer.of(model, plan_for(model), CPU)
+
+
+def chained(model, part, run):
+    """What the part's layers return, run alone one after the other."""
+    hidden = run.hidden
+    for layer, call in zip(part.layers, run.calls, strict=True):
+        with torch.no_grad():
+            hidden = call(model.get_submodule(layer.path), hidden, CPU)
+    return hidden
+
+
+def test_what_is_added_between_layers_is_added_to_the_chain():
+    model, tracer = deepstack()
+    batches = [qwen_batch(padding=2), llama_batch(seed=1), qwen_batch(rows=3, seed=2)]
+
+    captured = tracer.capture(batches)
+
+    part = tracer.parts[-1]
+    last = part.layers[-1].path
+    wanted = real_outputs(model, [last], batches)[last]
+    for number, run in enumerate(captured["language"]):
+        assert torch.equal(chained(model, part, run), wanted[number])
+        assert [call.mixing is None for call in run.calls] == [True, False]
+
+
+def test_what_is_added_follows_changes_of_the_tower():
+    """The quantized chain gets what the quantized mergers give, the full-precision chain what it got before."""
+    model, tracer = deepstack()
+    batches = [qwen_batch(), qwen_batch(seed=3)]
+    captured = tracer.capture(batches)
+    part, last = tracer.parts[-1], tracer.parts[-1].layers[-1].path
+    full = real_outputs(model, [last], batches)[last]
+    with torch.no_grad():
+        model.model.visual.deepstack_merger_list[0].linear_fc2.weight.mul_(2)
+
+    entered = tracer.enter(part, batches, captured["language"])
+
+    changed = real_outputs(model, [last], batches)[last]
+    for number in range(2):
+        assert torch.equal(chained(model, part, entered[number]), changed[number])
+        assert torch.equal(chained(model, part, captured["language"][number]), full[number])
+        assert not torch.equal(full[number], changed[number])
+
+
+class Renamed(nn.Module):
+    """A layer whose hidden states go by another name."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, scale=1.0, image_features=None, sizes=None):
+        return self.linear(image_features) * scale
+
+
+@pytest.mark.parametrize("call", ["keyword", "first"])
+def test_hidden_states_may_go_by_any_name(call):
+    """Projectors of many families call theirs image_features."""
+    layer = Renamed() if call == "keyword" else nn.Linear(4, 4)
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    holder = nn.Sequential(layer)
+    part = PlannedPart(name="p", layers=(PlannedLayer(path="0", name="0", sites=()),))
+
+    def forward(x):
+        return layer(scale=2.0, image_features=x, sizes=torch.ones(1)) if call == "keyword" else layer(x)
+
+    (run,) = Tracer(holder, forward, [part], CPU).capture([{"x": x}])["p"]
+
+    assert torch.equal(run.hidden, x)
+    assert torch.equal(run.calls[0](layer, x, CPU), forward(x))
+
+
+def test_a_call_without_tensors_is_refused():
+    layer = Renamed()
+    part = PlannedPart(name="p", layers=(PlannedLayer(path="0", name="the layer", sites=()),))
+
+    with pytest.raises(UnsupportedModelError, match="the layer is called without hidden states; it is no layer"):
+        Tracer(nn.Sequential(layer), lambda x: layer(scale=3.0), [part], CPU).capture([{"x": torch.ones(1)}])

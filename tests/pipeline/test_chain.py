@@ -19,7 +19,7 @@ def model_and_chain():
     part = plan_for(model).parts[0]
     runs = Tracer(model, forward_of(model), [part], CPU).capture(BATCHES)[part.name]
     sampler = TokenSampler([batch["attention_mask"] for batch in BATCHES], 100, 0)
-    return model, Chain(runs, [run.hidden for run in runs], sampler, CPU)
+    return model, Chain.of(runs, sampler, CPU)
 
 
 def test_both_chains_agree_while_nothing_is_quantized(model_and_chain):

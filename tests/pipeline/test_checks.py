@@ -20,6 +20,14 @@ class Skipping(LlamaAdapter):
         return (Part(name="language", layers=("model.layers.0", "model.layers.2")),)
 
 
+class WronglyUnused(LlamaAdapter):
+    """Says that nothing reads the last layer."""
+
+    def parts(self):
+        first, last = self.numbered("model.layers")
+        return (Part(name="language", layers=(first,), unused=(last,)),)
+
+
 class WrongSites(LlamaAdapter):
     """Takes linears for neighbours that are not."""
 
@@ -34,11 +42,13 @@ class WrongSites(LlamaAdapter):
 def checked(model, batch, adapter=None):
     """Run both checks over all parts."""
     plan = plan_for(model, adapter=adapter)
-    captured = Tracer(model, forward_of(model), plan.parts, CPU).capture([batch])
+    tracer = Tracer(model, forward_of(model), plan.parts, CPU)
+    captured = tracer.capture([batch])
     for part in plan.parts:
         checks.require_chain(model, part, captured[part.name][0], CPU)
         for number, layer in enumerate(part.layers):
             checks.require_shared_inputs(model, layer, captured[part.name][0], number, CPU)
+    checks.require_unused(tracer, plan.unused, captured, [batch])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
@@ -125,3 +135,47 @@ def test_layers_that_return_nan_are_named():
 
     with pytest.raises(CalibrationError, match=r"activations at model.layers.1 in calibration batch 0"):
         checked(model, llama_batch())
+
+
+def test_a_layer_that_is_read_after_all_is_refused_as_unused():
+    """It would be rounded without being calibrated."""
+    model = tiny_llama()
+
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"output depends on model.layers.1 \(it changes by .* without\), which the adapter calls unused",
+    ):
+        checked(model, llama_batch(), WronglyUnused(model))
+
+
+def test_layers_that_nothing_reads_may_return_anything():
+    """Even a model whose last tower layer overflows works, since nothing sees it."""
+    model = tiny_llava()
+    with torch.no_grad():
+        model.model.vision_tower.encoder.layers[2].mlp.fc2.bias.fill_(1e30)
+
+    checked(model, llava_batch())
+
+
+def test_unused_layers_are_checked_on_a_batch_that_reaches_the_tower():
+    """The first batch may be text, which depends on no tower layer at all."""
+    model = tiny_llava()
+    plan = plan_for(model)
+    tracer = Tracer(model, forward_of(model), plan.parts, CPU)
+    batches = [llama_batch(), llava_batch()]
+    captured = tracer.capture(batches)
+
+    checks.require_unused(tracer, plan.unused, captured, batches)
+    with pytest.raises(UnsupportedModelError, match=r"output depends on vision_tower|model.vision_tower"):
+        checks.require_unused(tracer, plan.parts[0].layers[:1], captured, batches)
+
+
+def test_the_difference_of_the_chain_is_returned():
+    model = tiny_llama()
+    tracer = Tracer(model, forward_of(model), plan_for(model).parts, CPU)
+    run = tracer.capture([llama_batch()])["language"][0]
+    assert checks.require_chain(model, tracer.parts[0], run, CPU) == 0
+
+    run.output = run.output * (1 + 1e-4)
+
+    assert checks.require_chain(model, tracer.parts[0], run, CPU) == pytest.approx(1e-4, rel=0.01)

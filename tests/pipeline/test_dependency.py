@@ -26,7 +26,7 @@ def measure(model, batches, scheme="w4a4", options=OPTIONS):
     part = plan.parts[-1]
     runs = Tracer(model, forward_of(model), plan.parts, CPU).capture(batches)[part.name]
     sampler = TokenSampler([batches[run.batch].get("attention_mask") for run in runs], 2048, 0)
-    return measure_part(model, part, Chain(runs, [run.hidden for run in runs], sampler, CPU), options)
+    return measure_part(model, part, Chain.of(runs, sampler, CPU), options)
 
 
 def entropies(found):

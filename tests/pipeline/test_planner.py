@@ -1,7 +1,9 @@
 """Plans for real models: which linear gets which grid, and what is refused before hours are spent."""
 
 import pytest
+import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_qvlm.errors import ConfigError, SpecError, UnsupportedModelError
 from optimum_qvlm.models.registry import adapter_for
@@ -9,7 +11,7 @@ from optimum_qvlm.pipeline.options import CalibrationOptions, LinearChoice
 from optimum_qvlm.pipeline.planner import make_plan
 from optimum_qvlm.quant.spec import ActivationSpec, GroupSize, Scheme, WeightSpec
 from optimum_qvlm.search.plan import Block, PlannedLinear, QuantPlan, Site
-from tests.tiny_models import tiny_llama, tiny_llava
+from tests.tiny_models import llama_config, tiny_llama, tiny_llava
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 
@@ -85,11 +87,11 @@ def test_linears_are_described_as_they_are():
 def test_parts_layers_and_blocks_are_in_execution_order():
     plan = plan_for(tiny_llava())
 
-    assert [(part.name, len(part.layers)) for part in plan.parts] == [("vision", 3), ("projector", 1), ("language", 2)]
+    assert [(part.name, len(part.layers)) for part in plan.parts] == [("vision", 2), ("projector", 1), ("language", 2)]
     assert [layer.name for layer in plan.parts[2].layers] == [f"language_model.model.layers.{n}" for n in range(2)]
     assert [layer.path for layer in plan.parts[2].layers] == [f"model.language_model.layers.{n}" for n in range(2)]
     assert plan.parts[1].layers[0].name == "multi_modal_projector"
-    expected = [("vision", 0), ("vision", 1), ("vision", 2), ("projector", 0), ("language", 0), ("language", 1)]
+    expected = [("vision", 0), ("vision", 1), ("projector", 0), ("language", 0), ("language", 1)]
     assert plan.blocks == tuple(Block(part=part, first=n, last=n) for part, n in expected)
 
 
@@ -219,7 +221,7 @@ def test_vision_can_be_kept_as_a_whole():
     plan = plan_for(tiny_llava(), vision=choice(None))
 
     assert all(name.startswith("language_model.") for name in by_name(plan))
-    assert [(part.name, len(part.layers)) for part in plan.parts][:2] == [("vision", 3), ("projector", 1)]
+    assert [(part.name, len(part.layers)) for part in plan.parts][:2] == [("vision", 2), ("projector", 1)]
     assert all(layer.sites == () for part in plan.parts[:2] for layer in part.layers)
 
 
@@ -296,3 +298,61 @@ def test_the_model_is_left_alone():
     plan_for(model, overrides={"lm_head": choice("w8a8")})
 
     assert {name: (type(module), id(module)) for name, module in model.named_modules()} == before
+
+
+def test_layers_that_nothing_reads_are_planned_but_in_no_part_and_no_block():
+    """Their bytes count, so they are quantized; there is nothing to search them on."""
+    plan = plan_for(tiny_llava())
+
+    (unused,) = plan.unused
+    assert unused.name == "vision_tower.encoder.layers.2"
+    assert unused.path not in {layer.path for part in plan.parts for layer in part.layers}
+    assert len([site for site in plan.sites() if site in unused.sites]) == len(unused.sites) == 4
+    assert {linear.weight for site in unused.sites for linear in site.linears} == {WeightSpec(bits=8)}
+
+
+def test_patterns_reach_layers_that_nothing_reads():
+    plan = plan_for(tiny_llava(), keep=("encoder.layers.2",))
+
+    assert plan.unused[0].sites == ()
+    assert sum("encoder.layers.2." in name for name in plan.kept) == 6
+
+
+class FusedExperts(nn.Module):
+    """As transformers holds the experts of a mixture."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(4, 8, 64))
+
+
+@pytest.mark.parametrize(
+    "experts", [FusedExperts(), nn.ModuleList([nn.Linear(64, 64)])], ids=["in one tensor", "in a list"]
+)
+@pytest.mark.parametrize("build, path", [(tiny_llama, "model.layers.1"), (tiny_llava, "model.language_model.layers.0")])
+def test_experts_are_refused(build, path, experts):
+    """In one tensor they would stay as they are, in a list most would see no sample: both without a word."""
+    model = build()
+    model.get_submodule(path).mlp.experts = experts
+
+    message = rf"{path}\.mlp\.experts holds the experts of a mixture .* use a dense model"
+    with pytest.raises(UnsupportedModelError, match=message):
+        plan_for(model)
+
+
+def test_convolutions_are_no_experts():
+    """Their weights have more than two dimensions too."""
+    model = tiny_llama()
+    model.model.layers[0].mlp.mixing = nn.Conv1d(64, 64, 3)
+
+    assert len(plan_for(model).linears()) == 14
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_mixtures_of_transformers_are_refused(model_type):
+    """The real classes, since what they hold experts in changed before."""
+    values = llama_config().to_diff_dict() | {"model_type": model_type, "moe_intermediate_size": 32}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values, num_experts=4, num_local_experts=4))
+
+    with pytest.raises(UnsupportedModelError, match="holds the experts of a mixture"):
+        plan_for(model)

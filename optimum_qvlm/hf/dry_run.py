@@ -1,0 +1,131 @@
+"""Everything that a calibration could be refused for, found in minutes and without leaving anything behind."""
+
+import copy
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from optimum_qvlm.errors import CheckpointError
+from optimum_qvlm.hf.checkpoint import packed_bytes
+from optimum_qvlm.hf.config import QVLMConfig
+from optimum_qvlm.hf.preparation import try_data
+from optimum_qvlm.hf.source import Source
+from optimum_qvlm.pipeline.calibrate import calibrate
+from optimum_qvlm.pipeline.rehearsal import Cost, rehearse
+from optimum_qvlm.pipeline.result import CalibrationResult
+from optimum_qvlm.report.rehearsal import DryRun, module_rows
+from optimum_qvlm.search.plan import QuantPlan
+
+RELOAD_OPTIONS = ("attn_implementation", "device_map", "dtype", "max_memory", "torch_dtype", "trust_remote_code")
+"""Options of `from_pretrained` that the rehearsal loads the saved folder with."""
+
+
+def dry_run(
+    model: str | Path, config: QVLMConfig, *, model_class: Any = None, folder: str | Path | None = None, **options: Any
+) -> DryRun:
+    """Try what `from_pretrained` and `save_pretrained` would do, with as little work as shows whether it would succeed.
+
+    The model is loaded, every linear is planned, all samples are rendered; one sample runs through the model and the
+    first block of each part is searched on it, the rest is rounded to nearest. The result is saved to a temporary
+    folder, reloaded and compared bit for bit. Nothing stays on disk; `config` is not changed.
+
+    Args:
+        model: folder or Hub id of the full-precision model.
+        config: the settings to try.
+        model_class: whose `from_pretrained` to use; by default the auto class for images and text where the model
+            has one, else that for text generation.
+        folder: an existing folder to make the temporary one in, which shows that there is room; by default the
+            system's.
+        options: of `from_pretrained`, as `device_map`, `dtype`, `revision`.
+
+    Raises:
+        QVLMError: whatever the real run would refuse, with the same message.
+
+    Example:
+        >>> print(dry_run("llava-hf/llava-1.5-7b-hf", QVLMConfig("w4a8")))  # doctest: +SKIP
+    """
+    started = time.perf_counter()
+    loader = _model_class(model, options) if model_class is None else model_class
+    rehearsed = copy.deepcopy(config)
+    rehearsed.rehearse = True
+    quantized = loader.from_pretrained(model, quantization_config=rehearsed, **options)
+    shown: DryRun = quantized.hf_quantizer.dry_run
+    saved_bytes = _save_and_reload(quantized, loader, folder, options)
+    return replace(shown, saved_bytes=saved_bytes, rehearsal_seconds=round(time.perf_counter() - started, 2))
+
+
+def try_out(
+    model: Any, plan: QuantPlan, config: QVLMConfig, source: Source, device: torch.device
+) -> tuple[DryRun, CalibrationResult]:
+    """What a loaded full-precision model would go through, tried; it is quantized in place, mostly by rounding.
+
+    Bytes on disk and the time that it all took are left at zero.
+
+    Raises:
+        QVLMError: as the real calibration would.
+    """
+    options = config.options()
+    bytes_before = packed_bytes(model)
+    before = {linear.name: packed_bytes(model.get_submodule(linear.path)) for linear in plan.linears()}
+    if options.method == "rtn":
+        tried, rehearsal = None, None
+        result = calibrate(model, plan, options, None, device)
+        largest = max(before.values())
+        cost = Cost(seconds=result.seconds, answer_seconds=0, host_bytes=bytes_before, device_bytes=4 * largest)
+    else:
+        tried = try_data(model, plan, config, source, device)
+        rehearsal = rehearse(model, plan, options, tried.workload, device)
+        rest = calibrate(model, rehearsal.plan, options, None, device)
+        modules = rehearsal.modules | rest.modules
+        result = CalibrationResult(plan=plan, modules=modules, recipe=tried.recipe, seconds=rest.seconds)
+        cost = rehearsal.cost
+    after = {linear.name: packed_bytes(model.get_submodule(linear.path)) for linear in plan.linears()}
+    shown = DryRun(
+        modules=module_rows(plan, result.modules, before, after),
+        kept=plan.kept,
+        samples=0 if tried is None else tried.recipe.samples,
+        missing_answers=0 if tried is None else tried.missing_answers,
+        chain={} if rehearsal is None else rehearsal.chain,
+        cost=cost,
+        bytes_before=bytes_before,
+        bytes_after=packed_bytes(model),
+        saved_bytes=0,
+        rehearsal_seconds=0.0,
+    )
+    return shown, result
+
+
+def _model_class(model: str | Path, options: dict[str, Any]) -> Any:
+    names = ("revision", "trust_remote_code", "cache_dir", "token")
+    config = AutoConfig.from_pretrained(model, **{name: options[name] for name in names if name in options})
+    takes_images = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
+
+
+def _save_and_reload(model: Any, loader: Any, folder: str | Path | None, options: dict[str, Any]) -> int:
+    """Bytes of the saved folder, which is removed again.
+
+    Raises:
+        CheckpointError: it could not be saved, or what is loaded differs.
+    """
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="qvlm-dry-run-", dir=folder)
+    except OSError as error:
+        raise CheckpointError(f"no folder can be made in {folder} ({error}); choose another place to save") from error
+    with temporary as work:
+        target = Path(work) / "model"
+        model.save_pretrained(target)
+        size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+        kept = {name: options[name] for name in RELOAD_OPTIONS if name in options}
+        reloaded = loader.from_pretrained(target, **kept)
+        wanted, found = model.state_dict(), reloaded.state_dict()
+        for name in sorted(wanted.keys() | found.keys()):
+            if name not in wanted or name not in found or not torch.equal(wanted[name].cpu(), found[name].cpu()):
+                raise CheckpointError(f"{name} is not the same after saving and reloading; please report this model")
+    return size
