@@ -44,6 +44,8 @@ _SETTINGS = (
     "activation_clips",
     "weight_clips",
     "soft_assignment",
+    "decode_tokens",
+    "exact_decode",
 )
 _RESULTS = ("modules", "blocks", "calibration", "manifest", "digest")
 
@@ -104,6 +106,9 @@ class QVLMConfig(QuantizationConfigMixin):
         weight_clips: candidates for the clip of weights, ratios of the peak, 1.0 among them; None is the default.
         soft_assignment: what squared distances are divided by where dependency is measured: "step_squared", which
             does not depend on units, or the grid's "step", as the paper prints.
+        decode_tokens: up to this many tokens in one call, a quantized linear leaves activations in floating point,
+            on every device, whatever the scheme says: decoding is no slower for it, and closer to full precision.
+        exact_decode: True rounds activations at every number of tokens, as the scheme says.
 
     Raises:
         ConfigError, SpecError: a field is not valid.
@@ -139,6 +144,8 @@ class QVLMConfig(QuantizationConfigMixin):
         activation_clips: Sequence[float] | None = None,
         weight_clips: Sequence[float] | None = None,
         soft_assignment: Literal["step_squared", "step"] = "step_squared",
+        decode_tokens: int = 16,
+        exact_decode: bool = False,
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.scheme = scheme
@@ -161,6 +168,8 @@ class QVLMConfig(QuantizationConfigMixin):
         self.activation_clips = activation_clips
         self.weight_clips = weight_clips
         self.soft_assignment = soft_assignment
+        self.decode_tokens = decode_tokens
+        self.exact_decode = exact_decode
         self.record: CalibrationRecord | None = None
         self._validate()
 
@@ -257,6 +266,10 @@ class QVLMConfig(QuantizationConfigMixin):
             config.record.found_identity = config_identity(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
+    def weight_only_tokens(self) -> int:
+        """Up to how many tokens activations are not rounded."""
+        return 0 if self.exact_decode else self.decode_tokens
+
     def drop_data(self) -> None:
         """Forget dataset and processor objects; a preset's name stays, as a record."""
         self.dataset = self.dataset if isinstance(self.dataset, str) else None
@@ -310,8 +323,12 @@ class QVLMConfig(QuantizationConfigMixin):
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             raise ConfigError(f"seed must be an integer of at least 0, got {self.seed!r}")
-        if not isinstance(self.symmetric, bool):
-            raise ConfigError(f"symmetric must be True or False, got {self.symmetric!r}")
+        few = self.decode_tokens
+        if not isinstance(few, int) or isinstance(few, bool) or few < 0:
+            raise ConfigError(f"decode_tokens must be an integer of at least 0, got {few!r}")
+        for name in ("symmetric", "exact_decode"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         choices = {"method": get_args(Method), "activation_range": RANGES, "soft_assignment": SOFTNESS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
