@@ -1,23 +1,33 @@
 """Q-VLM quantization for transformers. Importing this package registers the method `qvlm`."""
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from optimum_qvlm.errors import QVLMError
 from optimum_qvlm.hf.config import QVLMConfig
 from optimum_qvlm.hf.register import register
-from optimum_qvlm.models.adapter import Adapter, Join, Part
-from optimum_qvlm.models.registry import register_adapter
 from optimum_qvlm.version import __version__
 
+if TYPE_CHECKING:
+    from optimum_qvlm.hf.dry_run import dry_run
+    from optimum_qvlm.models.adapter import Adapter, Join, Part
+    from optimum_qvlm.models.registry import register_adapter
+
 __all__ = ["Adapter", "Join", "Part", "QVLMConfig", "QVLMError", "__version__", "dry_run", "register_adapter"]
+
+_LATE = {
+    "Adapter": "optimum_qvlm.models.adapter",
+    "Join": "optimum_qvlm.models.adapter",
+    "Part": "optimum_qvlm.models.adapter",
+    "dry_run": "optimum_qvlm.hf.dry_run",
+    "register_adapter": "optimum_qvlm.models.registry",
+}
+"""Names that are imported when they are first used: loading a quantized model needs none of them."""
 
 register()
 
 
 def __getattr__(name: str) -> Any:
-    """`dry_run` is imported when it is first used: it needs what calibration needs, which loading a model does not."""
-    if name == "dry_run":
-        from optimum_qvlm.hf.dry_run import dry_run
-
-        return dry_run
+    if name in _LATE:
+        return getattr(import_module(_LATE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

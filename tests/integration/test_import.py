@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import optimum_qvlm
 from tests.jobs import run_python
 
 pytestmark = pytest.mark.integration
@@ -68,3 +69,14 @@ def test_the_import_is_quick():
             break
 
     assert fastest_ms < LIMIT_MS
+
+
+@pytest.mark.parametrize("name", optimum_qvlm.__all__)
+def test_every_public_name_is_there(name):
+    """Some are imported only when they are used."""
+    assert getattr(optimum_qvlm, name) is not None
+
+
+def test_other_names_are_not():
+    with pytest.raises(AttributeError, match="module 'optimum_qvlm' has no attribute 'nosuch'"):
+        optimum_qvlm.nosuch  # noqa: B018
