@@ -94,3 +94,23 @@ def test_every_layer_site_and_module_is_listed(results):
 def test_layers_that_nothing_reads_are_named(results, method):
     """Nothing was measured on them, which a reader should know."""
     assert summary_of(results, method)["unused"] == ["model.vision_tower.encoder.layers.2"]
+
+
+def test_blocks_are_listed_with_their_errors(results):
+    """Dependency, threshold, borders, and what the joint search did inside them."""
+    report = summary_of(results)
+
+    assert {entry["part"] for entry in report["dependency"]} == {"vision", "language"}
+    assert report["threshold"] > 0
+    layers = [n for block in report["blocks"] for n in range(block["first"], block["last"] + 1)]
+    assert len(layers) == len(report["layers"])
+    for block in report["blocks"]:
+        assert 0 <= block["after"] <= block["before"]
+        assert block["forwards"] >= 1 and 0 < block["share"] <= 1 and block["seconds"] >= 0
+
+
+def test_rounding_to_nearest_has_blocks_of_one_layer_and_no_search(results):
+    report = summary_of(results, "rtn")
+
+    assert report["threshold"] is None and report["dependency"] == []
+    assert all(set(block) == {"part", "first", "last"} for block in report["blocks"])
