@@ -17,7 +17,7 @@ def read_headers(files: Iterable[str | Path]) -> Manifest:
     """Names, dtypes and shapes of all tensors in some safetensors files.
 
     Raises:
-        CheckpointError: a file is of another kind, truncated or not readable.
+        CheckpointError: a file is of another kind, truncated or not readable, or two hold a tensor of one name.
     """
     found: Manifest = {}
     for file in files:
@@ -29,6 +29,8 @@ def read_headers(files: Iterable[str | Path]) -> Manifest:
         try:
             with safe_open(file, framework="pt") as shard:
                 for name in shard.keys():
+                    if name in found:
+                        raise CheckpointError(f"tensor {name} is in two of the checkpoint's files; fetch it again")
                     part = shard.get_slice(name)
                     found[name] = [part.get_dtype(), list(part.get_shape())]
         except (SafetensorError, OSError) as error:

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from optimum_qvlm.errors import CheckpointError
-from optimum_qvlm.hf.saving import WORK_MARK
+from optimum_qvlm.hf.workfolder import WORK_MARK
 from optimum_qvlm.hf.source import REPORT_FILE
 from tests.jobs import contents, load, logits, make_batch, quantize, run_python
 
-WRITTEN = {"config.json", "generation_config.json", "model.safetensors", REPORT_FILE}
+WRITTEN = {"README.md", "config.json", "generation_config.json", "model.safetensors", REPORT_FILE}
 
 SAVE_WITH_LITTLE_ROOM = """
 import os, resource, sys
