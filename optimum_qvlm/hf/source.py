@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoProcessor
 from transformers.utils import logging
 
@@ -133,8 +134,12 @@ class Source:
         root = next(parent for parent in (self.folder, *self.folder.parents) if parent.name == self.revision)
         inside = self.folder.relative_to(root)
         patterns = [str(inside / pattern) for pattern in (*SIDECARS, CARD_FILE)]
+        api = HfApi()
         try:
-            snapshot_download(self.repo, revision=self.revision, cache_dir=self.cache, allow_patterns=patterns)
+            # not snapshot_download: where it cannot list the repository, it takes a cache that lacks files for whole
+            names = api.list_repo_files(self.repo, revision=self.revision)
+            for name in filter_repo_objects(names, allow_patterns=patterns):
+                api.hf_hub_download(self.repo, name, revision=self.revision, cache_dir=self.cache)
         except (OSError, HTTPError, ValueError) as error:
             return next(iter(str(error).strip().splitlines()), type(error).__name__)
         return None

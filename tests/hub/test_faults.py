@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from optimum_qvlm.errors import HubError
 from tests.jobs import logits, make_batch
@@ -18,9 +19,10 @@ def pull(**options):
     return AutoModelForImageTextToText.from_pretrained(REPO, **options)
 
 
-def resent(hub):
-    """Objects that arrived more than once."""
-    return [oid for oid, count in hub.received.items() if count > len(hub.objects.get(oid, b""))]
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """The client keeps what it downloaded in steps of 10 MB; files here are smaller."""
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
 
 
 @pytest.mark.parametrize("status", [500, 502, 503, 504, 429])
@@ -99,7 +101,7 @@ def test_a_slow_hub_is_waited_for(hub, model):
     assert [fault.times for fault in hub.faults] == [0] * 6
 
 
-def test_a_download_that_broke_off_goes_on_in_the_same_call(hub, model, llava_folder, patient):
+def test_a_download_that_broke_off_goes_on_in_the_same_call(hub, model, llava_folder, patient, small_chunks):
     model.push_to_hub(REPO)
     size = len(hub.files(REPO)["model.safetensors"])
     hub.fail("GET", "resolve/.*/model.safetensors", drop_after=40_000, times=2)
@@ -112,18 +114,21 @@ def test_a_download_that_broke_off_goes_on_in_the_same_call(hub, model, llava_fo
     assert hub.sent["model.safetensors"] == size, "no byte twice"
 
 
-def test_a_download_that_was_given_up_goes_on_in_the_next_call(hub, model, llava_folder, patient):
-    model.push_to_hub(REPO)
-    hub.fail("GET", "resolve/.*/model.safetensors", drop_after=40_000)
-    hub.fail("GET", "resolve/.*/model.safetensors", drop_after=0, times=20)
+def test_a_download_that_was_given_up_keeps_the_shards_that_came(hub, model, llava_folder, patient):
+    """The client throws the half of a file away, but no whole ones."""
+    model.push_to_hub(REPO, max_shard_size="50KB")
+    *whole, last = sorted(name for name in hub.files(REPO) if name.endswith(".safetensors"))
+    hub.fail("GET", f"resolve/.*/{last}", drop_after=0, times=20)
     with pytest.raises(Exception, match=r"(?i)peer closed|disconnected|incomplete|can't load"):
         pull()
     hub.faults.clear()
+    assert hub.sent[last] == 0
 
     found = pull()
 
     batch = make_batch(llava_folder)
     assert torch.equal(logits(found, batch), logits(model, batch))
+    assert {name: hub.sent[name] for name in whole} == {name: len(hub.files(REPO)[name]) for name in whole}
 
 
 def test_a_file_that_comes_short_is_never_loaded(hub, model, patient):
