@@ -15,7 +15,7 @@ from optimum_qvlm.report.card import CARD_FILE
 from optimum_qvlm.version import __version__
 
 UPLOAD_ERRORS = (OSError, HTTPError, ValueError, RuntimeError)
-"""What huggingface_hub raises: its own errors are OSErrors, of the transport HTTPErrors, of single files RuntimeErrors."""
+"""What huggingface_hub raises: OSError its own, HTTPError the transport, RuntimeError the upload of a single file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

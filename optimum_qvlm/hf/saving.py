@@ -41,17 +41,32 @@ def save_pretrained(
         CheckpointError: the target cannot be written (disk full, no permission); nothing was changed.
         HubError: the upload failed; the folder is whole.
     """
+    if not push_to_hub:
+        save(self, save_directory, *args, **kwargs)
+        return
+    options = {name: kwargs.pop(name) for name in COMMIT_OPTIONS if name in kwargs}
+    repo_id, shared = kwargs.pop("repo_id", Path(save_directory).resolve().name), ("token", "variant")
+    upload = Upload(repo_id=repo_id, **options, **{name: kwargs[name] for name in shared if name in kwargs})
+    names = save(self, save_directory, *args, repo_id=repo_id, **kwargs)
+    upload.send(Path(save_directory).resolve(), names)
+
+
+def save(
+    model: Any, save_directory: str | os.PathLike[str], *args: Any, repo_id: str | None = None, **kwargs: Any
+) -> list[str]:
+    """Save, as `save_pretrained` does; returns the names of the model's files in the folder.
+
+    `repo_id` is what the card says, where one is written.
+
+    Raises:
+        CheckpointError: the target cannot be written.
+    """
     target = Path(save_directory).resolve()
     if target.is_file():
         raise CheckpointError(f"{target} is a file; give a folder to save into")
-    upload = None
-    if push_to_hub:
-        options = {name: kwargs.pop(name) for name in COMMIT_OPTIONS if name in kwargs}
-        repo_id, shared = kwargs.pop("repo_id", target.name), ("token", "variant")
-        upload = Upload(repo_id=repo_id, **options, **{name: kwargs[name] for name in shared if name in kwargs})
     try:
         with work_folder(target) as work:
-            write_model(self, work, *args, repo_id=None if upload is None else upload.repo_id, **kwargs)
+            write_model(model, work, *args, repo_id=repo_id, **kwargs)
             if is_users_card(target / CARD_FILE):
                 (work / CARD_FILE).unlink(missing_ok=True)
             names = publish(work, target, stale_weights(kwargs.get("variant")))
@@ -59,6 +74,5 @@ def save_pretrained(
         raise CheckpointError(
             f"saving to {target} failed ({error}); nothing there was changed. Free space or choose another folder"
         ) from error
-    if upload is not None:
-        own_card = (target / CARD_FILE).exists() and CARD_FILE not in names
-        upload.send(target, [*names, CARD_FILE] if own_card else names)
+    users_card = (target / CARD_FILE).exists() and CARD_FILE not in names
+    return [*names, CARD_FILE] if users_card else names

@@ -76,9 +76,7 @@ def _seal(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _facts(
-    model: Any, folder: Path, values: dict[str, Any], repo_id: str | None, tags: tuple[str, ...]
-) -> CardFacts:
+def _facts(model: Any, folder: Path, values: dict[str, Any], repo_id: str | None, tags: tuple[str, ...]) -> CardFacts:
     config = QVLMConfig.from_dict(values)
     assert isinstance(config, QVLMConfig) and config.record is not None
     path = folder / REPORT_FILE

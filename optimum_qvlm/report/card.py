@@ -78,7 +78,8 @@ def _digest(text: str) -> str:
 
 
 def _base(facts: CardFacts) -> str | None:
-    return facts.values.get("calibration", {}).get("base_model")
+    found = facts.values.get("calibration", {}).get("base_model")
+    return None if found is None else str(found)
 
 
 def _scheme(facts: CardFacts) -> str:

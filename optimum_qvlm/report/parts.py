@@ -116,7 +116,7 @@ def bytes_of_modules(manifest: Mapping[str, Any]) -> dict[str, int]:
 def tensor_bytes(entry: Sequence[Any]) -> int:
     """Bytes of one manifest entry, [dtype, shape]; 0 for a dtype that is not known."""
     dtype, shape = entry
-    return BITS.get(dtype, 0) * prod(shape) // 8
+    return int(BITS.get(dtype, 0) * prod(shape) // 8)
 
 
 def readable_bytes(count: int) -> str:
