@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from optimum_qvlm.errors import CheckpointError
-from optimum_qvlm.hf.workfolder import WORK_MARK, uninterrupted
 from optimum_qvlm.hf.source import REPORT_FILE
+from optimum_qvlm.hf.workfolder import WORK_MARK, uninterrupted
 from tests.jobs import contents, load, logits, make_batch, quantize, run_python
 
 WRITTEN = {"README.md", "config.json", "generation_config.json", "model.safetensors", REPORT_FILE}
