@@ -85,6 +85,10 @@ def require_record(config: QVLMConfig, found: Manifest) -> CalibrationRecord:
             "restore config.json, or quantize again with other settings"
         )
     require_manifest(record.manifest, found)
+    packed = (tensor.removesuffix(".weight_packed") for tensor in found if tensor.endswith(".weight_packed"))
+    unrecorded = next((name for name in packed if name not in record.modules), None)
+    if unrecorded is not None:
+        raise CheckpointError(f"{unrecorded} is quantized in the checkpoint's files, but not on record; fetch it again")
     for name, module in record.modules.items():
         _require_fit(name, module, record.manifest)
     return record

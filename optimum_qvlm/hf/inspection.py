@@ -186,9 +186,10 @@ def _shards(place: _Folder | _Repository, variant: str | None) -> list[str]:
     data = place.read(index)
     if data is None:
         raise CheckpointError(f"{place.name} has neither {single} nor {index}; fetch it again")
-    weight_map = parse_json(data, index).get("weight_map")
-    if not isinstance(weight_map, dict) or len(weight_map) == 0:
-        raise CheckpointError(f"{index} names no files; fetch it again")
+    content = parse_json(data, index)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or len(weight_map) == 0 or not isinstance(content.get("metadata"), dict):
+        raise CheckpointError(f"{index} has no weight_map and metadata that name files; fetch it again")
     names = set()
     for shard in weight_map.values():
         if not isinstance(shard, str) or "/" in shard or "\\" in shard or not shard.endswith(".safetensors"):

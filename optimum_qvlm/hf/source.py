@@ -155,5 +155,5 @@ def require_weights_inside(name: str, checkpoint_files: list[str]) -> None:
     if not folder.is_dir():
         return  # a repository, whose file names the Hub's client checks
     for file in map(Path, checkpoint_files):
-        if not file.is_relative_to(folder) or ".." in file.relative_to(folder).parts:
-            raise CheckpointError(f"the index names {file}, which is outside {folder}; fetch the checkpoint again")
+        if not file.is_relative_to(folder) or ".." in file.relative_to(folder).parts or "\0" in str(file):
+            raise CheckpointError(f"the index names {file!r}, which is outside {folder}; fetch the checkpoint again")

@@ -126,4 +126,4 @@ def test_images_are_refused_by_models_that_take_none(llama_folder, picture):
     from optimum_qvlm.errors import DataError
 
     with pytest.raises(DataError, match="takes no images; ask without --image"):
-        chat.answer(SimpleNamespace(), SimpleNamespace(), [Image.open(picture)], "?", 5)
+        chat.answer(SimpleNamespace(), SimpleNamespace(), [picture], "?", 5)

@@ -347,5 +347,5 @@ def test_a_sidecar_that_links_out_of_the_folder_is_refused(llava_folder, tmp_pat
     (tmp_path / "secret").write_text("private")
     (source / "LICENSE").symlink_to(tmp_path / "secret")
 
-    with pytest.raises(CheckpointError, match="LICENSE is a link that leaves .*source; put a copy"):
+    with pytest.raises(CheckpointError, match=r"LICENSE is a link that leaves .*source; put a copy"):
         quantize(source, method="rtn").save_pretrained(tmp_path / "out")

@@ -152,7 +152,7 @@ def test_files_of_two_commits_do_not_mix(hub, model, llava_folder):
     files = dict(hub.files(REPO)) | {"config.json": hub.files("me/other")["config.json"]}
     hub.repos[REPO].commit("main", files, "mixed")
 
-    with pytest.raises(ValueError, match="the weights were not written together with config.json"):
+    with pytest.raises(ValueError, match=r"the weights were not written together with config.json"):
         pull()
 
 

@@ -144,7 +144,7 @@ def test_files_beside_the_weights_travel_from_source_to_repository(hub, bundled,
 
 
 def test_the_card_names_its_base_and_takes_over_its_licence(hub, bundled):
-    """Base and commit are those of the full-precision model, also after the quantized one was loaded and pushed again."""
+    """Base and commit are the full-precision model's, also after the quantized one was pulled and pushed again."""
     from transformers import AutoModelForImageTextToText
 
     config = QVLMConfig("w4a8", method="rtn")
