@@ -1,6 +1,7 @@
 """The loopback Hub, and this process's huggingface_hub pointed at it."""
 
 import time
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,11 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
+from optimum.commands.base import RootOptimumCLICommand
+from optimum.commands.export.base import ExportCommand
+from optimum.commands.optimum_cli import register_optimum_cli_subcommand
 
+from optimum_qvlm.cli.command import QVLMCommand, QVLMExportCommand
 from tests.hub.server import Hub, serve
 
 TOKEN = "hf_owner"
@@ -47,6 +52,16 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", sleep)
     return pauses
+
+
+@pytest.fixture
+def cli_parser() -> ArgumentParser:
+    """The commands' parser, as optimum-cli builds it."""
+    root = RootOptimumCLICommand("Optimum CLI tool", usage="optimum-cli")
+    register_optimum_cli_subcommand(ExportCommand, parent_command=root)
+    register_optimum_cli_subcommand(QVLMExportCommand, parent_command=root.registered_subcommands[0])
+    register_optimum_cli_subcommand(QVLMCommand, parent_command=root)
+    return root.parser
 
 
 @pytest.fixture(scope="session")
