@@ -31,3 +31,7 @@ class CalibrationError(QVLMError):
 
 class CheckpointError(QVLMError):
     """A checkpoint whose files do not hold what its configuration says."""
+
+
+class HubError(QVLMError):
+    """The Hub could not be reached, or did not allow what was asked of it."""

@@ -1,19 +1,29 @@
-"""The command line of `optimum-cli export qvlm`: options only, the work is in `optimum_qvlm.cli.export`.
+"""The command lines of `optimum-cli export qvlm` and `optimum-cli qvlm`: options only, the work is done beside it.
 
 optimum-cli imports this file on each of its runs, as `optimum.commands.register.register_qvlm`, a copy that
 the build puts there. So it imports nothing of ours at the top: even the package root would load transformers.
 """
 
 import argparse
+import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
-EPILOG = """\
+EXIT_STATUS = """
+exit status:
+  0 done, 1 unexpected error, 2 usage or input that was refused, 3 the Hub refused or was not reached,
+  130 interrupted (Ctrl-C), 143 terminated (SIGTERM)
+"""
+
+EXPORT_EPILOG = (
+    """\
 examples:
   Quantize with the packaged calibration samples:
     optimum-cli export qvlm --model llava-hf/llava-1.5-7b-hf --scheme w4a8 llava-w4a8/
@@ -26,12 +36,36 @@ examples:
     optimum-cli export qvlm --model ./llava --override '*language_model*.layers.0.*=w8a8' \\
         --modules-to-not-convert multi_modal_projector llava-mixed/
 
+  Groups of 32 with zero points for one kind of linear:
+    optimum-cli export qvlm --model ./llava \\
+        --override '*.down_proj={"scheme":"w4a8","group_size":32,"symmetric":false}' llava-groups/
+
+  Save, and upload to a private repository:
+    optimum-cli export qvlm --model ./llava --push-to-hub me/llava-qvlm --private llava-w4a8/
+
   See in minutes whether that would work, how long it would take and how large the result would be:
     optimum-cli export qvlm --model ./llava --dry-run llava-w4a8/
-
-exit status:
-  0 saved, 1 unexpected error, 2 usage or input that was refused, 130 interrupted
 """
+    + EXIT_STATUS
+)
+
+INFO_EPILOG = (
+    """\
+examples:
+  optimum-cli qvlm info llava-w4a8/
+  optimum-cli qvlm info me/llava-qvlm --revision main --json
+"""
+    + EXIT_STATUS
+)
+
+CHAT_EPILOG = (
+    """\
+examples:
+  optimum-cli qvlm chat llava-w4a8/ --image street.jpg "How many bicycles are there?"
+  optimum-cli qvlm chat ./llama-w4a16 "Name three rivers."
+"""
+    + EXIT_STATUS
+)
 
 
 def positive_int(text: str) -> int:
@@ -63,11 +97,22 @@ def optional_scheme(text: str) -> str | None:
     return None if text == "none" else text
 
 
-def override(text: str) -> tuple[str, str | None]:
-    """`PATTERN=SCHEME`, split at the last `=`."""
+def override(text: str) -> tuple[str, Any]:
+    """`PATTERN=SCHEME`, split at the last `=`, or `PATTERN={...}` with a JSON object."""
+    if text.endswith("}"):
+        pattern, _, value = text.partition("={")
+        try:
+            settings = json.loads("{" + value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"what follows = is not JSON ({error}), got {text!r}") from None
+        if pattern != "":
+            return pattern, settings
     pattern, _, scheme = text.rpartition("=")
     if pattern == "" or scheme == "":
-        message = f"must read PATTERN=SCHEME, as in 'lm_head=w8a8' or 'multi_modal_projector=none', got {text!r}"
+        message = (
+            "must read PATTERN=SCHEME or PATTERN={JSON}, as in 'lm_head=w8a8', 'multi_modal_projector=none' or "
+            f"'*.q_proj={{\"group_size\":32}}', got {text!r}"
+        )
         raise argparse.ArgumentTypeError(message)
     return pattern, optional_scheme(scheme)
 
@@ -84,7 +129,7 @@ class AddOverride(argparse.Action):
     ) -> None:
         assert isinstance(values, tuple), "the type of the option is `override`"
         pattern, scheme = values
-        collected: dict[str, str | None] = dict(getattr(namespace, self.dest) or {})
+        collected: dict[str, Any] = dict(getattr(namespace, self.dest) or {})
         if pattern in collected:
             parser.error(f"argument {option_string}: pattern {pattern!r} is given twice; keep one of them")
         collected[pattern] = scheme
@@ -101,16 +146,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, help="folder or Hub id of the full-precision model")
-    group.add_argument("--revision", default="main", help="branch, tag or commit on the Hub (%(default)s)")
+    add_source_options(group)
     group.add_argument(
         "--task",
         choices=("auto", "image-text-to-text", "text-generation"),
         default="auto",
         help="what the model is loaded for; auto decides by its configuration (%(default)s)",
     )
+
+
+def add_source_options(group: Any) -> None:
+    """How any model is found and loaded."""
+    group.add_argument("--revision", default="main", help="branch, tag or commit on the Hub (%(default)s)")
     group.add_argument(
         "--device",
-        help="device to calibrate on, like cuda:1, or auto to spread over all (default: cuda, else cpu)",
+        help="device to run on, like cuda:1, or auto to spread over all (default: cuda, else cpu)",
     )
     group.add_argument(
         "--dtype",
@@ -148,6 +198,12 @@ def add_scheme_options(parser: argparse.ArgumentParser) -> None:
         help="input channels that share a scale: auto, a number, or none for whole rows (%(default)s)",
     )
     group.add_argument(
+        "--symmetric",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="weight grids centred on zero; --no-symmetric adds a zero point per group",
+    )
+    group.add_argument(
         "--method",
         choices=("qvlm", "rtn"),
         default="qvlm",
@@ -165,7 +221,10 @@ def add_scheme_options(parser: argparse.ArgumentParser) -> None:
         type=override,
         action=AddOverride,
         metavar="PATTERN=SCHEME",
-        help="scheme of the modules whose names match, or none; of several given, the first match decides",
+        help=(
+            "scheme of the modules whose names match, or none, or a JSON object with any of scheme, group_size and "
+            "symmetric; of several given, the first match decides"
+        ),
     )
 
 
@@ -179,6 +238,11 @@ def add_calibration_options(parser: argparse.ArgumentParser) -> None:
             "a .jsonl file with image, question and answer in each line, image paths relative to it, "
             "or the name of a preset (default: the packaged samples)"
         ),
+    )
+    group.add_argument(
+        "--processor",
+        metavar="NAME",
+        help="folder or Hub id of the processor that renders the samples (default: the model's own)",
     )
     group.add_argument(
         "--num-samples",
@@ -198,9 +262,51 @@ def add_calibration_options(parser: argparse.ArgumentParser) -> None:
         help="tokens a sample at most (%(default)s)",
     )
     group.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    group.add_argument(
+        "--search-tokens",
+        type=positive_int,
+        default=2048,
+        metavar="N",
+        help="tokens per site that the search looks at (%(default)s)",
+    )
 
 
-class QVLMExportCommand(BaseOptimumCLICommand):
+def add_sharing_options(parser: argparse.ArgumentParser) -> None:
+    """Where the result goes besides the folder, and how it is reported."""
+    group = parser.add_argument_group("sharing")
+    group.add_argument("--push-to-hub", metavar="REPO", help="upload the folder's files to this repository too")
+    group.add_argument("--private", action="store_true", help="make the repository private if it is new")
+    group.add_argument("--json", action="store_true", help="print the outcome as one JSON object on stdout")
+
+
+def terminate(number: int, _: FrameType | None) -> NoReturn:
+    """What SIGTERM does: unwind, so that temporary folders are removed. A second one is not heard meanwhile."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
+class Command(BaseOptimumCLICommand):
+    """What the commands share: signals and exit codes."""
+
+    def work(self) -> int:
+        """Do it; returns the exit code."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        """Do it. optimum-cli drops what this returns, so other exit codes than 0 are raised."""
+        before = signal.signal(signal.SIGTERM, terminate)
+        try:
+            code = self.work()
+        except KeyboardInterrupt:
+            print(f"{self.parser.prog}: interrupted", file=sys.stderr)
+            code = 130
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        if code != 0:
+            raise SystemExit(code)
+
+
+class QVLMExportCommand(Command):
     """`optimum-cli export qvlm`."""
 
     COMMAND = CommandInfo(name="qvlm", help="Quantize a vision-language model with Q-VLM.")
@@ -208,25 +314,83 @@ class QVLMExportCommand(BaseOptimumCLICommand):
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         """Add the options to the subparser that optimum made."""
-        parser.description = "Quantize a vision-language model with Q-VLM and save it."
-        parser.epilog = EPILOG
-        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        describe(parser, "Quantize a vision-language model with Q-VLM and save it.", EXPORT_EPILOG)
         add_model_options(parser)
         add_scheme_options(parser)
         add_calibration_options(parser)
+        add_sharing_options(parser)
 
-    def run(self) -> None:
-        """Quantize and save. optimum-cli drops what this returns, so other exit codes than 0 are raised."""
-        try:
-            from optimum_qvlm.cli.export import main
+    def work(self) -> int:
+        """Quantize, save, and if asked upload."""
+        from optimum_qvlm.cli.export import main
 
-            code = main(self.args)
-        except KeyboardInterrupt:
-            print(f"{self.parser.prog}: interrupted", file=sys.stderr)
-            code = 130
-        if code != 0:
-            raise SystemExit(code)
+        return main(self.args)
 
 
-REGISTER_COMMANDS = [(QVLMExportCommand, ExportCommand)]
-"""What optimum-cli looks for in this file: the command and its parent."""
+class QVLMInfoCommand(Command):
+    """`optimum-cli qvlm info`."""
+
+    COMMAND = CommandInfo(name="info", help="Show what a quantized model consists of, without loading weights.")
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Add the options."""
+        describe(parser, "Check a quantized model, and show its precision, sizes and calibration.", INFO_EPILOG)
+        parser.add_argument("model", metavar="PATH_OR_REPO", help="folder or Hub id of a quantized model")
+        parser.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
+        parser.add_argument("--variant", help="of the weight files, as in model.VARIANT.safetensors")
+        parser.add_argument("--json", action="store_true", help="print one JSON object, with every module")
+
+    def work(self) -> int:
+        """Read and print."""
+        from optimum_qvlm.cli.info import main
+
+        return main(self.args)
+
+
+class QVLMChatCommand(Command):
+    """`optimum-cli qvlm chat`."""
+
+    COMMAND = CommandInfo(name="chat", help="Ask a model one question, about an image or not.")
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Add the options."""
+        describe(parser, "Ask a model one question; the answer is printed while it is written.", CHAT_EPILOG)
+        parser.add_argument("model", metavar="PATH", help="folder or Hub id of the model")
+        parser.add_argument("question", metavar="QUESTION", help="what to ask")
+        parser.add_argument("--image", action="append", type=Path, metavar="FILE", help="may be given more than once")
+        parser.add_argument(
+            "--max-new-tokens",
+            type=positive_int,
+            default=256,
+            metavar="N",
+            help="longest answer in tokens (%(default)s)",
+        )
+        add_source_options(parser)
+
+    def work(self) -> int:
+        """Load, ask, print."""
+        from optimum_qvlm.cli.chat import main
+
+        return main(self.args)
+
+
+class QVLMCommand(BaseOptimumCLICommand):
+    """`optimum-cli qvlm`, which shows the help of its subcommands."""
+
+    COMMAND = CommandInfo(name="qvlm", help="Look at and try models quantized with Q-VLM.")
+    SUBCOMMANDS = (
+        CommandInfo(name="info", help=QVLMInfoCommand.COMMAND.help, subcommand_class=QVLMInfoCommand),
+        CommandInfo(name="chat", help=QVLMChatCommand.COMMAND.help, subcommand_class=QVLMChatCommand),
+    )
+
+
+def describe(parser: argparse.ArgumentParser, description: str, epilog: str) -> None:
+    """Texts around the options, with their line breaks."""
+    parser.description, parser.epilog = description, epilog
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+
+
+REGISTER_COMMANDS = [(QVLMExportCommand, ExportCommand), QVLMCommand]
+"""What optimum-cli looks for in this file: a command and its parent, or one at the root."""

@@ -1,58 +1,59 @@
-"""What `optimum-cli export qvlm` does: load with quantization, save, say what came out."""
+"""What `optimum-cli export qvlm` does: load with quantization, save, upload, say what came out."""
 
+import os
+import signal
 import sys
+import time
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+from optimum_qvlm.cli.loading import load_model, loading
+from optimum_qvlm.cli.outcome import finish, print_json
 from optimum_qvlm.cli.records import read_dataset
 from optimum_qvlm.errors import QVLMError
+from optimum_qvlm.report.parts import readable_bytes
 
-COPIED_OPTIONS = (
-    "scheme",
-    "vision_scheme",
-    "group_size",
-    "method",
-    "modules_to_not_convert",
-    "overrides",
-    "num_samples",
-    "batch_size",
-    "max_length",
-    "seed",
-)
-"""Options whose values are those of the `QVLMConfig` arguments of the same name."""
-
-BYTE_UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3}
+PROGRAM = "optimum-cli export qvlm"
 
 
 def main(args: Namespace) -> int:
-    """Run the command; returns the exit code.
-
-    0 saved, 2 input that was refused, which is said on stderr. Other errors are raised: they are bugs, and
-    their traceback is wanted.
-    """
-    try:
-        export(args)
-    except QVLMError as error:
-        print(f"optimum-cli export qvlm: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run the command; returns the exit code, see `finish`."""
+    return finish(PROGRAM, lambda: export(args), as_json=args.json)
 
 
 def export(args: Namespace) -> None:
-    """Quantize `args.model` and save it in `args.output`."""
+    """Quantize `args.model`, save it in `args.output`, and upload it if asked."""
+    started = time.perf_counter()
     check_output(args.output, args.model)
     arguments = config_arguments(args)
 
     from optimum_qvlm import QVLMConfig
+    from optimum_qvlm.hf.pushing import require_access
 
     config = QVLMConfig(**arguments)
     if args.dry_run:
-        print(try_out(args, config))
+        tried = try_out(args, config)
+        if args.json:
+            print_json(tried.to_dict())
+        else:
+            print(tried)
         return
-    model = load_model(args, config)
-    model.save_pretrained(args.output)
-    print(summary(args.output, args.scheme))
+    if args.push_to_hub is not None:
+        require_access(args.push_to_hub)
+    model = load_model(args, quantization_config=config)
+    names = save_model(model, args)
+    saved = outcome(args, time.perf_counter() - started)
+    if not args.json:
+        print(f"Saved the {args.scheme} model in {args.output}: {saved['files']} files, {saved['size']}", flush=True)
+    if args.push_to_hub is not None:
+        saved |= push(args, names)
+    if args.json:
+        print_json(saved)
 
 
 def check_output(output: Path, model: str) -> None:
@@ -64,25 +65,16 @@ def check_output(output: Path, model: str) -> None:
 
 
 def config_arguments(args: Namespace) -> dict[str, Any]:
-    """Keyword arguments for `QVLMConfig`.
+    """Keyword arguments for `QVLMConfig`: every option that has the name of one.
 
     Raises:
         DataError: the file given as `--dataset` cannot be used.
     """
-    return {name: getattr(args, name) for name in COPIED_OPTIONS} | {"dataset": read_dataset(args.dataset)}
+    from optimum_qvlm import QVLMConfig
 
-
-def load_model(args: Namespace, config: object) -> Any:
-    """The model, quantized by `config` while it loads."""
-    auto_class, options = loading(args)
-    return auto_class.from_pretrained(args.model, quantization_config=config, **options)
-
-
-def loading(args: Namespace) -> tuple[Any, dict[str, Any]]:
-    """The class to load the model with, and the options of its `from_pretrained`."""
-    source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    auto_class = choose_auto_class(args.task, read_model_config(args.model, source))
-    return auto_class, {"dtype": args.dtype, "device_map": choose_device(args.device), **source}
+    given = vars(args)
+    found = {name: given[name] for name in signature(QVLMConfig).parameters if name in given}
+    return found | {"dataset": read_dataset(args.dataset)}
 
 
 def try_out(args: Namespace, config: Any) -> Any:
@@ -95,56 +87,53 @@ def try_out(args: Namespace, config: Any) -> Any:
     return dry_run(args.model, config, model_class=auto_class, folder=folder, **options)
 
 
-def read_model_config(model: str, source: dict[str, Any]) -> Any:
-    """The configuration of the full-precision model.
+def outcome(args: Namespace, seconds: float) -> dict[str, Any]:
+    """What lies in the output folder, as JSON values."""
+    paths = [path for path in args.output.rglob("*") if path.is_file()]
+    total = sum(path.stat().st_size for path in paths)
+    return {
+        "output": str(args.output.resolve()),
+        "scheme": args.scheme,
+        "files": len(paths),
+        "bytes": total,
+        "size": readable_bytes(total),
+        "seconds": round(seconds, 2),
+    }
 
-    Raises:
-        QVLMError: there is none that transformers can read.
+
+def save_model(model: Any, args: Namespace) -> list[str]:
+    """Save the model in the output folder; returns the names of its files."""
+    from optimum_qvlm.hf.saving import save
+
+    return save(model, args.output, repo_id=args.push_to_hub)
+
+
+def push(args: Namespace, names: list[str]) -> dict[str, Any]:
+    """Upload the model's files from the output folder; returns repository and commit."""
+    from optimum_qvlm.hf.pushing import Upload
+
+    with stopped_at_once():
+        info = Upload(repo_id=args.push_to_hub, private=args.private or None).send(args.output, names)
+    if not args.json:
+        print(f"Pushed it to {info.commit_url}", flush=True)
+    return {"repo": args.push_to_hub, "commit": info.oid, "url": info.commit_url}
+
+
+@contextmanager
+def stopped_at_once() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the process without waiting for files under way.
+
+    During an upload nothing has to be tidied up here, and nothing is committed there until the end; but the threads
+    of huggingface_hub would first finish their files, which may take hours.
     """
-    from transformers import AutoConfig
 
+    def stop(number: int, _: FrameType | None) -> None:
+        print(f"{PROGRAM}: interrupted; nothing was committed, what was saved stays", file=sys.stderr, flush=True)
+        os._exit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return AutoConfig.from_pretrained(model, **source)
-    except (OSError, ValueError) as error:
-        raise QVLMError(
-            f"model {model} cannot be read; name a folder with a config.json, or a model on the Hub. {error}"
-        ) from error
-
-
-def choose_auto_class(task: str, config: Any) -> Any:
-    """The auto class for `task`; `auto` prefers image-text-to-text where `config` allows it."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-    if task == "auto":
-        remote_classes = getattr(config, "auto_map", None) or {}
-        takes_images = (
-            config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-            or "AutoModelForImageTextToText" in remote_classes
-        )
-        task = "image-text-to-text" if takes_images else "text-generation"
-    return AutoModelForImageTextToText if task == "image-text-to-text" else AutoModelForCausalLM
-
-
-def choose_device(device: str | None) -> str:
-    """`device`, or where it is None the first CUDA device, or the CPU."""
-    if device is not None:
-        return device
-
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def summary(output: Path, scheme: str) -> str:
-    """What lies in `output`, for the last line that the user sees."""
-    sizes = [path.stat().st_size for path in output.rglob("*") if path.is_file()]
-    return f"Saved the {scheme} model in {output}: {len(sizes)} files, {readable_bytes(sum(sizes))}"
-
-
-def readable_bytes(count: int) -> str:
-    """`count` in the largest decimal unit that it reaches, as in `1.25 GB`."""
-    for unit, factor in BYTE_UNITS.items():
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count} bytes"
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

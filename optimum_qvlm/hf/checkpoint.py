@@ -22,9 +22,12 @@ from optimum_qvlm.hf.shards import Manifest, read_headers, read_tensor, require_
 from optimum_qvlm.kernels import CHECKPOINT_LAYOUTS
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.modules.swap import replace_module
+from optimum_qvlm.report.parts import readable_bytes, tensor_bytes
 from optimum_qvlm.search.plan import ModuleRecord, QuantPlan
 
 GUARD = "optimum_qvlm.import_optimum_qvlm_before_loading"
+LARGEST_GROWTH = 4  # from two bytes on disk to eight in memory, where dtype= asks for it
+SMALL_BUFFERS = 64 * 2**20  # positions, masks and the like, which are not stored
 SAFETENSORS_NAMES = {torch.int32: "I32", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -64,6 +67,25 @@ def require_checkpoint(config: QVLMConfig, files: list[str]) -> CalibrationRecor
     Raises:
         CheckpointError: an entry was changed, or a tensor is missing, truncated or does not fit.
     """
+    found = read_headers(files)
+    record = require_record(config, found)
+    if found.get(GUARD) != ["U8", [32]]:
+        raise CheckpointError(f"tensor {GUARD} is {found.get(GUARD)}, not the 32 bytes that every save writes")
+    identity = bytes(read_tensor(files, GUARD).tolist()).hex()
+    if identity != record.found_identity:
+        raise CheckpointError(
+            f"the weights were not written together with config.json (identity {identity}, config "
+            f"{record.found_identity}); the folder mixes two saves: save or fetch it again"
+        )
+    return record
+
+
+def require_record(config: QVLMConfig, found: Manifest) -> CalibrationRecord:
+    """Assert that the configuration is what was saved, and that these tensors are there.
+
+    Raises:
+        CheckpointError: an entry was changed, or a tensor is missing, added or does not fit.
+    """
     record = config.record
     if record is None or record.manifest is None or record.digest is None:
         raise CheckpointError(
@@ -75,15 +97,13 @@ def require_checkpoint(config: QVLMConfig, files: list[str]) -> CalibrationRecor
             f"quantization_config was changed after saving (digest {record.digest}, content {record.found_digest}); "
             "restore config.json, or quantize again with other settings"
         )
-    require_manifest(record.manifest, read_headers(files))
+    require_manifest(record.manifest, found)
+    packed = (tensor.removesuffix(".weight_packed") for tensor in found if tensor.endswith(".weight_packed"))
+    unrecorded = next((name for name in packed if name not in record.modules), None)
+    if unrecorded is not None:
+        raise CheckpointError(f"{unrecorded} is quantized in the checkpoint's files, but not on record; fetch it again")
     for name, module in record.modules.items():
         _require_fit(name, module, record.manifest)
-    identity = bytes(read_tensor(files, GUARD).tolist()).hex()
-    if identity != record.found_identity:
-        raise CheckpointError(
-            f"the weights were not written together with config.json (identity {identity}, config "
-            f"{record.found_identity}); the folder mixes two saves: save or fetch it again"
-        )
     return record
 
 
@@ -107,6 +127,7 @@ def swap_in_quantized(model: Any, record: CalibrationRecord) -> None:
                 f"{linear.out_features}x{linear.in_features} in the model that config.json describes"
             )
         replace_module(model, paths[name], _empty(linear, entry))
+    _require_memory(model, record.manifest or {})
     _ignore_extra_tensors(model)
 
 
@@ -170,6 +191,9 @@ def _require_fit(name: str, entry: ModuleRecord, manifest: Mapping[str, Any]) ->
         )
     except (ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{name}: its entry in quantization_config is not valid: {error}") from error
+    for kind, group in (("weight", entry.weight_group), ("activation", entry.activation_group)):
+        if group is not None and entry.in_features % group != 0:
+            raise CheckpointError(f"{name}: {kind} groups of {group} do not divide {entry.in_features} channels")
     for tensor_name, tensor in module.state_dict().items():
         written = manifest.get(f"{name}.{tensor_name}")
         expected = [SAFETENSORS_NAMES.get(tensor.dtype), list(tensor.shape)]
@@ -178,6 +202,16 @@ def _require_fit(name: str, entry: ModuleRecord, manifest: Mapping[str, Any]) ->
                 f"{name}.{tensor_name} is {written}, but {entry.weight_bits} bits in groups of "
                 f"{entry.weight_group or 'a row'} need {expected}"
             )
+
+
+def _require_memory(model: Any, manifest: Mapping[str, Any]) -> None:
+    """Refuse a config.json that describes a far larger model than the files hold, before memory is taken for it."""
+    described, stored = packed_bytes(model), sum(map(tensor_bytes, manifest.values()))
+    if described > LARGEST_GROWTH * stored + SMALL_BUFFERS:
+        raise CheckpointError(
+            f"config.json describes a model of {readable_bytes(described)}, but the files hold "
+            f"{readable_bytes(stored)}; fetch the checkpoint again"
+        )
 
 
 def _ignore_extra_tensors(model: Any) -> None:
@@ -195,6 +229,7 @@ __all__ = [
     "quantized_modules",
     "quantized_skeleton",
     "require_checkpoint",
+    "require_record",
     "stored_state",
     "swap_in_quantized",
 ]

@@ -11,6 +11,8 @@ from typing import Any, Literal, Self, get_args
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_qvlm.errors import ConfigError
+from optimum_qvlm.hf.entries import require_entries
+from optimum_qvlm.hf.migration import migrate
 from optimum_qvlm.pipeline.options import CalibrationOptions, LinearChoice, Method
 from optimum_qvlm.quant.entropy import SOFTNESS
 from optimum_qvlm.quant.spec import GroupSize, Scheme
@@ -245,15 +247,9 @@ class QVLMConfig(QuantizationConfigMixin):
         """Undo `to_dict`.
 
         Raises:
-            ConfigError: an unknown field, a record that is not whole, or a format newer than this package.
+            ConfigError: an unknown field, a record that is not whole, or a format version that is not read.
         """
-        values = dict(config_dict)
-        version = values.pop("format_version", FORMAT_VERSION)
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise ConfigError(
-                f"the checkpoint has format version {version!r}, this release of optimum-qvlm reads up to "
-                f"{FORMAT_VERSION}; upgrade it: pip install -U optimum-qvlm"
-            )
+        values = migrate(dict(config_dict), FORMAT_VERSION)
         values.pop("quant_method", None)
         results = {name: values.pop(name) for name in _RESULTS if name in values}
         unknown = set(values) - {*_SETTINGS, "dataset", "processor"}
@@ -396,6 +392,7 @@ def _check_group(value: object, where: str) -> None:
 
 
 def _read_record(values: Mapping[str, Any]) -> CalibrationRecord:
+    require_entries(values)
     try:
         modules = {name: ModuleRecord.from_dict(entry) for name, entry in values["modules"].items()}
     except (KeyError, TypeError, AttributeError) as error:

@@ -70,13 +70,15 @@ class QVLMQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from optimum_qvlm.hf.checkpoint import require_checkpoint, swap_in_quantized
-        from optimum_qvlm.hf.source import Source
+        from optimum_qvlm.hf.source import Source, require_weights_inside
 
         files = kwargs.get("checkpoint_files")
         if not files:
             raise CheckpointError("a model is quantized from the files of a checkpoint; none were given")
-        self.source = Source.of(model.config.name_or_path, files)
+        require_weights_inside(model.config.name_or_path, files)
+        self.source = Source.of(files)
         if self.pre_quantized:
+            self.source.require_inside(map(Path, files))
             swap_in_quantized(model, require_checkpoint(self.config, files))
         else:
             self._prepare(model, files)
@@ -148,6 +150,7 @@ class QVLMQuantizer(HfQuantizer):
         if self.config.processor is not None:
             self._keep_processor(self.config.processor)
         self.report = summarize(result, self.config.to_dict(), bytes_before=before, bytes_after=packed_bytes(model))
+        self.report["calibration"] |= self.source.origin()
         self.config.record = CalibrationRecord(
             modules=result.modules, blocks=result.blocks(), calibration=self.report["calibration"]
         )

@@ -17,23 +17,41 @@ def read_headers(files: Iterable[str | Path]) -> Manifest:
     """Names, dtypes and shapes of all tensors in some safetensors files.
 
     Raises:
-        CheckpointError: a file is of another kind, truncated or not readable.
+        CheckpointError: a file is of another kind, truncated or not readable, or two hold a tensor of one name.
+    """
+    return merge_headers((file, _read_header(file)) for file in files)
+
+
+def merge_headers(headers: Iterable[tuple[str | Path, Manifest]]) -> Manifest:
+    """One manifest from those of (file, tensors).
+
+    Raises:
+        CheckpointError: two files hold a tensor of one name.
     """
     found: Manifest = {}
-    for file in files:
-        if not str(file).endswith(".safetensors"):
-            raise CheckpointError(
-                f"{file} is not a safetensors file, and pickled weights are not read; convert the checkpoint: load "
-                "it without quantization_config and save_pretrained it"
-            )
-        try:
-            with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():
-                    part = shard.get_slice(name)
-                    found[name] = [part.get_dtype(), list(part.get_shape())]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is damaged or truncated ({error}); fetch it again") from error
+    for file, tensors in headers:
+        twice = found.keys() & tensors.keys()
+        if twice:
+            raise CheckpointError(f"tensor {min(twice)} of {file} is in another file too; fetch the checkpoint again")
+        found |= tensors
     return found
+
+
+def _read_header(file: str | Path) -> Manifest:
+    if not str(file).endswith(".safetensors"):
+        raise CheckpointError(
+            f"{file} is not a safetensors file, and pickled weights are not read; convert the checkpoint: load "
+            "it without quantization_config and save_pretrained it"
+        )
+    tensors: Manifest = {}
+    try:
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():
+                part = shard.get_slice(name)
+                tensors[name] = [part.get_dtype(), list(part.get_shape())]
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged or truncated ({error}); fetch it again") from error
+    return tensors
 
 
 def read_tensor(files: Iterable[str | Path], name: str) -> Tensor:

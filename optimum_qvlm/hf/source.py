@@ -1,13 +1,20 @@
 """Where a model came from, and the files that lie beside its weights."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 from transformers import AutoProcessor
+from transformers.utils import logging
 
-from optimum_qvlm.errors import DataError
+from optimum_qvlm.errors import CheckpointError, DataError
+from optimum_qvlm.report.card import CARD_FILE, read_metadata
+
+logger = logging.get_logger("transformers.optimum_qvlm")
 
 REPORT_FILE = "qvlm_report.json"
 
@@ -42,21 +49,68 @@ class Source:
     cache: Path | None = None
 
     @classmethod
-    def of(cls, name: str, checkpoint_files: list[str]) -> "Source":
+    def of(cls, checkpoint_files: list[str]) -> "Source":
         """Read off the resolved weight files; those of the Hub lie in `models--org--name/snapshots/COMMIT`."""
         folder = Path(checkpoint_files[0]).parent
         for parent in (folder, *folder.parents):
-            if parent.parent.name == "snapshots" and parent.parent.parent.name.startswith("models--"):
-                cache = parent.parent.parent.parent
-                return cls(folder=folder, repo=name, revision=parent.name, cache=cache)
+            home = parent.parent.parent
+            if parent.parent.name == "snapshots" and home.name.startswith("models--"):
+                repo = home.name.removeprefix("models--").replace("--", "/")
+                return cls(folder=folder, repo=repo, revision=parent.name, cache=home.parent)
         return cls(folder=folder)
 
+    @property
+    def root(self) -> Path:
+        """What no link may leave: the folder, or the cache's folder of the repository."""
+        if self.repo is None or self.cache is None:
+            return self.folder
+        return self.cache / f"models--{self.repo.replace('/', '--')}"
+
+    def origin(self) -> dict[str, str]:
+        """Name and commit of the model, for the record; empty for a local folder, whose path is nobody's business."""
+        if self.repo is None or self.revision is None:
+            return {}
+        return {"base_model": self.repo, "base_revision": self.revision}
+
     def sidecars(self) -> list[tuple[Path, str]]:
-        """Files beside the weights with their names relative to the folder; those of the Hub are downloaded."""
-        if self.repo is not None:
-            self._download()
+        """Files beside the weights with their names relative to the folder; those of the Hub are downloaded.
+
+        Where the Hub cannot be reached, what its cache holds has to do, with a warning: a model that took hours
+        must be saved.
+
+        Raises:
+            CheckpointError: a file is a link that leads elsewhere.
+        """
+        reason = self._fetch()
+        if reason is not None:
+            logger.warning_once(
+                f"the processor files of {self.repo} could not be fetched ({reason}); those in the cache are used. "
+                "Check that the saved folder has a processor, or save it yourself; set HF_TOKEN for a private model"
+            )
         paths = sorted({path for pattern in SIDECARS for path in self.folder.glob(pattern) if path.is_file()})
+        self.require_inside(paths)
         return [(path, str(path.relative_to(self.folder))) for path in paths]
+
+    def require_inside(self, paths: Iterable[Path]) -> None:
+        """Refuse links that lead out of the folder: with them a save or an upload would carry private files away.
+
+        Raises:
+            CheckpointError: names the file.
+        """
+        root = self.root.resolve()
+        for path in paths:
+            if not path.resolve().is_relative_to(root):
+                raise CheckpointError(f"{path} is a link that leaves {self.root}; put a copy of the file in its place")
+
+    def card_metadata(self) -> dict[str, Any]:
+        """The YAML block of the model card that lies beside the weights; empty where there is none."""
+        path = self.folder / CARD_FILE
+        if not path.is_file():
+            return {}
+        try:
+            return read_metadata(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError):
+            return {}
 
     def load_processor(self) -> Any:
         """The processor, or for a text model the tokenizer.
@@ -64,19 +118,42 @@ class Source:
         Raises:
             DataError: there is none.
         """
-        if self.repo is not None:
-            self._download()
+        reason = self._fetch()
         try:
             return AutoProcessor.from_pretrained(self.folder)
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise DataError(
-                f"no processor could be loaded from {self.folder} ({error}); pass processor= to QVLMConfig, or "
-                "ready model inputs (a list of dicts of tensors) as dataset"
+                f"no processor could be loaded from {self.folder} ({reason or error}); pass processor= to QVLMConfig, "
+                "or ready model inputs (a list of dicts of tensors) as dataset"
             ) from error
 
-    def _download(self) -> None:
-        assert self.repo is not None and self.revision is not None
-        root = next(p for p in (self.folder, *self.folder.parents) if p.name == self.revision)
+    def _fetch(self) -> str | None:
+        """Download the files beside the weights; returns why that failed, None where they are there."""
+        if self.repo is None or self.revision is None:
+            return None
+        root = next(parent for parent in (self.folder, *self.folder.parents) if parent.name == self.revision)
         inside = self.folder.relative_to(root)
-        patterns = [str(inside / pattern) for pattern in SIDECARS]
-        snapshot_download(self.repo, revision=self.revision, cache_dir=self.cache, allow_patterns=patterns)
+        patterns = [str(inside / pattern) for pattern in (*SIDECARS, CARD_FILE)]
+        api = HfApi()
+        try:
+            # not snapshot_download: where it cannot list the repository, it takes a cache that lacks files for whole
+            names = api.list_repo_files(self.repo, revision=self.revision)
+            for name in filter_repo_objects(names, allow_patterns=patterns):
+                api.hf_hub_download(self.repo, name, revision=self.revision, cache_dir=self.cache)
+        except (OSError, HTTPError, ValueError) as error:
+            return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return None
+
+
+def require_weights_inside(name: str, checkpoint_files: list[str]) -> None:
+    """Refuse weight files outside the folder that was named: an index may hold any path.
+
+    Raises:
+        CheckpointError: names the path.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return  # a repository, whose file names the Hub's client checks
+    for file in map(Path, checkpoint_files):
+        if not file.is_relative_to(folder) or ".." in file.relative_to(folder).parts or "\0" in str(file):
+            raise CheckpointError(f"the index names {file!r}, which is outside {folder}; fetch the checkpoint again")

@@ -5,9 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from optimum_qvlm.pipeline.rehearsal import Cost
+from optimum_qvlm.report.parts import readable_bytes
 from optimum_qvlm.search.plan import ModuleRecord, PlannedLayer, QuantPlan
-
-UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +118,8 @@ def _cells(row: ModuleRow) -> tuple[str, ...]:
         row.scheme,
         group if row.symmetric else f"{group}, zero point",
         "own" if row.site == row.name else f"of {row.site.rpartition('.')[2]}",
-        readable(row.bytes_before),
-        readable(row.bytes_after),
+        readable_bytes(row.bytes_before),
+        readable_bytes(row.bytes_after),
     )
 
 
@@ -130,8 +129,8 @@ def _totals(run: DryRun) -> list[str]:
     lines = [
         f"{len(run.modules)} linears in {len(blocks)} blocks, {len(run.kept)} kept in full precision"
         + (f", {unused} in layers that nothing reads (rounded to nearest)" if unused else ""),
-        f"model in memory: {readable(run.bytes_before)} -> {readable(run.bytes_after)}",
-        f"saved, reloaded and compared bit for bit: {readable(run.saved_bytes)}",
+        f"model in memory: {readable_bytes(run.bytes_before)} -> {readable_bytes(run.bytes_after)}",
+        f"saved, reloaded and compared bit for bit: {readable_bytes(run.saved_bytes)}",
     ]
     if run.samples > 0:
         lines += [
@@ -140,15 +139,7 @@ def _totals(run: DryRun) -> list[str]:
         ]
     return [
         *lines,
-        f"estimate: {run.cost.seconds:.0f} s, {readable(run.cost.host_bytes)} of CPU memory, "
-        f"{readable(run.cost.device_bytes)} more on the device that computes; "
+        f"estimate: {run.cost.seconds:.0f} s, {readable_bytes(run.cost.host_bytes)} of CPU memory, "
+        f"{readable_bytes(run.cost.device_bytes)} more on the device that computes; "
         f"this dry run took {run.rehearsal_seconds:.0f} s",
     ]
-
-
-def readable(count: int) -> str:
-    """`count` bytes in the largest decimal unit that it reaches, as in `1.25 GB`."""
-    for unit, factor in UNITS.items():
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count} B"

@@ -1,10 +1,15 @@
 """Options, their help, and what they turn into."""
 
+import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 
 import pytest
+
+from optimum_qvlm.cli import command
 
 COMMAND = ["export", "qvlm", "--model", "some/model"]
 HELP_AND_LOADED_MODULES = """
@@ -24,21 +29,19 @@ def test_help_shows_every_option_group_and_the_examples(parser, capsys):
         parser.parse_args(["export", "qvlm", "--help"])
 
     text = capsys.readouterr().out
-    for title in ("model:", "quantization:", "calibration:", "examples:", "exit status:"):
+    for title in ("model:", "quantization:", "calibration:", "sharing:", "examples:", "exit status:"):
         assert f"\n{title}\n" in text
     assert "optimum-cli export qvlm --model llava-hf/llava-1.5-7b-hf --scheme w4a8 llava-w4a8/" in text
 
 
 def test_examples_in_the_help_parse(parser):
     """Examples are copied from the terminal, so a stale one is a bug."""
-    from optimum_qvlm.cli.command import EPILOG
-
-    joined = EPILOG.replace("\\\n", " ")
+    joined = (command.EXPORT_EPILOG + command.INFO_EPILOG + command.CHAT_EPILOG).replace("\\\n", " ")
     examples = re.findall(r"^ +optimum-cli (.*)$", joined, flags=re.MULTILINE)
 
-    assert len(examples) == 4
+    assert len(examples) == 10
     for example in examples:
-        parser.parse_args([word.strip("'") for word in example.split()])
+        parser.parse_args(shlex.split(example))
 
 
 def test_help_loads_neither_torch_nor_our_package():
@@ -64,6 +67,19 @@ def test_defaults_are_those_of_the_configuration(parser):
     assert arguments == {name: parameters[name].default for name in arguments}
 
 
+def test_every_setting_of_the_configuration_has_an_option(parser):
+    """Whoever adds a setting adds its option, one `add_argument` of the same name, or says here why there is none."""
+    from inspect import signature
+
+    from optimum_qvlm import QVLMConfig
+
+    without_option: set[str] = set()
+
+    options = set(vars(parser.parse_args([*COMMAND, "out"])))
+
+    assert set(signature(QVLMConfig).parameters) - options == without_option
+
+
 def test_options_become_the_arguments_of_the_configuration(parser):
     from optimum_qvlm.cli.export import config_arguments
 
@@ -83,6 +99,10 @@ def test_options_become_the_arguments_of_the_configuration(parser):
             *("--modules-to-not-convert", "head"),
             *("--override", "*.layers.0.*=w8a8"),
             *("--override", "a=b=none"),
+            *("--override", '*.up_proj={"scheme": "w4a8", "group_size": 32}'),
+            "--no-symmetric",
+            *("--search-tokens", "99"),
+            *("--processor", "some/processor"),
             "out",
         ]
     )
@@ -98,7 +118,10 @@ def test_options_become_the_arguments_of_the_configuration(parser):
         "method": "rtn",
         "dataset": "scienceqa",
         "modules_to_not_convert": ["projector", "head"],
-        "overrides": {"*.layers.0.*": "w8a8", "a=b": None},
+        "overrides": {"*.layers.0.*": "w8a8", "a=b": None, "*.up_proj": {"scheme": "w4a8", "group_size": 32}},
+        "symmetric": False,
+        "search_tokens": 99,
+        "processor": "some/processor",
     }
 
 
@@ -116,6 +139,8 @@ def test_group_size_takes_words_and_numbers(parser, text, value):
         (["--batch-size", "1.5"], r"--batch-size: must be a whole number above 0, got '1.5'"),
         (["--override", "layers"], r"--override: must read PATTERN=SCHEME.*got 'layers'"),
         (["--override", "=w4a8"], r"--override: must read PATTERN=SCHEME.*got '=w4a8'"),
+        (["--override", "a={w4a8}"], r"--override: what follows = is not JSON"),
+        (["--override", '={"scheme":"w4a8"}'], r"--override: must read PATTERN=SCHEME"),
         (["--override", "a=w4a8", "--override", "a=w8a8"], r"--override: pattern 'a' is given twice"),
         (["--method", "awq"], r"--method: invalid choice: 'awq'"),
         (["--task", "ocr"], r"--task: invalid choice: 'ocr'"),
@@ -158,6 +183,47 @@ def test_interrupts_give_the_shells_code(parser, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=r"^130$"):
         args.func(args).run()
     assert capsys.readouterr().err == "optimum-cli export qvlm: interrupted\n"
+
+
+def test_termination_unwinds_and_gives_the_shells_code(parser, monkeypatch, tmp_path):
+    """So that `finally` and `with` remove what is temporary; and the handler of before is back afterwards."""
+    before = signal.getsignal(signal.SIGTERM)
+    args = parser.parse_args([*COMMAND, "out"])
+    unwound = []
+
+    def work(_):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        finally:
+            unwound.append(True)
+
+    monkeypatch.setattr("optimum_qvlm.cli.export.main", work)
+
+    with pytest.raises(SystemExit, match=r"^143$"):
+        args.func(args).run()
+
+    assert unwound == [True]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("words", [["info", "model"], ["chat", "model", "question"]], ids=["info", "chat"])
+def test_the_other_commands_parse_too(parser, monkeypatch, words):
+    args = parser.parse_args(["qvlm", *words])
+    monkeypatch.setattr(f"optimum_qvlm.cli.{words[0]}.main", lambda given: 2 if given is args else 0)
+
+    with pytest.raises(SystemExit, match=r"^2$"):
+        args.func(args).run()
+
+
+@pytest.mark.parametrize("words", [["qvlm", "info", "--help"], ["qvlm", "chat", "--help"]])
+def test_their_help_has_examples_and_exit_codes(parser, capsys, words):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        parser.parse_args(words)
+
+    text = capsys.readouterr().out
+    assert "\nexamples:\n" in text
+    assert "3 the Hub refused" in text
 
 
 def test_run_returns_when_all_went_well(parser, monkeypatch):

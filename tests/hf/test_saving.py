@@ -4,19 +4,21 @@ import copy
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from optimum_qvlm.errors import CheckpointError
-from optimum_qvlm.hf.saving import WORK_MARK
 from optimum_qvlm.hf.source import REPORT_FILE
+from optimum_qvlm.hf.workfolder import WORK_MARK, uninterrupted
 from tests.jobs import contents, load, logits, make_batch, quantize, run_python
 
-WRITTEN = {"config.json", "generation_config.json", "model.safetensors", REPORT_FILE}
+WRITTEN = {"README.md", "config.json", "generation_config.json", "model.safetensors", REPORT_FILE}
 
 SAVE_WITH_LITTLE_ROOM = """
 import os, resource, sys
@@ -285,14 +287,65 @@ def test_the_seal_names_every_tensor_in_the_files(quantized_folder):
         assert set(values["manifest"]) == set(file.keys())
 
 
-def test_uploading_passes_on_what_the_user_gave(quantized_llava, tmp_path, monkeypatch):
-    """Only the network is replaced."""
-    calls = []
-    monkeypatch.setattr(
-        quantized_llava, "push_to_hub", lambda *given, **named: calls.append((given, named)), raising=False
-    )
+def test_a_card_that_the_user_wrote_stays(quantized_llava, folder_copy):
+    (folder_copy / "README.md").write_text("# Mine\n")
 
-    quantized_llava.save_pretrained(tmp_path / "out", push_to_hub=True, private=True)
-    quantized_llava.save_pretrained(tmp_path / "out", push_to_hub=True, repo_id="me/model", commit_message="first")
+    quantized_llava.save_pretrained(folder_copy)
 
-    assert calls == [(("out",), {"private": True}), (("me/model",), {"commit_message": "first"})]
+    assert (folder_copy / "README.md").read_text() == "# Mine\n"
+
+
+def test_an_untouched_card_is_renewed(quantized_llava, quantized_folder, llava_folder, tmp_path):
+    quantize(llava_folder, "w4a16", method="rtn").save_pretrained(tmp_path / "out")
+
+    quantized_llava.save_pretrained(tmp_path / "out")
+
+    assert (tmp_path / "out" / "README.md").read_bytes() == (quantized_folder / "README.md").read_bytes()
+
+
+def test_a_failed_save_leaves_no_parents(quantized_llava, tmp_path, monkeypatch):
+    """Also one that Ctrl-C stopped: folders that were made on the way are gone again."""
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(quantized_llava), "save_pretrained", interrupt)
+
+    with pytest.raises(KeyboardInterrupt):
+        quantized_llava.save_pretrained(tmp_path / "a" / "b" / "out")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_wait_for_the_last_step(number):
+    """Between two renames a folder is half of one save and half of another."""
+    said = []
+    before = signal.signal(number, lambda *_: said.append("handled"))
+    try:
+        with uninterrupted():
+            signal.raise_signal(number)
+            said.append("done")
+    finally:
+        signal.signal(number, before)
+
+    assert said == ["done", "handled"]
+
+
+def test_other_threads_save_without_touching_signals(quantized_llava, tmp_path):
+    """Python allows handlers in the main thread alone."""
+    thread = threading.Thread(target=quantized_llava.save_pretrained, args=(tmp_path / "out",))
+    thread.start()
+    thread.join()
+
+    assert set(contents(tmp_path / "out")) == WRITTEN
+
+
+def test_a_sidecar_that_links_out_of_the_folder_is_refused(llava_folder, tmp_path):
+    """Or the next upload publishes a private file."""
+    source = Path(shutil.copytree(llava_folder, tmp_path / "source"))
+    (tmp_path / "secret").write_text("private")
+    (source / "LICENSE").symlink_to(tmp_path / "secret")
+
+    with pytest.raises(CheckpointError, match=r"LICENSE is a link that leaves .*source; put a copy"):
+        quantize(source, method="rtn").save_pretrained(tmp_path / "out")

@@ -65,7 +65,7 @@ def make_cache(root: Path, inside: str = "") -> Path:
 
 
 def test_a_local_folder_has_no_repository(tmp_path):
-    source = Source.of(str(tmp_path), [str(tmp_path / "model.safetensors")])
+    source = Source.of([str(tmp_path / "model.safetensors")])
 
     assert source == Source(folder=tmp_path)
 
@@ -75,7 +75,7 @@ def test_the_hub_cache_tells_repository_and_commit(tmp_path, inside):
     """The commit, since the branch may move on between loading and saving."""
     weights = make_cache(tmp_path, inside)
 
-    source = Source.of("org/name", [str(weights)])
+    source = Source.of([str(weights)])
 
     assert source == Source(folder=weights.parent, repo="org/name", revision=COMMIT, cache=tmp_path / "hub")
 
@@ -84,7 +84,7 @@ def test_a_folder_called_snapshots_is_no_cache(tmp_path):
     """Training runs are often kept in such folders."""
     folder = tmp_path / "snapshots" / "step-100"
 
-    assert Source.of(str(folder), [str(folder / "model.safetensors")]) == Source(folder=folder)
+    assert Source.of([str(folder / "model.safetensors")]) == Source(folder=folder)
 
 
 def test_processor_templates_licence_and_report_travel(tmp_path):

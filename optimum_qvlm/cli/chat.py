@@ -1,0 +1,92 @@
+"""What `optimum-cli qvlm chat` does: load a model and answer one question, token by token."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from optimum_qvlm.cli.loading import load_model
+from optimum_qvlm.cli.outcome import finish
+from optimum_qvlm.data.sample import open_image
+from optimum_qvlm.errors import DataError, QVLMError
+
+
+def main(args: Namespace) -> int:
+    """Run the command; returns the exit code, see `finish`."""
+    return finish("optimum-cli qvlm chat", lambda: chat(args))
+
+
+def chat(args: Namespace) -> None:
+    """Print the answer while it is written."""
+    images = [read_image(path) for path in args.image or ()]
+    processor = load_processor(args)
+    try:
+        model = load_model(args)
+    except QVLMError:
+        raise
+    except ValueError as error:  # what transformers raises for configurations that it cannot use
+        raise QVLMError(f"model {args.model} cannot be loaded: {error}") from error
+    answer(model, processor, images, args.question, args.max_new_tokens)
+
+
+def read_image(path: Path) -> Any:
+    """A picture from a file.
+
+    Raises:
+        DataError: it is not there, or no picture.
+    """
+    return open_image(path, "--image")
+
+
+def load_processor(args: Namespace) -> Any:
+    """Processor or tokenizer of the model.
+
+    Raises:
+        DataError: there is none.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(
+            args.model, revision=args.revision, trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise DataError(
+            f"no processor or tokenizer could be loaded from {args.model} ({error}); save the original model's there"
+        ) from error
+
+
+def answer(model: Any, processor: Any, images: list[Any], question: str, max_new_tokens: int) -> None:
+    """Greedy generation to stdout.
+
+    Raises:
+        DataError: images for a model that takes none.
+    """
+    import torch
+    from transformers import TextStreamer
+
+    if images and not hasattr(processor, "image_processor"):
+        raise DataError(f"{type(model).__name__} takes no images; ask without --image")
+    inputs = render(processor, images, question).to(model.device)
+    for name, value in inputs.items():
+        if value.is_floating_point():
+            inputs[name] = value.to(model.dtype)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with torch.inference_mode():
+        model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+
+
+def render(processor: Any, images: list[Any], question: str) -> Any:
+    """Model inputs for the question, through the chat template where there is one."""
+    if getattr(processor, "chat_template", None) is None:
+        return processor(text=question, return_tensors="pt")
+    content: Any = question
+    if hasattr(processor, "image_processor"):
+        content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )

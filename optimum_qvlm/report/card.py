@@ -1,0 +1,211 @@
+"""The model card of a quantized model: README.md, rendered from what is saved beside it."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from optimum_qvlm.report.parts import PartRow, bytes_of_modules, readable_bytes, readable_group, tensor_bytes
+
+CARD_FILE = "README.md"
+SEAL = re.compile(r"\n<!-- written by optimum-qvlm, replaced on the next save unless edited: ([0-9a-f]{64}) -->\n\Z")
+AUTO_CLASSES = {True: "AutoModelForImageTextToText", False: "AutoModelForCausalLM"}
+KEPT_METADATA = ("license", "license_name", "license_link", "language")
+"""What a card takes over from that of the model which was quantized."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardFacts:
+    """What a card says.
+
+    Attributes:
+        values: `quantization_config` as saved.
+        rows: precision per part.
+        report: content of `qvlm_report.json`, empty where there is none.
+        sees_images: whether the model takes images.
+        repo: name on the Hub, None for a folder.
+        files: bytes of each weight file by name.
+        inherited: metadata of the source's own card.
+        tags: more tags, from the user.
+    """
+
+    values: Mapping[str, Any]
+    rows: list[PartRow]
+    report: Mapping[str, Any] = field(default_factory=dict)
+    sees_images: bool = True
+    repo: str | None = None
+    files: Mapping[str, int] = field(default_factory=dict)
+    inherited: Mapping[str, Any] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+
+
+def render_card(facts: CardFacts) -> str:
+    """The whole text, sealed with its own hash so that a later edit shows."""
+    sections = [_heading(facts), _loading(facts), _precision(facts), _fidelity(facts.report), _calibration(facts)]
+    metadata = yaml.safe_dump(_metadata(facts), sort_keys=False, allow_unicode=True)
+    return seal(f"---\n{metadata}---\n\n" + "\n".join(section for section in sections if section))
+
+
+def seal(text: str) -> str:
+    """`text` with a last line by which `is_ours` knows it."""
+    return f"{text}\n<!-- written by optimum-qvlm, replaced on the next save unless edited: {_digest(text)} -->\n"
+
+
+def is_ours(text: str) -> bool:
+    """Whether a card was rendered here and not touched since; any other belongs to its author."""
+    text = text.replace("\r\n", "\n")
+    found = SEAL.search(text)
+    return found is not None and found[1] == _digest(text[: found.start()])
+
+
+def read_metadata(text: str) -> dict[str, Any]:
+    """The YAML block at the top of a card; empty where there is none that can be read."""
+    found = re.match(r"---\n(.*?)\n---\s*(\n|\Z)", text.replace("\r\n", "\n"), flags=re.DOTALL)
+    if found is None:
+        return {}
+    try:
+        values = yaml.safe_load(found[1])
+    except yaml.YAMLError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _base(facts: CardFacts) -> str | None:
+    found = facts.values.get("calibration", {}).get("base_model")
+    return None if found is None else str(found)
+
+
+def _scheme(facts: CardFacts) -> str:
+    return str(facts.values["scheme"])
+
+
+def _metadata(facts: CardFacts) -> dict[str, Any]:
+    base = _base(facts)
+    found: dict[str, Any] = {name: facts.inherited[name] for name in KEPT_METADATA if name in facts.inherited}
+    if base is not None:
+        found |= {"base_model": base, "base_model_relation": "quantized"}
+    bits = facts.values["scheme"].partition("a")[0].removeprefix("w")
+    own = ["qvlm", "optimum-qvlm", "quantized", _scheme(facts), f"{bits}-bit"]
+    return found | {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text" if facts.sees_images else "text-generation",
+        "tags": list(dict.fromkeys([*own, *facts.tags])),
+    }
+
+
+def _heading(facts: CardFacts) -> str:
+    base, name = _base(facts), None if facts.repo is None else facts.repo.rpartition("/")[2]
+    title = name or (base.rpartition("/")[2] if base else "Quantized model") + f", {_scheme(facts)}"
+    source = f"[{base}](https://huggingface.co/{base})" if base else "A model"
+    vision = facts.values.get("vision_scheme")
+    if facts.sees_images:
+        tower = "kept in full precision" if vision is None else f"at {vision}"
+        parts = f"the language model at {_scheme(facts)}, vision tower and projector {tower}"
+    else:
+        parts = f"at {_scheme(facts)}"
+    return (
+        f"# {title}\n\n{source} quantized with [optimum-qvlm](https://pypi.org/project/optimum-qvlm/): {parts}. "
+        "`w4a8` reads: weights in 4 bits, activations in 8.\n"
+    )
+
+
+def _loading(facts: CardFacts) -> str:
+    auto_class, where = AUTO_CLASSES[facts.sees_images], facts.repo or "PATH"
+    reader = "AutoProcessor" if facts.sees_images else "AutoTokenizer"
+    variable = "processor" if facts.sees_images else "tokenizer"
+    return (
+        "## How to load\n\n```bash\npip install optimum-qvlm\n```\n\n```python\n"
+        "import optimum_qvlm  # first: registers the format with transformers\n"
+        f"from transformers import {auto_class}, {reader}\n\n"
+        f'model = {auto_class}.from_pretrained("{where}", device_map="auto")\n'
+        f'{variable} = {reader}.from_pretrained("{where}")\n```\n\n'
+        "Without the import transformers refuses to load the weights, and says so.\n"
+    )
+
+
+def _precision(facts: CardFacts) -> str:
+    lines = [
+        "| part | linears | precision | scales per | weights | on disk | output error |",
+        "|---|---:|---|---|---:|---:|---:|",
+    ]
+    for row in facts.rows:
+        error = "" if row.error is None else f"{row.error:.2e}"
+        lines.append(
+            f"| `{row.part}` | {row.linears} | {row.scheme} | {readable_group(row)} | {row.weights:,} "
+            f"| {readable_bytes(row.bytes)} | {error} |"
+        )
+    manifest = facts.values.get("manifest", {})
+    modules = bytes_of_modules(manifest)
+    rest = sum(map(tensor_bytes, manifest.values())) - sum(modules.get(name, 0) for name in facts.values["modules"])
+    lines.append(f"| everything else | | as in the source | | | {readable_bytes(rest)} | |")
+    kept = facts.report.get("kept_in_full_precision") or []
+    text = "## Precision of each part\n\n" + "\n".join(lines) + "\n"
+    if kept:
+        text += f"\nLinears kept in full precision: {', '.join(f'`{name}`' for name in kept[:8])}"
+        text += f" and {len(kept) - 8} more.\n" if len(kept) > 8 else ".\n"
+    if any(row.error is not None for row in facts.rows):
+        text += (
+            "\nOutput error: squared difference of the part's last output from full precision, over the latter's "
+            "squared norm, on the calibration samples.\n"
+        )
+    return text + _sizes(facts)
+
+
+def _sizes(facts: CardFacts) -> str:
+    count, total = len(facts.files), sum(facts.files.values())
+    said = []
+    if count:
+        said.append(f"{readable_bytes(total)} of weights in {count} file{'s' if count > 1 else ''}")
+    memory = facts.report.get("bytes")
+    if memory:
+        said.append(
+            f"{readable_bytes(memory['after'])} in memory in place of {readable_bytes(memory['before'])} "
+            f"({memory['ratio']:.2f}x)"
+        )
+    return f"\nSize: {'; '.join(said)}.\n" if said else ""
+
+
+def fidelity_figures(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Fidelity to full precision by name, where the report has any: one set of figures, or several by name."""
+    found = report.get("fidelity")
+    if not isinstance(found, Mapping):
+        return {}
+    named = {"": found} if "mean_kl" in found else found
+    return {str(name): entry for name, entry in named.items() if isinstance(entry, Mapping) and "mean_kl" in entry}
+
+
+def _fidelity(report: Mapping[str, Any]) -> str:
+    figures = fidelity_figures(report)
+    if not figures:
+        return ""
+    lines = ["| | answer tokens | mean KL | same first choice |", "|---|---:|---:|---:|"]
+    for name, entry in figures.items():
+        tokens, agreement = entry.get("tokens", ""), entry.get("top1_agreement")
+        shown = "" if agreement is None else f"{100 * agreement:.1f} %"
+        lines.append(f"| {name} | {tokens} | {entry['mean_kl']:.4f} | {shown} |")
+    return "## Fidelity to full precision\n\n" + "\n".join(lines) + "\n"
+
+
+def _calibration(facts: CardFacts) -> str:
+    found = facts.values.get("calibration", {})
+    lines = [f"- method: {found.get('method', facts.values.get('method'))}"]
+    if _base(facts):
+        lines.append(f"- source: {_base(facts)} at commit {found.get('base_revision')}")
+    if "fingerprint" in found:
+        lines += [
+            f"- data: {found['source']}, {found['samples']} samples, seed {found['seed']}",
+            f"- fingerprint of the data (SHA-256): `{found['fingerprint']}`",
+        ]
+    versions = found.get("versions", {})
+    if versions:
+        lines.append("- versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()))
+    lines.append(f"- format: qvlm {facts.values.get('format_version')}")
+    lines.append("- details: `qvlm_report.json` beside the weights")
+    return "## Calibration\n\n" + "\n".join(lines) + "\n"

@@ -1,0 +1,129 @@
+"""One question, one answer: on the bundled model, in this process."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from optimum_qvlm.cli import chat
+from tests.jobs import edit_config, quantize
+
+
+@pytest.fixture(scope="module")
+def saved(bundled_folder, tmp_path_factory):
+    """The bundled model at w8a8, rounded to nearest. Read only."""
+    folder = tmp_path_factory.mktemp("chat")
+    quantize(bundled_folder, scheme="w8a8", method="rtn", dataset=None).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    """A file that the model can look at."""
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    return tmp_path / "red.png"
+
+
+@pytest.fixture
+def run(parser, capsys):
+    """Runs the command; returns exit code, stdout, stderr."""
+
+    def command(*words):
+        args = parser.parse_args(["qvlm", "chat", "--device", "cpu", "--max-new-tokens", "5", *map(str, words)])
+        code = chat.main(args)
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return command
+
+
+def test_an_answer_about_an_image_is_printed_alone(run, saved, picture):
+    """Without the question, and without the marks of the chat template."""
+    code, text, _ = run(saved, "--image", picture, "which digit is in the top left?")
+
+    assert code == 0
+    assert text.strip() != ""
+    assert "which digit" not in text
+    assert "<" not in text
+
+
+def test_it_is_the_answer_of_generate(run, saved, picture):
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    _, text, _ = run(saved, "--image", picture, "how many?")
+
+    model, processor = AutoModelForImageTextToText.from_pretrained(saved), AutoProcessor.from_pretrained(saved)
+    inputs = chat.render(processor, [Image.open(picture).convert("RGB")], "how many?")
+    with torch.inference_mode():
+        tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert text.strip() == processor.decode(tokens, skip_special_tokens=True).strip()
+
+
+def test_a_question_without_an_image_is_answered(run, saved):
+    code, text, _ = run(saved, "how many?")
+
+    assert code == 0
+    assert text != ""
+
+
+def test_the_answer_streams(parser, saved, picture, monkeypatch):
+    """Long answers are read while they are written."""
+    pieces = []
+    monkeypatch.setattr("builtins.print", lambda *words, **_: pieces.append(words))
+    args = parser.parse_args(
+        ["qvlm", "chat", "--device", "cpu", str(saved), "--image", str(picture), "spell the digits"]
+    )
+
+    chat.main(args)
+
+    assert len(pieces) > 1
+
+
+@pytest.mark.parametrize("name", ["missing.png", "samples.txt"])
+def test_a_picture_that_cannot_be_read_is_refused(run, saved, tmp_path, name):
+    (tmp_path / "samples.txt").write_text("no picture")
+
+    code, _, error = run(saved, "--image", tmp_path / name, "?")
+
+    assert code == 2
+    assert f"{name} cannot be read" in error
+
+
+def test_a_folder_without_processor_is_refused(run, llava_folder):
+    code, _, error = run(llava_folder, "?")
+
+    assert code == 2
+    assert "no processor or tokenizer could be loaded" in error
+
+
+def test_a_damaged_model_is_refused(run, saved, tmp_path):
+    copied = shutil.copytree(saved, tmp_path / "copy")
+    edit_config(Path(copied), scheme="w4a8")
+
+    code, _, error = run(copied, "?")
+
+    assert code == 2
+    assert "quantization_config was changed after saving" in error
+
+
+def test_a_model_of_another_kind_is_refused(run, saved, tmp_path):
+    copied = Path(shutil.copytree(saved, tmp_path / "copy"))
+    config = json.loads((copied / "config.json").read_text()) | {"model_type": "nothing"}
+    (copied / "config.json").write_text(json.dumps(config))
+
+    code, _, error = run(copied, "?")
+
+    assert code == 2
+    assert "Traceback" not in error
+
+
+def test_images_are_refused_by_models_that_take_none(llama_folder, picture):
+    from types import SimpleNamespace
+
+    from optimum_qvlm.errors import DataError
+
+    with pytest.raises(DataError, match="takes no images; ask without --image"):
+        chat.answer(SimpleNamespace(), SimpleNamespace(), [picture], "?", 5)

@@ -1,0 +1,138 @@
+"""What `info` prints, and that it refuses what does not fit together."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from optimum_qvlm.cli import info
+from tests.jobs import edit_config, quantize
+
+FIRST = "language_model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def saved(llava_folder, tmp_path_factory):
+    """A quantized folder in which one linear differs from its like in the other layer. Read only."""
+    folder = tmp_path_factory.mktemp("info")
+    quantize(llava_folder, overrides={"*layers.0.self_attn.v_proj": "w6a6"}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(saved, tmp_path) -> Path:
+    """One that a test may damage."""
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+@pytest.fixture
+def run(parser, capsys):
+    """Runs the command; returns exit code, stdout, stderr."""
+
+    def command(*words):
+        args = parser.parse_args(["qvlm", "info", *map(str, words)])
+        code = info.main(args)
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return command
+
+
+def test_parts_blocks_and_modules_are_shown(run, saved):
+    code, text, _ = run(saved)
+
+    assert code == 0
+    assert text.startswith(f"{saved}: LlavaForConditionalGeneration\nformat      qvlm 1; ")
+    assert "calibrated  qvlm on 4 samples (user), seed 0, fingerprint " in text
+    lines = [line.split() for line in text.splitlines()]
+    language = [line for line in lines if line[:1] == ["language_model.model.layers"]]
+    assert sum(int(line[1]) for line in language if line[2] == "w4a8") == 13
+    assert [line[1] for line in language if line[2] == "w6a6"] == ["1"]
+    assert ["multi_modal_projector", "2", "w8a8", "row"] in [line[:4] for line in lines]
+    assert "blocks      vision 0, 1, 2; projector 0; language 0, 1" in text
+
+
+def test_equal_modules_of_all_layers_share_a_line(run, saved):
+    """A model has hundreds of linears, and a few kinds of them."""
+    _, text, _ = run(saved)
+
+    shown = [line.split() for line in text.splitlines() if "language_model" in line and "*" in line]
+    assert ["language_model.model.layers.*.self_attn.q_proj", "x2", "64x64", "w4a8", "64"] in [s[:5] for s in shown]
+    different = [line for line in shown if line[0].endswith("v_proj")]
+    assert [line[-4] for line in different] == ["w6a6", "w4a8"], "layer 0, then layer 1"
+
+
+def test_json_has_every_module_and_the_bytes_that_are_on_disk(run, saved):
+    code, text, _ = run(saved, "--json")
+
+    found = json.loads(text)
+    config = json.loads((saved / "config.json").read_text())["quantization_config"]
+    assert code == 0
+    assert found["modules"].keys() == config["modules"].keys()
+    assert found["modules"][FIRST]["scheme"] == "w4a8"
+    assert found["files"] == {"model.safetensors": (saved / "model.safetensors").stat().st_size}
+    assert 0 < found["files"]["model.safetensors"] - found["bytes"]["tensors"] < 50_000, "the header is the rest"
+    assert sum(part["linears"] for part in found["parts"]) == len(config["modules"])
+    assert found["format_version"] == 1
+
+
+def test_a_sharded_model_and_a_variant_are_found(run, saved, tmp_path):
+    from tests.jobs import load
+
+    load(saved).save_pretrained(tmp_path / "shards", max_shard_size="50KB", variant="small")
+
+    code, text, _ = run(tmp_path / "shards", "--variant", "small", "--json")
+
+    assert code == 0
+    assert len(json.loads(text)["files"]) > 2
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda folder: edit_config(folder, scheme="w8a8"), "quantization_config was changed after saving"),
+        (lambda folder: edit_config(folder, format_version=99), "format version 99, this release .* reads up to 1"),
+        (lambda folder: edit_config(folder, format_version=0), "format version 0, which this release .* does not"),
+        (lambda folder: edit_config(folder, quant_method="gptq"), "is quantized with 'gptq', not with 'qvlm'"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json; name the folder"),
+        (lambda folder: (folder / "config.json").write_text("["), "config.json is not JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json holds a list where an object"),
+        (lambda folder: (folder / "config.json").write_text("[" * 10**5), "config.json is not JSON"),
+        (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), "config.json is not JSON"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has neither model.safetensors nor"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 100), "model.safetensors is damaged"),
+        (lambda folder: (folder / "qvlm_report.json").write_text("{"), "qvlm_report.json is not JSON"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_fit_together_is_refused(run, copied, change, message):
+    import re
+
+    change(copied)
+
+    code, text, error = run(copied)
+
+    assert code == 2
+    assert text == ""
+    assert re.search(message, error)
+    assert error.startswith("optimum-cli qvlm info: error: ")
+
+
+def test_a_full_precision_model_is_said_to_be_one(run, llava_folder):
+    code, _, error = run(llava_folder)
+
+    assert code == 2
+    assert "is not quantized, not with 'qvlm'; there is nothing to show" in error
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/model.safetensors", "model.bin", 5])
+def test_an_index_that_leads_elsewhere_is_refused(run, copied, name):
+    (copied / "model.safetensors").rename(copied / "m.safetensors")
+    index = {"metadata": {}, "weight_map": {"x": name}}
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    code, _, error = run(copied)
+
+    assert code == 2
+    assert "which is no safetensors file of this folder" in error
