@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from optimum_qvlm.cli.loading import load_model, loading
+from optimum_qvlm.cli.loading import how_to_load, load_model
 from optimum_qvlm.cli.outcome import finish, print_json
 from optimum_qvlm.cli.records import read_dataset
 from optimum_qvlm.errors import QVLMError
@@ -83,7 +83,7 @@ def try_out(args: Namespace, config: Any) -> Any:
 
     output = args.output.absolute()
     folder = next(parent for parent in (output, *output.parents) if parent.is_dir())
-    auto_class, options = loading(args)
+    auto_class, options = how_to_load(args)
     return dry_run(args.model, config, model_class=auto_class, folder=folder, **options)
 
 

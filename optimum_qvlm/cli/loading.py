@@ -12,14 +12,14 @@ def load_model(args: Namespace, **options: Any) -> Any:
     Raises:
         QVLMError: files of it are missing or cannot be read.
     """
-    auto_class, found = loading(args)
+    auto_class, given = how_to_load(args)
     try:
-        return auto_class.from_pretrained(args.model, **found, **options)
+        return auto_class.from_pretrained(args.model, **options, **given)
     except OSError as error:
         raise QVLMError(f"model {args.model} cannot be loaded: {error}") from error
 
 
-def loading(args: Namespace) -> tuple[Any, dict[str, Any]]:
+def how_to_load(args: Namespace) -> tuple[Any, dict[str, Any]]:
     """The class to load the model with, and the options of its `from_pretrained`."""
     source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     auto_class = choose_auto_class(getattr(args, "task", "auto"), read_model_config(args.model, source))

@@ -191,9 +191,10 @@ def _require_fit(name: str, entry: ModuleRecord, manifest: Mapping[str, Any]) ->
         )
     except (ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{name}: its entry in quantization_config is not valid: {error}") from error
-    for kind, group in (("weight", entry.weight_group), ("activation", entry.activation_group)):
-        if group is not None and entry.in_features % group != 0:
-            raise CheckpointError(f"{name}: {kind} groups of {group} do not divide {entry.in_features} channels")
+    for kind in ("weight_group", "activation_group", "rotation"):
+        size = getattr(entry, kind)
+        if size is not None and (size < 1 or entry.in_features % size != 0):
+            raise CheckpointError(f"{name}: {kind}={size} does not divide its {entry.in_features} channels")
     for tensor_name, tensor in module.state_dict().items():
         written = manifest.get(f"{name}.{tensor_name}")
         expected = [SAFETENSORS_NAMES.get(tensor.dtype), list(tensor.shape)]

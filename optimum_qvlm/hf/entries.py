@@ -11,6 +11,9 @@ from optimum_qvlm.search.plan import ModuleRecord
 LARGEST = 2**31 - 1
 """No size of a linear or tensor is above; larger ones would overflow or exhaust memory before they are compared."""
 
+LARGEST_ROTATION = 1024
+"""Channels of a Hadamard block, of which a matrix is made."""
+
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
 FIELD_TYPES = get_type_hints(ModuleRecord)
 
@@ -51,6 +54,9 @@ def _require_module(name: str, entry: Mapping[str, Any]) -> None:
             raise _bad(f"modules[{name}].{field}", 0, "a positive integer")
     if entry.get("scale_dtype", "float32") not in SCALE_DTYPES:
         raise _bad(f"modules[{name}].scale_dtype", entry["scale_dtype"], " or ".join(SCALE_DTYPES))
+    rotation = entry.get("rotation")
+    if rotation is not None and (rotation.bit_count() != 1 or rotation > LARGEST_ROTATION):
+        raise _bad(f"modules[{name}].rotation", rotation, f"null or a power of two up to {LARGEST_ROTATION}")
     for field in ("activation_clip", "weight_clip"):
         if entry.get(field, 1) <= 0:
             raise _bad(f"modules[{name}].{field}", entry[field], "a positive number")
