@@ -10,9 +10,10 @@ from typing import Any, Literal, Self, get_args
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_qvlm.errors import ConfigError
-from optimum_qvlm.pipeline.options import CalibrationOptions, LinearChoice, Method
+from optimum_qvlm.pipeline.options import CalibrationOptions, Effort, LinearChoice, Method, site_options
 from optimum_qvlm.quant.spec import GroupSize, Scheme
 from optimum_qvlm.search.plan import ModuleRecord
+from optimum_qvlm.search.transforms import KINDS
 
 QUANT_METHOD = "qvlm"
 FORMAT_VERSION = 1
@@ -32,6 +33,10 @@ _SETTINGS = (
     "seed",
     "method",
     "search_tokens",
+    "effort",
+    "transforms",
+    "error_feedback",
+    "servable",
 )
 _RESULTS = ("modules", "blocks", "calibration", "manifest", "digest")
 
@@ -81,7 +86,13 @@ class QVLMConfig(QuantizationConfigMixin):
         max_length: longest sequence in tokens; image tokens are never cut.
         seed: seed of every random choice.
         method: "qvlm" searches, "rtn" rounds to nearest without data.
-        search_tokens: how many tokens per site the search looks at.
+        search_tokens: how many tokens per site candidates are compared on.
+        effort: "balanced", or "fast", which tries fewer candidates.
+        transforms: "auto" chooses per site whether its activations are equalized, rotated, both or neither; "off",
+            "equalize", "rotate" and "both" decide for all sites.
+        error_feedback: let each channel of a weight make good what rounding the ones before it did wrong; False
+            rounds each weight on its own.
+        servable: leave out what other runtimes cannot do in a forward, which is every transform.
 
     Raises:
         ConfigError, SpecError: a field is not valid.
@@ -108,6 +119,10 @@ class QVLMConfig(QuantizationConfigMixin):
         seed: int = 0,
         method: Literal["qvlm", "rtn"] = "qvlm",
         search_tokens: int = 2048,
+        effort: Effort = "balanced",
+        transforms: Literal["auto", "off", "equalize", "rotate", "both"] = "auto",
+        error_feedback: bool = True,
+        servable: bool = False,
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.scheme = scheme
@@ -124,6 +139,10 @@ class QVLMConfig(QuantizationConfigMixin):
         self.seed = seed
         self.method = method
         self.search_tokens = search_tokens
+        self.effort = effort
+        self.transforms = transforms
+        self.error_feedback = error_feedback
+        self.servable = servable
         self.record: CalibrationRecord | None = None
         self._validate()
 
@@ -142,6 +161,9 @@ class QVLMConfig(QuantizationConfigMixin):
             method=self.method,
             seed=self.seed,
             search_tokens=self.search_tokens,
+            search=site_options(
+                self.effort, "off" if self.servable else self.transforms, error_feedback=self.error_feedback
+            ),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -238,8 +260,17 @@ class QVLMConfig(QuantizationConfigMixin):
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             raise ConfigError(f"seed must be an integer of at least 0, got {self.seed!r}")
-        if not isinstance(self.symmetric, bool):
-            raise ConfigError(f"symmetric must be True or False, got {self.symmetric!r}")
+        for name in ("symmetric", "error_feedback", "servable"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name, allowed in (("effort", get_args(Effort)), ("transforms", ("auto", *KINDS))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.servable and self.transforms not in ("auto", "off"):
+            raise ConfigError(
+                f"servable=True leaves out transforms, which other runtimes cannot apply, but transforms="
+                f'{self.transforms!r} asks for one; use transforms="auto", or servable=False'
+            )
         if self.method not in get_args(Method):
             raise ConfigError(f"method must be one of {', '.join(get_args(Method))}, got {self.method!r}")
         _check_group(self.group_size, "group_size")

@@ -13,13 +13,14 @@ from optimum_qvlm.data.recipe import Recipe
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.modules.swap import replace_module
 from optimum_qvlm.pipeline import checks
-from optimum_qvlm.pipeline.capture import Run, Tracer, linear_inputs, require_finite
+from optimum_qvlm.pipeline.capture import Run, Tracer, linear_inputs, observe_inputs, require_finite
 from optimum_qvlm.pipeline.options import CalibrationOptions
 from optimum_qvlm.pipeline.result import CalibrationResult, LayerError, SiteError
 from optimum_qvlm.pipeline.streaming import resident
 from optimum_qvlm.pipeline.tokens import TokenSampler
 from optimum_qvlm.search.plan import ModuleRecord, PlannedLayer, PlannedPart, QuantPlan, Site
-from optimum_qvlm.search.rounding import SiteChoice, SiteProblem, round_to_nearest, search_site
+from optimum_qvlm.search.problem import SiteChoice, SiteProblem
+from optimum_qvlm.search.rounding import round_to_nearest, search_site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +115,7 @@ class _Work:
             block = numbers[part.name, number] + 1
             bar.set_description(f"block {block}/{len(self.plan.blocks)}, {part.name} layer {number}")
             with torch.no_grad(), resident(self.model, layer.path, self.device):
-                wanted = chain.full_precision(self.model.get_submodule(layer.path), number)
+                wanted = chain.full_precision(self.model.get_submodule(layer.path), number, layer)
                 for site in layer.sites:
                     self._search_site(site, layer, number, chain)
                 error = chain.advance(self.model.get_submodule(layer.path), number, wanted, layer.name)
@@ -125,14 +126,18 @@ class _Work:
     def _search_site(self, site: Site, layer: PlannedLayer, number: int, chain: "_Chain") -> None:
         weights, specs = self._weights(site)
         module = self.model.get_submodule(layer.path)
+        inputs, references = chain.site_inputs(module, number, site, layer.path), chain.references.pop(site.name)
         problem = SiteProblem(
-            inputs=chain.site_inputs(module, number, site, layer.path),
+            inputs=chain.sampled(inputs).to(self.device),
+            references=chain.sampled(references).to(self.device),
+            all_inputs=chain.real(inputs),
+            all_references=chain.real(references),
             weights=weights,
             specs=specs,
             activation=site.activation,
             scale_dtype=self._scale_dtype(site),
         )
-        choice = search_site(problem, self.options.grids)
+        choice = search_site(problem, self.options.search)
         self.sites.append(SiteError(site=site.name, nearest=choice.nearest_error, found=choice.error))
         self._swap(site, choice)
 
@@ -194,24 +199,41 @@ class _Chain:
     quantized: list[Tensor]
     sampler: TokenSampler
     device: torch.device
+    references: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def full_precision(self, module: nn.Module, number: int) -> list[Tensor]:
-        """Outputs of the layer before it is quantized, on full-precision inputs, which they replace."""
+    def full_precision(self, module: nn.Module, number: int, layer: PlannedLayer) -> list[Tensor]:
+        """Outputs of the layer before it is quantized, on full-precision inputs, which they replace.
+
+        What its sites see on the way is kept in `references`, by the site's name.
+        """
+        local = {site.name: _local(site, layer.path) for site in layer.sites}
+        self.references = {name: [] for name in local}
         for run in self.runs:
-            run.hidden = run.calls[number](module, run.hidden.to(self.device), self.device).cpu()
+            run_layer = _bind(run, number, module, run.hidden.to(self.device), self.device)
+            output, seen = observe_inputs(module, list(local.values()), run_layer)
+            run.hidden = output.cpu()
+            for name, path in local.items():
+                self.references[name].append(seen[path].cpu())
         return [run.hidden for run in self.runs]
 
-    def site_inputs(self, module: nn.Module, number: int, site: Site, layer_path: str) -> Tensor:
-        """Sampled tokens [tokens, in_features] that reach the site through the quantized prefix."""
-        local = site.linears[0].path.removeprefix(layer_path).removeprefix(".")
-        taken = []
-        for index, (run, hidden) in enumerate(zip(self.runs, self.quantized, strict=True)):
+    def site_inputs(self, module: nn.Module, number: int, site: Site, layer_path: str) -> list[Tensor]:
+        """What reaches the site through the quantized prefix, run by run, on the CPU."""
+        local = _local(site, layer_path)
+        found = []
+        for run, hidden in zip(self.runs, self.quantized, strict=True):
             run_layer = _bind(run, number, module, hidden.to(self.device), self.device)
             tensor = linear_inputs(module, [local], run_layer)[local]
-            tokens = self.sampler.take(index, tensor)
-            require_finite(tokens, site.name, run.batch)
-            taken.append(tokens)
-        return torch.cat(taken)
+            require_finite(tensor, site.name, run.batch)
+            found.append(tensor.cpu())
+        return found
+
+    def sampled(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The tokens [tokens, channels] that candidates are compared on."""
+        return torch.cat([self.sampler.take(index, tensor) for index, tensor in enumerate(tensors)])
+
+    def real(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """All tokens but padding, run by run."""
+        return [self.sampler.real(index, tensor) for index, tensor in enumerate(tensors)]
 
     def advance(self, module: nn.Module, number: int, wanted: Sequence[Tensor], name: str) -> float:
         """Push the quantized chain through the quantized layer. Returns the relative squared error."""
@@ -227,3 +249,8 @@ class _Chain:
 
 def _bind(run: Run, number: int, module: nn.Module, hidden: Tensor, device: torch.device) -> Callable[[], Tensor]:
     return lambda: run.calls[number](module, hidden, device)
+
+
+def _local(site: Site, layer_path: str) -> str:
+    """The path of the site's first linear inside its layer, empty where the layer is that linear."""
+    return site.linears[0].path.removeprefix(layer_path).removeprefix(".")

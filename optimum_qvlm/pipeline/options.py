@@ -8,9 +8,16 @@ from typing import Literal
 
 from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.quant.spec import GroupSize, Scheme
-from optimum_qvlm.search.rounding import ClipGrids
+from optimum_qvlm.search.rounding import ClipGrids, SiteOptions
+from optimum_qvlm.search.transforms import KINDS, Kind, TransformOptions
+from optimum_qvlm.search.weights import FeedbackOptions
 
 Method = Literal["qvlm", "rtn"]
+Effort = Literal["fast", "balanced"]
+Transforms = Literal["auto"] | Kind
+
+_FAST_CLIPS = ClipGrids(activation=(1.0,), weight=(1.0, 0.9, 0.8))
+_FAST_EXPONENTS = (0.5,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +39,8 @@ class CalibrationOptions:
         keep: name patterns that stay in full precision.
         overrides: (pattern, choice), the first that matches a name decides.
         method: "qvlm" searches, "rtn" rounds to nearest without data.
-        search_tokens: tokens per site that the search looks at, drawn with the seed.
+        search_tokens: tokens per site that candidates are compared on, drawn with the seed.
+        search: what the search of a site may do.
     """
 
     language: LinearChoice
@@ -42,7 +50,19 @@ class CalibrationOptions:
     method: Method = "qvlm"
     seed: int = 0
     search_tokens: int = 2048
-    grids: ClipGrids = field(default_factory=ClipGrids)
+    search: SiteOptions = field(default_factory=SiteOptions)
+
+
+def site_options(effort: Effort, transforms: Transforms, *, error_feedback: bool) -> SiteOptions:
+    """What the search of a site may do. `"fast"` tries fewer clips and a single balance of equalisation."""
+    clips = _FAST_CLIPS if effort == "fast" else ClipGrids()
+    kinds = KINDS if transforms == "auto" else (transforms,)
+    exponents = _FAST_EXPONENTS if effort == "fast" else TransformOptions().exponents
+    return SiteOptions(
+        clips=clips,
+        transforms=None if kinds == ("off",) else TransformOptions(kinds=kinds, exponents=exponents),
+        feedback=FeedbackOptions() if error_feedback else None,
+    )
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -12,7 +12,7 @@ from optimum_qvlm.errors import SpecError
 from optimum_qvlm.kernels import fake_quantize_tokens
 from optimum_qvlm.quant.affine import dequantize_weight, quantize_weight
 from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
-from optimum_qvlm.search import rounding
+from optimum_qvlm.search import weights as rounding
 from optimum_qvlm.search.rounding import ClipGrids, SiteChoice, SiteProblem, round_to_nearest, search_site
 
 ROUNDING_NOISE = 1e-4
