@@ -11,6 +11,8 @@ from optimum_qvlm.quant.affine import QuantizedWeight
 from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
 from optimum_qvlm.quant.transform import SiteTransform
 
+FEW_TOKENS = 512
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteProblem:
@@ -43,6 +45,10 @@ class SiteProblem:
     def wanted_inputs(self) -> Tensor:
         """Tokens [tokens, in_features] whose full-precision products are the target."""
         return self.inputs if self.references is None else self.references
+
+    def few(self) -> Tensor:
+        """At most `FEW_TOKENS` of the sample, evenly spread: what rounding does to activations is soon averaged out."""
+        return self.inputs[:: -(-len(self.inputs) // FEW_TOKENS)]
 
     def pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All calibration tokens with their full-precision values, piece by piece on the device of the sample."""

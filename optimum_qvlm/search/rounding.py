@@ -97,10 +97,11 @@ def search_activation_clip(problem: SiteProblem, grids: ClipGrids, transform: Si
         return 1.0
     stacked = torch.cat([weight.float() for weight in problem.weights.values()])
     gram = transform.fold(transform.fold(stacked.T @ stacked).T)
-    exact = transform.tokens(problem.inputs).float()
+    tokens = problem.few()
+    exact = transform.tokens(tokens).float()
 
     def error(clip: float) -> float:
-        change = problem.rounded(problem.inputs, clip, transform).float() - exact
+        change = problem.rounded(tokens, clip, transform).float() - exact
         return float(((change @ gram) * change).sum())
 
     errors = {clip: error(clip) for clip in grids.activation}

@@ -14,8 +14,6 @@ from optimum_qvlm.search.weights import conditional_moments
 
 LARGEST_ROTATION = 128
 SMALLEST_ROTATION = 16
-TOKENS = 1024
-"""Rounding errors of activations are averaged over this many tokens."""
 
 
 Kind = Literal["off", "equalize", "rotate", "both"]
@@ -108,7 +106,7 @@ class _Judge:
     def __init__(self, problem: SiteProblem, damping: float | None) -> None:
         self.problem, self.damping = problem, damping
         inputs = problem.inputs.float()
-        self.tokens = problem.inputs[:: max(len(inputs) // TOKENS, 1)][:TOKENS]
+        self.tokens = problem.few()
         self.hessian = inputs.T @ inputs / len(inputs)
         weights = torch.cat([weight.float() for weight in problem.weights.values()])
         self.gram = weights.T @ weights

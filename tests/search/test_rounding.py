@@ -13,10 +13,18 @@ from optimum_qvlm.kernels import fake_quantize_tokens
 from optimum_qvlm.quant.affine import dequantize_weight, quantize_weight
 from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
 from optimum_qvlm.search import weights as rounding
-from optimum_qvlm.search.rounding import ClipGrids, SiteChoice, SiteProblem, round_to_nearest, search_site
+from optimum_qvlm.search.problem import SiteChoice, SiteProblem
+from optimum_qvlm.search.rounding import ClipGrids, SiteOptions, round_site, round_to_nearest, search_site
+
+PLAIN = SiteOptions(transforms=None, feedback=None)
+"""The clips of the paper alone."""
 
 ROUNDING_NOISE = 1e-4
 """Relative; the error is a sum over tokens and channels in fp32, taken here in another order and in fp64."""
+
+
+def clips_only(**grids: tuple[float, ...]) -> SiteOptions:
+    return SiteOptions(clips=ClipGrids(**grids), transforms=None, feedback=None)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -90,7 +98,7 @@ def test_the_choice_is_never_worse_than_nearest(seed, bits, group, activation_bi
         scale_dtype=scale_dtype,
     )
 
-    choice = search_site(problem, ClipGrids())
+    choice = search_site(problem, PLAIN)
 
     assert choice.error <= choice.nearest_error
     nearest = round_to_nearest(problem.weights, problem.specs, scale_dtype)
@@ -104,7 +112,7 @@ def test_the_choice_is_never_worse_than_nearest(seed, bits, group, activation_bi
 @pytest.mark.parametrize("seed", range(3))
 def test_heavy_tails_are_worth_clipping(bits, gain, group, activation_bits, seed):
     """Few large weights make the steps of all others coarse."""
-    choice = search_site(make_problem(bits=bits, group=group, activation_bits=activation_bits, seed=seed), ClipGrids())
+    choice = search_site(make_problem(bits=bits, group=group, activation_bits=activation_bits, seed=seed), PLAIN)
 
     assert choice.error < gain * choice.nearest_error
     assert all(clip < 1.0 for clip in choice.weight_clips.values())
@@ -116,7 +124,7 @@ def test_heavy_tails_are_worth_clipping(bits, gain, group, activation_bits, seed
 def test_the_same_problem_has_the_same_answer(bits, activation_bits, symmetric):
     """Checkpoints must be reproducible to the byte."""
     first, second = (
-        search_site(make_problem(bits=bits, activation_bits=activation_bits, symmetric=symmetric), ClipGrids())
+        search_site(make_problem(bits=bits, activation_bits=activation_bits, symmetric=symmetric), PLAIN)
         for _ in range(2)
     )
 
@@ -136,7 +144,7 @@ def test_weights_that_lie_on_a_grid_are_not_clipped(bits, group):
     weight = (codes - 2 ** (bits - 1)).float() / 16
     problem = make_problem(bits=bits, group=group, symmetric=False, activation_bits=None, weights={"q": weight})
 
-    choice = search_site(problem, ClipGrids())
+    choice = search_site(problem, PLAIN)
 
     assert choice.weight_clips == {"q": 1.0}
     assert torch.equal(dequantize_weight(choice.weights["q"]), weight)
@@ -150,7 +158,7 @@ def test_zeros_give_nearest_and_no_error(zeros, activation_bits):
     weights = {"q": torch.zeros(4, 64)} if zeros != "inputs" else None
     inputs = torch.zeros(10, 64) if zeros != "weights" else None
 
-    choice = search_site(make_problem(weights=weights, inputs=inputs, activation_bits=activation_bits), ClipGrids())
+    choice = search_site(make_problem(weights=weights, inputs=inputs, activation_bits=activation_bits), PLAIN)
 
     assert choice.error == choice.nearest_error == 0.0
     assert choice.activation_clip == 1.0
@@ -162,7 +170,7 @@ def test_without_an_activation_grid_the_inputs_are_left_alone(bits):
     """Weight-only schemes: the clip is not searched."""
     problem = make_problem(bits=bits, activation_bits=None)
 
-    choice = search_site(problem, ClipGrids(activation=(0.5,)))
+    choice = search_site(problem, clips_only(activation=(0.5,)))
 
     assert choice.activation_clip == 1.0
     assert choice.error == pytest.approx(output_error(problem, choice), rel=ROUNDING_NOISE)
@@ -176,7 +184,7 @@ def test_an_outlier_that_no_weight_reads_is_clipped():
     weight[:, 5] = 0
     problem = make_problem(activation_bits=4, group=None, bits=8, weights={"q": weight}, inputs=inputs)
 
-    choice = search_site(problem, ClipGrids())
+    choice = search_site(problem, PLAIN)
 
     assert choice.activation_clip == 0.5
     assert choice.error < 0.5 * choice.nearest_error
@@ -190,14 +198,14 @@ def test_an_outlier_that_the_weights_read_is_kept():
     weight[:, 5] = 20.0
     problem = make_problem(activation_bits=8, group=None, bits=8, weights={"q": weight}, inputs=inputs)
 
-    assert search_site(problem, ClipGrids()).activation_clip == 1.0
+    assert search_site(problem, PLAIN).activation_clip == 1.0
 
 
 @pytest.mark.parametrize("grid", [(1.0,), (1.0, 0.8), (1.0, 0.9, 0.7, 0.3)])
 def test_clips_come_from_the_grids(grid):
     problem = make_problem(bits=3, activation_bits=4)
 
-    choice = search_site(problem, ClipGrids(activation=grid, weight=grid))
+    choice = search_site(problem, clips_only(activation=grid, weight=grid))
 
     assert choice.activation_clip in grid
     for clip in choice.weight_clips.values():
@@ -207,7 +215,7 @@ def test_clips_come_from_the_grids(grid):
 def test_a_grid_of_one_is_rounding_to_nearest():
     problem = make_problem(bits=3, activation_bits=4)
 
-    choice = search_site(problem, ClipGrids(activation=(1.0,), weight=(1.0,)))
+    choice = search_site(problem, clips_only(activation=(1.0,), weight=(1.0,)))
 
     nearest = round_to_nearest(problem.weights, problem.specs, torch.float32)
     assert choice.error == choice.nearest_error
@@ -224,7 +232,7 @@ def test_each_weight_clip_is_the_best_of_its_row_and_group(group, activation_bit
     problem = make_problem(bits=3, group=group, activation_bits=activation_bits)
     weight, spec = problem.weights["q"], WeightSpec(bits=3)
 
-    choice = search_site(problem, ClipGrids())
+    choice = search_site(problem, PLAIN)
 
     inputs = problem.inputs
     if activation_bits is not None:
@@ -250,7 +258,7 @@ def test_half_precision_inputs_and_weights_are_searched(dtype):
         inputs=normal(40, 64).to(dtype), weights={"q": heavy_tailed(8, 64, seed=1).to(dtype)}, scale_dtype=dtype
     )
 
-    choice = search_site(problem, ClipGrids())
+    choice = search_site(problem, PLAIN)
 
     assert choice.weights["q"].scale.dtype == dtype
     assert choice.error <= choice.nearest_error < 1.0
@@ -258,15 +266,15 @@ def test_half_precision_inputs_and_weights_are_searched(dtype):
 
 @pytest.mark.parametrize("tokens", [1, 2, 500])
 def test_any_number_of_tokens_is_enough(tokens):
-    choice = search_site(make_problem(inputs=normal(tokens, 64)), ClipGrids())
+    choice = search_site(make_problem(inputs=normal(tokens, 64)), PLAIN)
 
     assert 0.0 <= choice.error <= choice.nearest_error
 
 
 @pytest.mark.parametrize("exponent", [-8, 8])
 def test_the_unit_of_the_activations_does_not_matter(exponent):
-    plain = search_site(make_problem(activation_bits=4), ClipGrids())
-    scaled = search_site(make_problem(activation_bits=4, inputs=normal(40, 64) * 2.0**exponent), ClipGrids())
+    plain = search_site(make_problem(activation_bits=4), PLAIN)
+    scaled = search_site(make_problem(activation_bits=4, inputs=normal(40, 64) * 2.0**exponent), PLAIN)
 
     assert (scaled.activation_clip, scaled.weight_clips) == (plain.activation_clip, plain.weight_clips)
     assert scaled.error == pytest.approx(plain.error, rel=ROUNDING_NOISE)
@@ -291,4 +299,4 @@ def test_rounding_to_nearest_is_the_plain_rounding_of_every_weight(symmetric, sc
 
 def test_a_group_that_does_not_divide_is_refused():
     with pytest.raises(SpecError, match="group=48 does not divide in_features=64"):
-        search_site(make_problem(group=48), ClipGrids())
+        search_site(make_problem(group=48), PLAIN)
