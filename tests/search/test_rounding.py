@@ -1,6 +1,7 @@
 """The search of one site: never worse than rounding to nearest, and clearly better where there is something to win."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
 from optimum_qvlm.search import weights as rounding
 from optimum_qvlm.search.problem import SiteChoice, SiteProblem
 from optimum_qvlm.search.rounding import ClipGrids, SiteOptions, round_site, round_to_nearest, search_site
+from optimum_qvlm.search.transforms import KINDS, TransformOptions
+from optimum_qvlm.search.weights import FeedbackOptions
 
 PLAIN = SiteOptions(transforms=None, feedback=None)
 """The clips of the paper alone."""
@@ -66,12 +69,12 @@ def make_problem(
 def output_error(problem: SiteProblem, choice: SiteChoice) -> float:
     """The error by its definition: of the outputs, relative, in double precision."""
     inputs, spec = problem.inputs, problem.activation
-    rounded = inputs
+    rounded = choice.transform.tokens(inputs)
     if spec is not None:
-        rounded = fake_quantize_tokens(inputs, spec.bits, spec.group, choice.activation_clip)
+        rounded = fake_quantize_tokens(rounded, spec.bits, spec.group, choice.activation_clip)
     error = norm = 0.0
     for name, weight in problem.weights.items():
-        wanted = inputs.double() @ weight.double().T
+        wanted = problem.wanted_inputs.double() @ weight.double().T
         found = rounded.double() @ dequantize_weight(choice.weights[name]).double().T
         error += float((found - wanted).square().sum())
         norm += float(wanted.square().sum())
@@ -300,3 +303,105 @@ def test_rounding_to_nearest_is_the_plain_rounding_of_every_weight(symmetric, sc
 def test_a_group_that_does_not_divide_is_refused():
     with pytest.raises(SpecError, match="group=48 does not divide in_features=64"):
         search_site(make_problem(group=48), PLAIN)
+
+
+ALL_OPTIONS = {
+    f"{kind}, {'feedback' if feedback else 'plain'}": SiteOptions(
+        transforms=TransformOptions(kinds=KINDS if kind == "auto" else (kind,)), feedback=feedback
+    )
+    for kind in ("auto", *KINDS)
+    for feedback in (None, FeedbackOptions())
+}
+
+
+def drifted(problem: SiteProblem) -> SiteProblem:
+    """The same site behind a prefix that has lost something already."""
+    noise = 0.1 * normal(*problem.inputs.shape, seed=9)
+    return replace(problem, inputs=problem.inputs + noise, references=problem.inputs)
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 2**16),
+    bits=st.integers(2, 8),
+    group=st.sampled_from([None, 16, 32]),
+    activation_bits=st.sampled_from([None, 4, 6, 8]),
+    symmetric=st.booleans(),
+    drift=st.booleans(),
+    options=st.sampled_from(sorted(ALL_OPTIONS)),
+)
+def test_no_option_makes_a_site_worse_than_nearest(seed, bits, group, activation_bits, symmetric, drift, options):
+    """The invariant holds for every transform, with and without feedback, against either target."""
+    problem = make_problem(seed=seed, bits=bits, group=group, activation_bits=activation_bits, symmetric=symmetric)
+    problem = drifted(problem) if drift else problem
+
+    choice = search_site(problem, ALL_OPTIONS[options])
+
+    assert choice.error <= choice.nearest_error
+    assert choice.error == pytest.approx(output_error(problem, choice), rel=ROUNDING_NOISE)
+
+
+@pytest.mark.parametrize("options", ALL_OPTIONS.values(), ids=ALL_OPTIONS)
+def test_the_search_returns_what_rounding_gives(options):
+    """A caller that rounds the same site again with what was chosen gets the same weights."""
+    problem = make_problem(activation_bits=4)
+    found = search_site(problem, options)
+
+    again = round_site(problem, options, activation_clip=found.activation_clip, transform=found.transform)
+
+    assert again.error == found.error
+    assert again.weight_clips == found.weight_clips
+    for name, quantized in found.weights.items():
+        assert torch.equal(again.weights[name].codes, quantized.codes)
+        assert torch.equal(again.weights[name].scale, quantized.scale)
+
+
+@pytest.mark.parametrize("bits, activation_bits", [(4, None), (4, 8), (4, 4), (3, 8)])
+@pytest.mark.parametrize("seed", range(3))
+def test_feedback_beats_plain_rounding_on_other_tokens(bits, activation_bits, seed):
+    """Measured on tokens of the same kind that neither has seen, where channels depend on each other."""
+    mixing = normal(64, 64, seed=50) / 4
+    weights = {"q": normal(24, 64, seed=seed + 1), "k": normal(8, 64, seed=seed + 2)}
+    seen, unseen = normal(2000, 64, seed=seed) @ mixing, normal(500, 64, seed=seed + 90) @ mixing
+    problem = make_problem(bits=bits, activation_bits=activation_bits, weights=weights, inputs=seen)
+
+    plain, fed = (
+        search_site(problem, SiteOptions(transforms=None, feedback=feedback)) for feedback in (None, FeedbackOptions())
+    )
+
+    held_out = replace(problem, inputs=unseen)
+    assert output_error(held_out, fed) < 0.9 * output_error(held_out, plain)
+
+
+def test_feedback_uses_tokens_beyond_the_sample():
+    """Candidates are compared on few tokens, second moments need all."""
+    tokens = normal(3000, 64) @ normal(64, 64, seed=50)
+    sample = make_problem(inputs=tokens[:40], activation_bits=8)
+
+    alone = search_site(sample, SiteOptions(transforms=None))
+    with_all = search_site(replace(sample, all_inputs=[tokens]), SiteOptions(transforms=None))
+
+    held_out = replace(sample, inputs=normal(500, 64, seed=90) @ normal(64, 64, seed=50))
+    assert output_error(held_out, with_all) < output_error(held_out, alone)
+
+
+def test_the_target_is_what_full_precision_gives():
+    """A prefix that halves every activation is made good by weights twice as large."""
+    tokens = normal(500, 64)
+    problem = make_problem(bits=8, group=None, activation_bits=8, inputs=tokens / 2)
+
+    choice = search_site(replace(problem, references=tokens), SiteOptions())
+
+    assert choice.error < 1e-3 < choice.nearest_error
+
+
+def test_linears_with_different_grids_share_the_transform():
+    """They read one tensor; only their weights are rounded on grids of their own."""
+    problem = make_problem(activation_bits=8)
+    specs = {"q": WeightSpec(bits=4, group=32), "k": WeightSpec(bits=8)}
+
+    choice = search_site(replace(problem, specs=specs), SiteOptions(transforms=TransformOptions(kinds=("both",))))
+
+    assert choice.transform.rotation == 32
+    assert choice.weights["q"].scale.shape == (24, 2) and choice.weights["k"].scale.shape == (8, 1)
+    assert list(choice.weights) == ["q", "k"]
