@@ -13,11 +13,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.hf.entries import require_entries
 from optimum_qvlm.hf.migration import migrate
-from optimum_qvlm.pipeline.options import CalibrationOptions, LinearChoice, Method
+from optimum_qvlm.pipeline.options import FAST_CLIPS, CalibrationOptions, Effort, LinearChoice, Method, site_options
 from optimum_qvlm.quant.entropy import SOFTNESS
 from optimum_qvlm.quant.spec import GroupSize, Scheme
 from optimum_qvlm.search.plan import ModuleRecord
 from optimum_qvlm.search.rounding import ClipGrids
+from optimum_qvlm.search.transforms import KINDS
 
 QUANT_METHOD = "qvlm"
 FORMAT_VERSION = 1
@@ -48,6 +49,10 @@ _SETTINGS = (
     "soft_assignment",
     "decode_tokens",
     "exact_decode",
+    "effort",
+    "transforms",
+    "error_feedback",
+    "servable",
 )
 _RESULTS = ("modules", "blocks", "calibration", "manifest", "digest")
 
@@ -111,6 +116,12 @@ class QVLMConfig(QuantizationConfigMixin):
         decode_tokens: up to this many tokens in one call, a quantized linear leaves activations in floating point,
             on every device, whatever the scheme says: decoding is no slower for it, and closer to full precision.
         exact_decode: True rounds activations at every number of tokens, as the scheme says.
+        effort: "balanced", or "fast", which tries fewer candidates and searches no blocks jointly.
+        transforms: "auto" chooses per site whether its activations are equalized, rotated, both or neither; "off",
+            "equalize", "rotate" and "both" decide for all sites.
+        error_feedback: let each channel of a weight make good what rounding the ones before it did wrong; False
+            rounds each weight on its own.
+        servable: leave out what other runtimes cannot do in a forward, which is every transform.
 
     Raises:
         ConfigError, SpecError: a field is not valid.
@@ -148,6 +159,10 @@ class QVLMConfig(QuantizationConfigMixin):
         soft_assignment: Literal["step_squared", "step"] = "step_squared",
         decode_tokens: int = 16,
         exact_decode: bool = False,
+        effort: Effort = "balanced",
+        transforms: Literal["auto", "off", "equalize", "rotate", "both"] = "auto",
+        error_feedback: bool = True,
+        servable: bool = False,
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.scheme = scheme
@@ -172,6 +187,10 @@ class QVLMConfig(QuantizationConfigMixin):
         self.soft_assignment = soft_assignment
         self.decode_tokens = decode_tokens
         self.exact_decode = exact_decode
+        self.effort = effort
+        self.transforms = transforms
+        self.error_feedback = error_feedback
+        self.servable = servable
         self.record: CalibrationRecord | None = None
         self._validate()
 
@@ -190,6 +209,8 @@ class QVLMConfig(QuantizationConfigMixin):
             "activation_range": "static",
             "activation_clips": PAPER_QUANTILES,
             "soft_assignment": "step",
+            "transforms": "off",
+            "error_feedback": False,
         }
         return cls(**(mode | settings))
 
@@ -210,7 +231,13 @@ class QVLMConfig(QuantizationConfigMixin):
             method=self.method,
             seed=self.seed,
             search_tokens=self.search_tokens,
-            grids=self._grids(static),
+            search=site_options(
+                self._grids(static),
+                self.effort,
+                "off" if self.servable else self.transforms,
+                error_feedback=self.error_feedback,
+            ),
+            joint=self.method == "qvlm" and self.effort == "balanced",
             max_block_depth=self.max_block_depth,
             threshold=self.threshold,
             softness=self.soft_assignment,
@@ -218,7 +245,9 @@ class QVLMConfig(QuantizationConfigMixin):
 
     def _grids(self, static: bool) -> ClipGrids:
         """A quantile is a static bound, whose gain needs no margin."""
-        default = ClipGrids(activation=PAPER_QUANTILES, activation_margin=0.0) if static else ClipGrids()
+        default = FAST_CLIPS if self.effort == "fast" else ClipGrids()
+        if static:
+            default = replace(default, activation=PAPER_QUANTILES, activation_margin=0.0)
         return replace(
             default,
             activation=default.activation if self.activation_clips is None else tuple(self.activation_clips),
@@ -322,16 +351,27 @@ class QVLMConfig(QuantizationConfigMixin):
         few = self.decode_tokens
         if not isinstance(few, int) or isinstance(few, bool) or few < 0:
             raise ConfigError(f"decode_tokens must be an integer of at least 0, got {few!r}")
-        for name in ("symmetric", "exact_decode"):
+        for name in ("symmetric", "error_feedback", "servable", "exact_decode"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        choices = {"method": get_args(Method), "activation_range": RANGES, "soft_assignment": SOFTNESS}
+        choices = {
+            "method": get_args(Method),
+            "effort": get_args(Effort),
+            "transforms": ("auto", *KINDS),
+            "activation_range": RANGES,
+            "soft_assignment": SOFTNESS,
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.method == "rtn" and self.activation_range == "static":
             raise ConfigError('activation_range="static" needs data, which method="rtn" does not use')
         self._check_search()
+        if self.servable and self.transforms not in ("auto", "off"):
+            raise ConfigError(
+                f"servable=True leaves out transforms, which other runtimes cannot apply, but transforms="
+                f'{self.transforms!r} asks for one; use transforms="auto", or servable=False'
+            )
         _check_group(self.group_size, "group_size")
         keep: Any = self.modules_to_not_convert
         if keep is not None and not (_is_list(keep) and all(isinstance(p, str) for p in keep)):

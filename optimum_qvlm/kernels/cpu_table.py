@@ -129,7 +129,8 @@ def _codes(stored: StoredWeight, grid: WeightGrid, first: int, last: int) -> Ten
         whole = plane if whole is None else whole | plane << shift
         shift += bits
     assert whole is not None
-    return whole.view(torch.int8) - offset
+    codes: Tensor = whole.view(torch.int8) - offset
+    return codes
 
 
 def _tables(stored: StoredWeight, grid: WeightGrid, size: int) -> list[tuple[int, Tensor]]:

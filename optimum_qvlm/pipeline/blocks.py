@@ -13,7 +13,7 @@ from optimum_qvlm.pipeline.chain import Chain, some_runs
 from optimum_qvlm.pipeline.result import BlockError
 from optimum_qvlm.search.joint import Choice, search_block
 from optimum_qvlm.search.plan import Block, PlannedPart, Site
-from optimum_qvlm.search.rounding import SiteChoice
+from optimum_qvlm.search.problem import SiteChoice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

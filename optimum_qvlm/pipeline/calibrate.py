@@ -25,7 +25,8 @@ from optimum_qvlm.pipeline.tokens import TokenSampler
 from optimum_qvlm.search.joint import Choice, near_clips
 from optimum_qvlm.search.partition import default_threshold, partition
 from optimum_qvlm.search.plan import Block, ModuleRecord, PlannedLayer, PlannedPart, QuantPlan, Site
-from optimum_qvlm.search.rounding import SiteChoice, SiteProblem, round_site, round_to_nearest, search_site
+from optimum_qvlm.search.problem import SiteChoice, SiteProblem
+from optimum_qvlm.search.rounding import round_site, round_to_nearest, search_site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +107,7 @@ class _Work:
                 checks.require_shared_inputs(self.model, layer, captured[part.name][0], number, self.device)
         checks.require_unused(tracer, self.plan.unused, captured, batches)
         chains = {part.name: self._chain(part, captured.pop(part.name), batches) for part in self.plan.parts}
-        if self.options.method == "qvlm":
+        if self.options.joint:
             bar.set_description("measuring dependency")
             self._form_blocks(chains)
         for index, part in enumerate(self.plan.parts):
@@ -151,9 +152,9 @@ class _Work:
     def _search_block(self, part: PlannedPart, block: Block, chain: Chain) -> None:
         """Layer-wise first, then jointly; the chain moves from the front of the block to its end."""
         layers = [(number, part.layers[number]) for number in range(block.first, block.last + 1)]
-        wanted = [chain.full_precision(self._module(layer), number) for number, layer in layers]
-        entering, sites = list(chain.quantized), []
+        entering, sites, wanted = list(chain.quantized), [], []
         for number, layer in layers:
+            wanted.append(chain.full_precision(self._module(layer), number, layer))
             for site in layer.sites:
                 choices = self._search_site(site, layer, number, chain)
                 install(self.model, site, choices[0])
@@ -162,7 +163,7 @@ class _Work:
                 chain.advance(self._module(layer), number, layer.name)
         chain.quantized = entering
         chosen: Choice = (0,) * len(sites)
-        if self.options.method == "qvlm" and sites:
+        if self.options.joint and sites:
             tokens, seed = self.options.search_tokens, self.options.seed
             chosen, error = search_jointly(self.model, part, block, sites, chain, wanted[-1], tokens=tokens, seed=seed)
             self.joint.append(error)
@@ -175,19 +176,24 @@ class _Work:
     def _search_site(self, site: Site, layer: PlannedLayer, number: int, chain: Chain) -> list[SiteChoice]:
         """Candidates for a site, the layer-wise optimum first."""
         weights, specs = self._weights(site)
-        grids = self.options.grids
+        inputs = chain.site_inputs(self._module(layer), number, site, layer.path)
+        references = chain.references.pop(site.name)
         problem = SiteProblem(
-            inputs=chain.site_inputs(self._module(layer), number, site, layer.path),
+            inputs=chain.sampled(inputs).to(self.device),
+            references=chain.sampled(references).to(self.device),
+            all_inputs=chain.real(inputs),
+            all_references=chain.real(references),
             weights=weights,
             specs=specs,
             activation=site.activation,
             scale_dtype=self._scale_dtype(site),
         )
-        best = search_site(problem, grids)
-        if site.activation is None or self.options.method != "qvlm":
+        search = self.options.search
+        best = search_site(problem, search)
+        if site.activation is None or not self.options.joint:
             return [best]
-        clips = near_clips(grids.activation, best.activation_clip)
-        others = (round_site(problem, activation_clip=clip, transform=best.transform, grids=grids) for clip in clips)
+        clips = near_clips(search.clips.activation, best.activation_clip)
+        others = (round_site(problem, search, activation_clip=clip, transform=best.transform) for clip in clips)
         return [best, *others]
 
     def _finish_site(self, entry: SiteCandidates, number: int) -> None:

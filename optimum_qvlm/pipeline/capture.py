@@ -285,6 +285,21 @@ def _hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], layer: str) -> 
     return name, hidden
 
 
+def observe_inputs(
+    layer: nn.Module, paths: Sequence[str], run: Callable[[], Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output of a whole forward of a layer, with the inputs of some of its linears."""
+    seen: dict[str, Tensor] = {}
+    with _hooks() as hooks:
+        for path in paths:
+
+            def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
+                seen[path] = args[0] if args else kwargs["input"]
+
+            hooks.append(layer.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True))
+        return run(), seen
+
+
 def first_tensor(output: Any) -> Tensor:
     """The hidden states that a layer returned, alone or first of a tuple."""
     tensor = output[0] if isinstance(output, tuple | list) else output

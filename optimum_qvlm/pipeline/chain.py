@@ -1,15 +1,15 @@
 """The hidden states of one part, run by run: the full-precision chain and the quantized one, on the CPU."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from optimum_qvlm.pipeline.capture import LayerCall, Run, linear_inputs, require_finite
+from optimum_qvlm.pipeline.capture import LayerCall, Run, linear_inputs, observe_inputs, require_finite
 from optimum_qvlm.pipeline.tokens import TokenSampler
-from optimum_qvlm.search.plan import Site
+from optimum_qvlm.search.plan import PlannedLayer, Site
 
 
 @dataclass(slots=True)
@@ -22,6 +22,7 @@ class Chain:
         calls: of the quantized chain, per run and layer: what is added between layers may come from quantized parts.
         sampler: draws tokens, and knows which are padding.
         device: where layers run.
+        references: full-precision inputs of the sites of the layer that was run last, by site, one tensor per run.
     """
 
     runs: list[Run]
@@ -29,6 +30,7 @@ class Chain:
     calls: list[list[LayerCall]]
     sampler: TokenSampler
     device: torch.device
+    references: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, runs: list[Run], sampler: TokenSampler, device: torch.device) -> Self:
@@ -39,23 +41,39 @@ class Chain:
         """Put the quantized chain at the front of the part, with what enters there now."""
         self.quantized, self.calls = [run.hidden for run in runs], [run.calls for run in runs]
 
-    def full_precision(self, module: nn.Module, number: int) -> list[Tensor]:
-        """Outputs of the layer before it is quantized, on full-precision inputs, which they replace."""
+    def full_precision(self, module: nn.Module, number: int, layer: PlannedLayer) -> list[Tensor]:
+        """Outputs of the layer before it is quantized, on full-precision inputs, which they replace.
+
+        What its sites see on the way is kept in `references`.
+        """
+        local = {site.name: _local(site, layer.path) for site in layer.sites}
+        self.references = {name: [] for name in local}
         for run in self.runs:
-            run.hidden = run.calls[number](module, run.hidden.to(self.device), self.device).cpu()
+            run_layer = _bind(run.calls[number], module, run.hidden.to(self.device), self.device)
+            output, seen = observe_inputs(module, list(local.values()), run_layer)
+            run.hidden = output.cpu()
+            for name, path in local.items():
+                self.references[name].append(seen[path].cpu())
         return [run.hidden for run in self.runs]
 
-    def site_inputs(self, module: nn.Module, number: int, site: Site, layer_path: str) -> Tensor:
-        """Sampled tokens [tokens, in_features] that reach the site through the quantized prefix."""
-        local = site.linears[0].path.removeprefix(layer_path).removeprefix(".")
-        taken = []
+    def site_inputs(self, module: nn.Module, number: int, site: Site, layer_path: str) -> list[Tensor]:
+        """What reaches the site through the quantized prefix, run by run, on the CPU."""
+        local = _local(site, layer_path)
+        found = []
         for index, (run, hidden) in enumerate(zip(self.runs, self.quantized, strict=True)):
             run_layer = _bind(self.calls[index][number], module, hidden.to(self.device), self.device)
             tensor = linear_inputs(module, [local], run_layer)[local]
-            tokens = self.sampler.take(index, tensor)
-            require_finite(tokens, site.name, run.batch)
-            taken.append(tokens)
-        return torch.cat(taken)
+            require_finite(tensor, site.name, run.batch)
+            found.append(tensor.cpu())
+        return found
+
+    def sampled(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The tokens [tokens, channels] that candidates are compared on."""
+        return torch.cat([self.sampler.take(index, tensor) for index, tensor in enumerate(tensors)])
+
+    def real(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """All tokens but padding, run by run."""
+        return [self.sampler.real(index, tensor) for index, tensor in enumerate(tensors)]
 
     def step(self, module: nn.Module, number: int, index: int, hidden: Tensor, name: str) -> Tensor:
         """One layer on the hidden states of one run; the output stays on the device.
@@ -102,3 +120,8 @@ def some_runs(hidden: Sequence[Tensor], tokens: int, seed: int) -> list[int]:
 
 def _bind(call: LayerCall, module: nn.Module, hidden: Tensor, device: torch.device) -> Callable[[], Tensor]:
     return lambda: call(module, hidden, device)
+
+
+def _local(site: Site, layer_path: str) -> str:
+    """The path of the site's first linear inside its layer, empty where the layer is that linear."""
+    return site.linears[0].path.removeprefix(layer_path).removeprefix(".")

@@ -9,9 +9,18 @@ from typing import Literal
 from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.quant.entropy import Softness
 from optimum_qvlm.quant.spec import GroupSize, Scheme
-from optimum_qvlm.search.rounding import ClipGrids
+from optimum_qvlm.search.rounding import ClipGrids, SiteOptions
+from optimum_qvlm.search.transforms import KINDS, Kind, TransformOptions
+from optimum_qvlm.search.weights import FeedbackOptions
 
 Method = Literal["qvlm", "layerwise", "rtn"]
+Effort = Literal["fast", "balanced"]
+Transforms = Literal["auto"] | Kind
+
+FAST_CLIPS = ClipGrids(activation=(1.0,), weight=(1.0, 0.9, 0.8))
+"""What `effort="fast"` tries."""
+
+_FAST_EXPONENTS = (0.5,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +51,8 @@ class CalibrationOptions:
         max_block_depth: layers of a block at most.
         threshold: h0 of the partition, None for the median dependency of the model.
         softness: of the assignment that dependency is measured with.
+        joint: search the sites of each block together, on blocks formed by dependency.
+        search: what the search of a site may do.
     """
 
     language: LinearChoice
@@ -51,10 +62,22 @@ class CalibrationOptions:
     method: Method = "qvlm"
     seed: int = 0
     search_tokens: int = 2048
-    grids: ClipGrids = field(default_factory=ClipGrids)
+    joint: bool = True
     max_block_depth: int = 3
     threshold: float | None = None
     softness: Softness = "step_squared"
+    search: SiteOptions = field(default_factory=SiteOptions)
+
+
+def site_options(clips: ClipGrids, effort: Effort, transforms: Transforms, *, error_feedback: bool) -> SiteOptions:
+    """What the search of a site may do with these clips. `"fast"` tries a single balance of equalisation."""
+    kinds = KINDS if transforms == "auto" else (transforms,)
+    exponents = _FAST_EXPONENTS if effort == "fast" else TransformOptions().exponents
+    return SiteOptions(
+        clips=clips,
+        transforms=None if kinds == ("off",) else TransformOptions(kinds=kinds, exponents=exponents),
+        feedback=FeedbackOptions() if error_feedback else None,
+    )
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -28,6 +28,12 @@ class TokenSampler:
             return None
         return mask.reshape(-1).bool()
 
+    def real(self, number: int, hidden: Tensor) -> Tensor:
+        """The tokens of `hidden` [..., channels] that are not padding, as [tokens, channels]."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        mask = self.valid(number, *hidden.shape[:2]) if hidden.dim() == 3 else None
+        return flat if mask is None else flat[mask.to(flat.device)]
+
     def take(self, number: int, hidden: Tensor) -> Tensor:
         """Some of the tokens of `hidden` [..., channels] as [chosen tokens, channels]."""
         flat = hidden.reshape(-1, hidden.shape[-1])

@@ -1,4 +1,4 @@
-"""Rounding functions of one site: the layer-wise search of its clips (equation 2 of the paper), and its candidates."""
+"""The search of one site: its transform, the clip of its activation, and how its weights are rounded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -6,13 +6,19 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from optimum_qvlm.kernels import fake_quantize_static, fake_quantize_tokens
-from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight, quantize_weight, split_groups
-from optimum_qvlm.quant.observers import static_scale
-from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
+from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight, quantize_weight
+from optimum_qvlm.quant.spec import WeightSpec
 from optimum_qvlm.quant.transform import SiteTransform
-
-ROWS_AT_ONCE = 1024
+from optimum_qvlm.search.problem import Rounding, SiteChoice, SiteProblem
+from optimum_qvlm.search.transforms import TransformOptions, choose_transform
+from optimum_qvlm.search.weights import (
+    ROWS_AT_ONCE,
+    FeedbackOptions,
+    clip_by_moment,
+    corrected_target,
+    round_with_feedback,
+    site_moments,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,40 +36,13 @@ class ClipGrids:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SiteProblem:
-    """Everything that the search of a site looks at.
+class SiteOptions:
+    """What the search of a site may do. `transforms` None leaves activations in their own channels, `feedback` None
+    rounds each weight on its own."""
 
-    Attributes:
-        inputs: activations [tokens, in_features] that reach the site through the quantized prefix.
-        weights: full-precision weight [out_features, in_features] per linear.
-        specs: grid per linear.
-        activation: grid of the shared activation, None to leave it.
-        scale_dtype: dtype in which scales are stored.
-    """
-
-    inputs: Tensor
-    weights: Mapping[str, Tensor]
-    specs: Mapping[str, WeightSpec]
-    activation: ActivationSpec | None
-    scale_dtype: torch.dtype
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SiteChoice:
-    """The rounding function that was found.
-
-    `weights` hold the inverse of `transform` folded in. `input_scale` is the fp32 [1] scale of a static activation.
-    `error` and `nearest_error` are relative: squared error of the site's outputs over their squared norm,
-    for this choice and for round-to-nearest (NaN where there was nothing to measure on).
-    """
-
-    activation_clip: float
-    weights: dict[str, QuantizedWeight]
-    weight_clips: dict[str, float] = field(default_factory=dict)
-    error: float = float("nan")
-    nearest_error: float = float("nan")
-    transform: SiteTransform = field(default_factory=SiteTransform)
-    input_scale: Tensor | None = None
+    clips: ClipGrids = field(default_factory=ClipGrids)
+    transforms: TransformOptions | None = field(default_factory=TransformOptions)
+    feedback: FeedbackOptions | None = field(default_factory=FeedbackOptions)
 
 
 def round_to_nearest(
@@ -74,118 +53,114 @@ def round_to_nearest(
     return SiteChoice(activation_clip=1.0, weights=rounded, weight_clips=dict.fromkeys(weights, 1.0))
 
 
-def search_site(problem: SiteProblem, grids: ClipGrids) -> SiteChoice:
-    """Choose the activation clip, then a weight clip per row and group, to minimise the site's output error.
+def search_site(problem: SiteProblem, options: SiteOptions) -> SiteChoice:
+    """Choose transform, then activation clip, then round the weights, to minimise the site's output error.
 
-    The activation clip is chosen with full-precision weights; each weight clip by the exact error that its
-    group contributes to the output, given the rounded activations. Neither can do worse than
-    round-to-nearest on `problem.inputs`: where the pair would, round-to-nearest is returned.
+    Transform and activation clip are chosen with full-precision weights and by expected errors; the weights are
+    rounded given both. The whole is never worse than round-to-nearest on `problem.inputs`: where it would be,
+    round-to-nearest is returned.
     """
     nearest = round_to_nearest(problem.weights, problem.specs, problem.scale_dtype)
-    nearest = replace(nearest, input_scale=_input_scale(problem, problem.inputs, 1.0))
-    nearest_error = _site_error(problem, nearest)
-    found = round_site(problem, activation_clip=_search_activation_clip(problem, grids), grids=grids)
-    best = found if found.error <= nearest_error else replace(nearest, error=nearest_error)
-    return replace(best, nearest_error=nearest_error)
+    nearest = _measured(problem, nearest, problem.rounding(1.0, SiteTransform()))
+    transform = SiteTransform()
+    if options.transforms is not None:
+        damping = None if options.feedback is None else options.feedback.damping
+        transform = choose_transform(problem, options.transforms, damping=damping)
+    clip = search_activation_clip(problem, options.clips, transform)
+    found = round_site(problem, options, activation_clip=clip, transform=transform)
+    best = found if found.error <= nearest.error else nearest
+    return replace(best, nearest_error=nearest.error)
 
 
 def round_site(
-    problem: SiteProblem,
-    *,
-    activation_clip: float,
-    transform: SiteTransform | None = None,
-    grids: ClipGrids | None = None,
+    problem: SiteProblem, options: SiteOptions, *, activation_clip: float, transform: SiteTransform
 ) -> SiteChoice:
-    """Round the weights of a site for a given rounding of its activations.
+    """Round the weights for a given rounding of the activations, and measure the error on `problem.inputs`.
 
-    Each weight clip is the one of `grids` with the least error that its group contributes to the output, given the
-    rounded activations. `transform` applies to activations, its inverse to weights. `error` is that of the result;
-    `nearest_error` stays NaN.
+    `nearest_error` is left open.
     """
-    grids = ClipGrids() if grids is None else grids
-    transform = SiteTransform() if transform is None else transform
-    inputs = transform.tokens(problem.inputs)
-    scale = _input_scale(problem, inputs, activation_clip)
-    rounded_inputs = _rounded(problem, inputs, activation_clip, scale).float()
-    weights, clips = {}, {}
-    for name, plain in problem.weights.items():
-        weight = plain if transform.is_identity else transform.fold(plain)
-        ratio = _search_weight_clip(weight, problem.specs[name], rounded_inputs, problem.scale_dtype, grids.weight)
-        clips[name] = float(ratio.mean())
-        weights[name] = quantize_weight(weight, problem.specs[name], clip=ratio, scale_dtype=problem.scale_dtype)
-    found = SiteChoice(
-        activation_clip=activation_clip, weights=weights, weight_clips=clips, transform=transform, input_scale=scale
+    rounding = problem.rounding(activation_clip, transform)
+    if options.feedback is None:
+        weights, ratios = _round_alone(problem, options, rounding)
+    else:
+        weights, ratios = _round_together(problem, options, options.feedback, rounding)
+    choice = SiteChoice(
+        activation_clip=activation_clip,
+        weights=weights,
+        weight_clips={name: float(ratio.mean()) for name, ratio in ratios.items()},
+        transform=transform,
     )
-    return replace(found, error=_site_error(problem, found))
+    return _measured(problem, choice, rounding)
 
 
-def _input_scale(problem: SiteProblem, inputs: Tensor, clip: float) -> Tensor | None:
-    """The scale of a static activation, of which `clip` is a quantile of the magnitudes; None on dynamic grids."""
-    spec = problem.activation
-    return static_scale(inputs, spec.bits, clip) if spec is not None and spec.static else None
-
-
-def _rounded(problem: SiteProblem, inputs: Tensor, clip: float, scale: Tensor | None) -> Tensor:
-    spec = problem.activation
-    if spec is None:
-        return inputs
-    if scale is not None:
-        return fake_quantize_static(inputs, spec.bits, scale)
-    return fake_quantize_tokens(inputs, spec.bits, spec.group, clip)
-
-
-def _search_activation_clip(problem: SiteProblem, grids: ClipGrids) -> float:
+def search_activation_clip(problem: SiteProblem, grids: ClipGrids, transform: SiteTransform) -> float:
+    """The ratio that minimises what rounding the activations alone does to the outputs, if it gains the margin."""
     if problem.activation is None:
         return 1.0
+    stacked = torch.cat([weight.float() for weight in problem.weights.values()])
+    gram = transform.fold(transform.fold(stacked.T @ stacked).T)
+    tokens = problem.few()
+    exact = transform.tokens(tokens).float()
 
     def error(clip: float) -> float:
-        scale = _input_scale(problem, problem.inputs, clip)
-        change = problem.inputs.float() - _rounded(problem, problem.inputs, clip, scale).float()
-        return sum(_energy(change, weight) for weight in problem.weights.values())
+        change = problem.rounding(clip, transform)(tokens).float() - exact
+        return float(((change @ gram) * change).sum())
 
     errors = {clip: error(clip) for clip in grids.activation}
     best = min(errors, key=errors.__getitem__)
     return best if errors[best] <= (1 - grids.activation_margin) * errors.get(1.0, float("inf")) else 1.0
 
 
-def _search_weight_clip(
-    weight: Tensor, spec: WeightSpec, inputs: Tensor, scale_dtype: torch.dtype, grid: tuple[float, ...]
-) -> Tensor:
-    """Best ratio [out_features, groups] from the grid; rows are taken in slices to bound memory."""
-    groups = spec.groups(weight.shape[1])
-    grouped = inputs.reshape(inputs.shape[0], groups, -1).transpose(0, 1)
-    second_moment = grouped.transpose(1, 2) @ grouped
-    return torch.cat(
-        [_clip_of_rows(rows, spec, second_moment, scale_dtype, grid) for rows in weight.split(ROWS_AT_ONCE)]
-    )
+def _round_alone(
+    problem: SiteProblem, options: SiteOptions, rounding: Rounding
+) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
+    """Plain rounding, each row and group with the clip whose error at the output is least."""
+    inputs = rounding(problem.inputs).float()
+    weights, ratios = {}, {}
+    for name, weight in problem.weights.items():
+        spec, folded = problem.specs[name], rounding.transform.fold(weight)
+        grouped = inputs.reshape(inputs.shape[0], spec.groups(inputs.shape[1]), -1).transpose(0, 1)
+        moment = grouped.transpose(1, 2) @ grouped
+        pieces = [
+            clip_by_moment(rows, spec, moment, problem.scale_dtype, options.clips.weight)
+            for rows in folded.split(ROWS_AT_ONCE)
+        ]
+        ratios[name] = torch.cat(pieces)
+        weights[name] = quantize_weight(folded, spec, clip=ratios[name], scale_dtype=problem.scale_dtype)
+    return weights, ratios
 
 
-def _clip_of_rows(
-    rows: Tensor, spec: WeightSpec, second_moment: Tensor, scale_dtype: torch.dtype, grid: tuple[float, ...]
-) -> Tensor:
-    best_error = torch.full((rows.shape[0], second_moment.shape[0]), float("inf"), device=rows.device)
-    best = torch.ones_like(best_error)
-    for ratio in grid:
-        rounded = dequantize_weight(quantize_weight(rows, spec, clip=ratio, scale_dtype=scale_dtype))
-        change = split_groups(rows.float() - rounded, spec).transpose(0, 1)
-        error = ((change @ second_moment) * change).sum(-1).T
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best = torch.where(better, torch.full_like(best, ratio), best)
-    return best
+def _round_together(
+    problem: SiteProblem, options: SiteOptions, feedback: FeedbackOptions, rounding: Rounding
+) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
+    """Error feedback against full-precision outputs. Linears with one grid are rounded as one."""
+    moments = site_moments(problem, rounding, feedback.asymmetry)
+    weights, ratios = {}, {}
+    for spec in dict.fromkeys(problem.specs.values()):
+        names = [name for name, own in problem.specs.items() if own == spec]
+        rows = [len(problem.weights[name]) for name in names]
+        stacked = torch.cat([problem.weights[name] for name in names])
+        rounded, ratio = round_with_feedback(
+            corrected_target(stacked, moments, rounding.transform, feedback.damping),
+            moments.hessian,
+            spec,
+            scale_dtype=problem.scale_dtype,
+            clips=options.clips.weight,
+            options=feedback,
+        )
+        codes, scales, clips = rounded.codes.split(rows), rounded.scale.split(rows), ratio.split(rows)
+        zeros = [None] * len(rows) if rounded.zero_point is None else rounded.zero_point.split(rows)
+        for name, *parts, own_clips in zip(names, codes, scales, zeros, clips, strict=True):
+            weights[name], ratios[name] = QuantizedWeight(*parts), own_clips
+    return weights, ratios
 
 
-def _site_error(problem: SiteProblem, choice: SiteChoice) -> float:
-    """Squared error of all outputs of the site over their squared norm."""
-    inputs = choice.transform.tokens(problem.inputs)
-    rounded = _rounded(problem, inputs, choice.activation_clip, choice.input_scale).float()
+def _measured(problem: SiteProblem, choice: SiteChoice, rounding: Rounding) -> SiteChoice:
+    """The choice with its static scale, and the relative error of the site's outputs."""
+    rounded = rounding(problem.inputs).float()
     error = norm = 0.0
     for name, weight in problem.weights.items():
-        wanted = problem.inputs.float() @ weight.float().T
+        wanted = problem.wanted_inputs.float() @ weight.float().T
         error += float((wanted - rounded @ dequantize_weight(choice.weights[name]).T).square().sum())
         norm += float(wanted.square().sum())
-    return error / max(norm, 1e-30)
-
-
-def _energy(inputs: Tensor, weight: Tensor) -> float:
-    return float((inputs.float() @ weight.float().T).square().sum())
+    return replace(choice, error=error / max(norm, 1e-30), input_scale=rounding.scale)

@@ -363,7 +363,7 @@ def test_settings_of_the_search_reach_the_options():
     options = QVLMConfig.from_dict(config.to_dict()).options()
 
     assert (options.max_block_depth, options.threshold, options.softness) == (5, 1.25, "step")
-    assert options.grids.activation == (1.0, 0.7) and options.grids.weight == (1.0,)
+    assert options.search.clips.activation == (1.0, 0.7) and options.search.clips.weight == (1.0,)
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
@@ -376,8 +376,8 @@ def test_the_papers_mode(bits):
     assert options.max_block_depth == 3 and options.softness == "step"
     for choice in (options.language, options.vision):
         assert str(choice.scheme) == f"w{bits}a{bits}" and choice.static
-    assert options.grids.activation == (1.0, 0.995, 0.99, 0.985, 0.98)
-    assert options.grids.activation_margin == 0.0
+    assert options.search.clips.activation == (1.0, 0.995, 0.99, 0.985, 0.98)
+    assert options.search.clips.activation_margin == 0.0
 
 
 def test_the_papers_mode_takes_further_settings():

@@ -9,8 +9,10 @@ from optimum_qvlm.pipeline.blocks import BlockTrial, SiteCandidates, install, se
 from optimum_qvlm.pipeline.capture import Tracer
 from optimum_qvlm.pipeline.chain import Chain
 from optimum_qvlm.pipeline.tokens import TokenSampler
+from optimum_qvlm.quant.transform import SiteTransform
 from optimum_qvlm.search.plan import Block
-from optimum_qvlm.search.rounding import SiteProblem, round_site
+from optimum_qvlm.search.problem import SiteProblem
+from optimum_qvlm.search.rounding import SiteOptions, round_site
 from tests.plans import CPU, forward_of, plan_for
 from tests.tiny_models import llama_batch, tiny_llama
 
@@ -31,7 +33,7 @@ class Setting:
         self.sites = []
         with torch.no_grad():
             for number, layer in enumerate(self.part.layers):
-                self.wanted = self.chain.full_precision(self.model.get_submodule(layer.path), number)
+                self.wanted = self.chain.full_precision(self.model.get_submodule(layer.path), number, layer)
                 for site in layer.sites:
                     self.sites.append(SiteCandidates(site=site, layer=number, choices=self.candidates(site)))
         for entry in self.sites:
@@ -46,7 +48,8 @@ class Setting:
             activation=site.activation,
             scale_dtype=torch.float32,
         )
-        return [round_site(problem, activation_clip=clip) for clip in CLIPS]
+        options = SiteOptions(transforms=None, feedback=None)
+        return [round_site(problem, options, activation_clip=clip, transform=SiteTransform()) for clip in CLIPS]
 
     def trial(self, chosen=(0, 1, 2)):
         return BlockTrial(

@@ -14,26 +14,26 @@ BATCHES = [llama_batch(seed=0, padding=2), llama_batch(rows=3, tokens=9, seed=1)
 
 
 @pytest.fixture
-def model_and_chain():
+def chained():
     model = tiny_llama()
     part = plan_for(model).parts[0]
     runs = Tracer(model, forward_of(model), [part], CPU).capture(BATCHES)[part.name]
     sampler = TokenSampler([batch["attention_mask"] for batch in BATCHES], 100, 0)
-    return model, Chain.of(runs, sampler, CPU)
+    return model, Chain.of(runs, sampler, CPU), part
 
 
-def test_both_chains_agree_while_nothing_is_quantized(model_and_chain):
-    model, chain = model_and_chain
+def test_both_chains_agree_while_nothing_is_quantized(chained):
+    model, chain, part = chained
     with torch.no_grad():
         for number, layer in enumerate(model.model.layers):
-            wanted = chain.full_precision(layer, number)
+            wanted = chain.full_precision(layer, number, part.layers[number])
             chain.advance(layer, number, "layer")
 
             assert chain.error(wanted) == 0.0
 
 
-def test_the_error_is_relative_and_leaves_padding_out(model_and_chain):
-    _, chain = model_and_chain
+def test_the_error_is_relative_and_leaves_padding_out(chained):
+    _, chain, _ = chained
     wanted = list(chain.quantized)
     chain.quantized = [hidden * 1.5 for hidden in wanted]
     chain.quantized[0][-1, -2:] = 1e6  # padding
@@ -42,8 +42,8 @@ def test_the_error_is_relative_and_leaves_padding_out(model_and_chain):
     assert chain.relative_error([(1, wanted[1] * 3)], wanted) == pytest.approx(4.0)
 
 
-def test_an_output_that_is_not_finite_names_its_batch(model_and_chain):
-    model, chain = model_and_chain
+def test_an_output_that_is_not_finite_names_its_batch(chained):
+    model, chain, part = chained
     chain.quantized[1] = chain.quantized[1] * float("inf")
 
     with torch.no_grad(), pytest.raises(CalibrationError, match=r"at layers\.0 in calibration batch 1"):

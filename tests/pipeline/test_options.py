@@ -82,4 +82,4 @@ def test_defaults_search_with_both_grids():
     assert (choice.group_size, choice.symmetric) == ("auto", True)
     assert options.method == "qvlm"
     assert options.keep == () and options.overrides == ()
-    assert options.grids.activation[0] == options.grids.weight[0] == 1.0
+    assert options.search.clips.activation[0] == options.search.clips.weight[0] == 1.0

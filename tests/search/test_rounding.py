@@ -10,16 +10,24 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optimum_qvlm.errors import SpecError
-from optimum_qvlm.kernels import fake_quantize_static, fake_quantize_tokens
+from optimum_qvlm.kernels import fake_quantize_tokens
 from optimum_qvlm.quant.affine import dequantize_weight, quantize_weight
-from optimum_qvlm.quant.observers import static_scale
 from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
-from optimum_qvlm.quant.transform import SiteTransform
-from optimum_qvlm.search import rounding
-from optimum_qvlm.search.rounding import ClipGrids, SiteChoice, SiteProblem, round_site, round_to_nearest, search_site
+from optimum_qvlm.search import weights as rounding
+from optimum_qvlm.search.problem import SiteChoice, SiteProblem
+from optimum_qvlm.search.rounding import ClipGrids, SiteOptions, round_site, round_to_nearest, search_site
+from optimum_qvlm.search.transforms import KINDS, TransformOptions
+from optimum_qvlm.search.weights import FeedbackOptions
+
+PLAIN = SiteOptions(transforms=None, feedback=None)
+"""The clips of the paper alone."""
 
 ROUNDING_NOISE = 1e-4
 """Relative; the error is a sum over tokens and channels in fp32, taken here in another order and in fp64."""
+
+
+def clips_only(**grids: tuple[float, ...]) -> SiteOptions:
+    return SiteOptions(clips=ClipGrids(**grids), transforms=None, feedback=None)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -61,12 +69,12 @@ def make_problem(
 def output_error(problem: SiteProblem, choice: SiteChoice) -> float:
     """The error by its definition: of the outputs, relative, in double precision."""
     inputs, spec = problem.inputs, problem.activation
-    rounded = inputs
+    rounded = choice.transform.tokens(inputs)
     if spec is not None:
-        rounded = fake_quantize_tokens(inputs, spec.bits, spec.group, choice.activation_clip)
+        rounded = fake_quantize_tokens(rounded, spec.bits, spec.group, choice.activation_clip)
     error = norm = 0.0
     for name, weight in problem.weights.items():
-        wanted = inputs.double() @ weight.double().T
+        wanted = problem.wanted_inputs.double() @ weight.double().T
         found = rounded.double() @ dequantize_weight(choice.weights[name]).double().T
         error += float((found - wanted).square().sum())
         norm += float(wanted.square().sum())
@@ -93,7 +101,7 @@ def test_the_choice_is_never_worse_than_nearest(seed, bits, group, activation_bi
         scale_dtype=scale_dtype,
     )
 
-    choice = search_site(problem, ClipGrids())
+    choice = search_site(problem, PLAIN)
 
     assert choice.error <= choice.nearest_error
     nearest = round_to_nearest(problem.weights, problem.specs, scale_dtype)
@@ -107,7 +115,7 @@ def test_the_choice_is_never_worse_than_nearest(seed, bits, group, activation_bi
 @pytest.mark.parametrize("seed", range(3))
 def test_heavy_tails_are_worth_clipping(bits, gain, group, activation_bits, seed):
     """Few large weights make the steps of all others coarse."""
-    choice = search_site(make_problem(bits=bits, group=group, activation_bits=activation_bits, seed=seed), ClipGrids())
+    choice = search_site(make_problem(bits=bits, group=group, activation_bits=activation_bits, seed=seed), PLAIN)
 
     assert choice.error < gain * choice.nearest_error
     assert all(clip < 1.0 for clip in choice.weight_clips.values())
@@ -119,7 +127,7 @@ def test_heavy_tails_are_worth_clipping(bits, gain, group, activation_bits, seed
 def test_the_same_problem_has_the_same_answer(bits, activation_bits, symmetric):
     """Checkpoints must be reproducible to the byte."""
     first, second = (
-        search_site(make_problem(bits=bits, activation_bits=activation_bits, symmetric=symmetric), ClipGrids())
+        search_site(make_problem(bits=bits, activation_bits=activation_bits, symmetric=symmetric), PLAIN)
         for _ in range(2)
     )
 
@@ -139,7 +147,7 @@ def test_weights_that_lie_on_a_grid_are_not_clipped(bits, group):
     weight = (codes - 2 ** (bits - 1)).float() / 16
     problem = make_problem(bits=bits, group=group, symmetric=False, activation_bits=None, weights={"q": weight})
 
-    choice = search_site(problem, ClipGrids())
+    choice = search_site(problem, PLAIN)
 
     assert choice.weight_clips == {"q": 1.0}
     assert torch.equal(dequantize_weight(choice.weights["q"]), weight)
@@ -153,7 +161,7 @@ def test_zeros_give_nearest_and_no_error(zeros, activation_bits):
     weights = {"q": torch.zeros(4, 64)} if zeros != "inputs" else None
     inputs = torch.zeros(10, 64) if zeros != "weights" else None
 
-    choice = search_site(make_problem(weights=weights, inputs=inputs, activation_bits=activation_bits), ClipGrids())
+    choice = search_site(make_problem(weights=weights, inputs=inputs, activation_bits=activation_bits), PLAIN)
 
     assert choice.error == choice.nearest_error == 0.0
     assert choice.activation_clip == 1.0
@@ -165,7 +173,7 @@ def test_without_an_activation_grid_the_inputs_are_left_alone(bits):
     """Weight-only schemes: the clip is not searched."""
     problem = make_problem(bits=bits, activation_bits=None)
 
-    choice = search_site(problem, ClipGrids(activation=(0.5,)))
+    choice = search_site(problem, clips_only(activation=(0.5,)))
 
     assert choice.activation_clip == 1.0
     assert choice.error == pytest.approx(output_error(problem, choice), rel=ROUNDING_NOISE)
@@ -179,7 +187,7 @@ def test_an_outlier_that_no_weight_reads_is_clipped():
     weight[:, 5] = 0
     problem = make_problem(activation_bits=4, group=None, bits=8, weights={"q": weight}, inputs=inputs)
 
-    choice = search_site(problem, ClipGrids())
+    choice = search_site(problem, PLAIN)
 
     assert choice.activation_clip == 0.5
     assert choice.error < 0.5 * choice.nearest_error
@@ -193,14 +201,14 @@ def test_an_outlier_that_the_weights_read_is_kept():
     weight[:, 5] = 20.0
     problem = make_problem(activation_bits=8, group=None, bits=8, weights={"q": weight}, inputs=inputs)
 
-    assert search_site(problem, ClipGrids()).activation_clip == 1.0
+    assert search_site(problem, PLAIN).activation_clip == 1.0
 
 
 @pytest.mark.parametrize("grid", [(1.0,), (1.0, 0.8), (1.0, 0.9, 0.7, 0.3)])
 def test_clips_come_from_the_grids(grid):
     problem = make_problem(bits=3, activation_bits=4)
 
-    choice = search_site(problem, ClipGrids(activation=grid, weight=grid))
+    choice = search_site(problem, clips_only(activation=grid, weight=grid))
 
     assert choice.activation_clip in grid
     for clip in choice.weight_clips.values():
@@ -210,7 +218,7 @@ def test_clips_come_from_the_grids(grid):
 def test_a_grid_of_one_is_rounding_to_nearest():
     problem = make_problem(bits=3, activation_bits=4)
 
-    choice = search_site(problem, ClipGrids(activation=(1.0,), weight=(1.0,)))
+    choice = search_site(problem, clips_only(activation=(1.0,), weight=(1.0,)))
 
     nearest = round_to_nearest(problem.weights, problem.specs, torch.float32)
     assert choice.error == choice.nearest_error
@@ -227,7 +235,7 @@ def test_each_weight_clip_is_the_best_of_its_row_and_group(group, activation_bit
     problem = make_problem(bits=3, group=group, activation_bits=activation_bits)
     weight, spec = problem.weights["q"], WeightSpec(bits=3)
 
-    choice = search_site(problem, ClipGrids())
+    choice = search_site(problem, PLAIN)
 
     inputs = problem.inputs
     if activation_bits is not None:
@@ -253,7 +261,7 @@ def test_half_precision_inputs_and_weights_are_searched(dtype):
         inputs=normal(40, 64).to(dtype), weights={"q": heavy_tailed(8, 64, seed=1).to(dtype)}, scale_dtype=dtype
     )
 
-    choice = search_site(problem, ClipGrids())
+    choice = search_site(problem, PLAIN)
 
     assert choice.weights["q"].scale.dtype == dtype
     assert choice.error <= choice.nearest_error < 1.0
@@ -261,15 +269,15 @@ def test_half_precision_inputs_and_weights_are_searched(dtype):
 
 @pytest.mark.parametrize("tokens", [1, 2, 500])
 def test_any_number_of_tokens_is_enough(tokens):
-    choice = search_site(make_problem(inputs=normal(tokens, 64)), ClipGrids())
+    choice = search_site(make_problem(inputs=normal(tokens, 64)), PLAIN)
 
     assert 0.0 <= choice.error <= choice.nearest_error
 
 
 @pytest.mark.parametrize("exponent", [-8, 8])
 def test_the_unit_of_the_activations_does_not_matter(exponent):
-    plain = search_site(make_problem(activation_bits=4), ClipGrids())
-    scaled = search_site(make_problem(activation_bits=4, inputs=normal(40, 64) * 2.0**exponent), ClipGrids())
+    plain = search_site(make_problem(activation_bits=4), PLAIN)
+    scaled = search_site(make_problem(activation_bits=4, inputs=normal(40, 64) * 2.0**exponent), PLAIN)
 
     assert (scaled.activation_clip, scaled.weight_clips) == (plain.activation_clip, plain.weight_clips)
     assert scaled.error == pytest.approx(plain.error, rel=ROUNDING_NOISE)
@@ -294,82 +302,106 @@ def test_rounding_to_nearest_is_the_plain_rounding_of_every_weight(symmetric, sc
 
 def test_a_group_that_does_not_divide_is_refused():
     with pytest.raises(SpecError, match="group=48 does not divide in_features=64"):
-        search_site(make_problem(group=48), ClipGrids())
+        search_site(make_problem(group=48), PLAIN)
 
 
-STATIC = ClipGrids(activation=(1.0, 0.995, 0.99, 0.985, 0.98), activation_margin=0.0)
+ALL_OPTIONS = {
+    f"{kind}, {'feedback' if feedback else 'plain'}": SiteOptions(
+        transforms=TransformOptions(kinds=KINDS if kind == "auto" else (kind,)), feedback=feedback
+    )
+    for kind in ("auto", *KINDS)
+    for feedback in (None, FeedbackOptions())
+}
 
 
-def static_problem(bits: int = 4, **changes) -> SiteProblem:
-    return replace(make_problem(**changes), activation=ActivationSpec(bits=bits, static=True))
+def drifted(problem: SiteProblem) -> SiteProblem:
+    """The same site behind a prefix that has lost something already."""
+    noise = 0.1 * normal(*problem.inputs.shape, seed=9)
+    return replace(problem, inputs=problem.inputs + noise, references=problem.inputs)
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
-@pytest.mark.parametrize("seed", range(3))
-def test_static_bounds_are_quantiles_of_the_inputs(bits, seed):
-    """And never worse than the whole range."""
-    problem = static_problem(bits, inputs=heavy_tailed(60, 64, seed=seed), seed=seed)
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 2**16),
+    bits=st.integers(2, 8),
+    group=st.sampled_from([None, 16, 32]),
+    activation_bits=st.sampled_from([None, 4, 6, 8]),
+    symmetric=st.booleans(),
+    drift=st.booleans(),
+    options=st.sampled_from(sorted(ALL_OPTIONS)),
+)
+def test_no_option_makes_a_site_worse_than_nearest(seed, bits, group, activation_bits, symmetric, drift, options):
+    """The invariant holds for every transform, with and without feedback, against either target."""
+    problem = make_problem(seed=seed, bits=bits, group=group, activation_bits=activation_bits, symmetric=symmetric)
+    problem = drifted(problem) if drift else problem
 
-    choice = search_site(problem, STATIC)
+    choice = search_site(problem, ALL_OPTIONS[options])
 
-    assert choice.activation_clip in STATIC.activation
-    assert torch.equal(choice.input_scale, static_scale(problem.inputs, bits, choice.activation_clip))
     assert choice.error <= choice.nearest_error
-    rounded = fake_quantize_static(problem.inputs, bits, choice.input_scale)
-    change = norm = 0.0
-    for name, weight in problem.weights.items():
-        wanted = problem.inputs.double() @ weight.double().T
-        change += float((rounded.double() @ dequantize_weight(choice.weights[name]).double().T - wanted).square().sum())
-        norm += float(wanted.square().sum())
-    assert choice.error == pytest.approx(change / norm, rel=ROUNDING_NOISE)
-
-
-def test_heavy_tails_make_static_bounds_worth_clipping():
-    choice = search_site(static_problem(4, inputs=heavy_tailed(60, 64)), STATIC)
-
-    assert choice.activation_clip < 1.0
-    assert choice.error < 0.9 * choice.nearest_error
-
-
-def test_dynamic_choices_carry_no_scale():
-    assert search_site(make_problem(), ClipGrids()).input_scale is None
-
-
-@pytest.mark.parametrize("activation_bits", [None, 4, 8])
-def test_the_search_rounds_its_weights_as_a_site_with_that_clip(activation_bits):
-    """So the candidates of a joint search differ from the layer-wise optimum by their clip alone."""
-    problem = make_problem(bits=3, activation_bits=activation_bits)
-
-    choice = search_site(problem, ClipGrids())
-    again = round_site(problem, activation_clip=choice.activation_clip)
-
-    assert again.error == choice.error and again.weight_clips == choice.weight_clips
-    assert all(torch.equal(again.weights[name].codes, choice.weights[name].codes) for name in choice.weights)
-
-
-@pytest.mark.parametrize("clip", [1.0, 0.7])
-@pytest.mark.parametrize("activation_bits", [None, 4, 8])
-def test_weights_are_rounded_for_the_clip_they_are_given(clip, activation_bits):
-    problem = make_problem(activation_bits=activation_bits)
-
-    choice = round_site(problem, activation_clip=clip)
-
-    assert choice.activation_clip == clip
     assert choice.error == pytest.approx(output_error(problem, choice), rel=ROUNDING_NOISE)
 
 
-def test_a_transform_is_folded_into_the_weights():
-    """Outliers in a few channels are spread over their block, so fewer bits are lost on all others."""
-    inputs = normal(60, 64)
-    inputs[:, ::16] *= 30
-    problem = make_problem(activation_bits=4, group=None, bits=8, inputs=inputs)
-    transform = SiteTransform(rotation=64)
+@pytest.mark.parametrize("options", ALL_OPTIONS.values(), ids=ALL_OPTIONS)
+def test_the_search_returns_what_rounding_gives(options):
+    """A caller that rounds the same site again with what was chosen gets the same weights."""
+    problem = make_problem(activation_bits=4)
+    found = search_site(problem, options)
 
-    plain, rotated = (round_site(problem, activation_clip=1.0, transform=t) for t in (SiteTransform(), transform))
+    again = round_site(problem, options, activation_clip=found.activation_clip, transform=found.transform)
 
-    assert rotated.transform is transform
-    assert rotated.error < 0.7 * plain.error
-    x = fake_quantize_tokens(transform.tokens(inputs), 4, None, 1.0)
-    wanted = inputs @ problem.weights["q"].T
-    found = x @ dequantize_weight(rotated.weights["q"]).T
-    assert float((found - wanted).square().sum() / wanted.square().sum()) == pytest.approx(rotated.error, rel=0.3)
+    assert again.error == found.error
+    assert again.weight_clips == found.weight_clips
+    for name, quantized in found.weights.items():
+        assert torch.equal(again.weights[name].codes, quantized.codes)
+        assert torch.equal(again.weights[name].scale, quantized.scale)
+
+
+@pytest.mark.parametrize("bits, activation_bits", [(4, None), (4, 8), (4, 4), (3, 8)])
+@pytest.mark.parametrize("seed", range(3))
+def test_feedback_beats_plain_rounding_on_other_tokens(bits, activation_bits, seed):
+    """Measured on tokens of the same kind that neither has seen, where channels depend on each other."""
+    mixing = normal(64, 64, seed=50) / 4
+    weights = {"q": normal(24, 64, seed=seed + 1), "k": normal(8, 64, seed=seed + 2)}
+    seen, unseen = normal(2000, 64, seed=seed) @ mixing, normal(500, 64, seed=seed + 90) @ mixing
+    problem = make_problem(bits=bits, activation_bits=activation_bits, weights=weights, inputs=seen)
+
+    plain, fed = (
+        search_site(problem, SiteOptions(transforms=None, feedback=feedback)) for feedback in (None, FeedbackOptions())
+    )
+
+    held_out = replace(problem, inputs=unseen)
+    assert output_error(held_out, fed) < 0.9 * output_error(held_out, plain)
+
+
+def test_feedback_uses_tokens_beyond_the_sample():
+    """Candidates are compared on few tokens, second moments need all."""
+    tokens = normal(3000, 64) @ normal(64, 64, seed=50)
+    sample = make_problem(inputs=tokens[:40], activation_bits=8)
+
+    alone = search_site(sample, SiteOptions(transforms=None))
+    with_all = search_site(replace(sample, all_inputs=[tokens]), SiteOptions(transforms=None))
+
+    held_out = replace(sample, inputs=normal(500, 64, seed=90) @ normal(64, 64, seed=50))
+    assert output_error(held_out, with_all) < output_error(held_out, alone)
+
+
+def test_the_target_is_what_full_precision_gives():
+    """A prefix that halves every activation is made good by weights twice as large."""
+    tokens = normal(500, 64)
+    problem = make_problem(bits=8, group=None, activation_bits=8, inputs=tokens / 2)
+
+    choice = search_site(replace(problem, references=tokens), SiteOptions())
+
+    assert choice.error < 1e-3 < choice.nearest_error
+
+
+def test_linears_with_different_grids_share_the_transform():
+    """They read one tensor; only their weights are rounded on grids of their own."""
+    problem = make_problem(activation_bits=8)
+    specs = {"q": WeightSpec(bits=4, group=32), "k": WeightSpec(bits=8)}
+
+    choice = search_site(replace(problem, specs=specs), SiteOptions(transforms=TransformOptions(kinds=("both",))))
+
+    assert choice.transform.rotation == 32
+    assert choice.weights["q"].scale.shape == (24, 2) and choice.weights["k"].scale.shape == (8, 1)
+    assert list(choice.weights) == ["q", "k"]

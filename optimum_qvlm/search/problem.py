@@ -1,0 +1,106 @@
+"""What the search of a site looks at, and what it returns."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from optimum_qvlm.kernels import fake_quantize_static, fake_quantize_tokens
+from optimum_qvlm.quant.affine import QuantizedWeight
+from optimum_qvlm.quant.observers import static_scale
+from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
+from optimum_qvlm.quant.transform import SiteTransform
+
+FEW_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """Transform and rounding of the activations of a site: a function of tokens [tokens, in_features].
+
+    `scale` is the fp32 [1] of a static activation; others round to the ratio `clip` of the peak.
+    """
+
+    spec: ActivationSpec | None
+    clip: float
+    transform: SiteTransform
+    scale: Tensor | None = None
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """In the dtype of the tokens, in which the linear computes."""
+        moved = self.transform.tokens(tokens)
+        if self.spec is not None and self.scale is not None:
+            moved = fake_quantize_static(moved, self.spec.bits, self.scale)
+        elif self.spec is not None:
+            moved = fake_quantize_tokens(moved, self.spec.bits, self.spec.group, self.clip)
+        return moved.to(tokens.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteProblem:
+    """Everything that the search of a site looks at.
+
+    Attributes:
+        inputs: activations [tokens, in_features] that reach the site through the quantized prefix: the sample on
+            which candidates are compared.
+        weights: full-precision weight [out_features, in_features] per linear.
+        specs: grid per linear.
+        activation: grid of the shared activation, None to leave it.
+        scale_dtype: dtype in which scales are stored.
+        references: what the same tokens are at full precision, [tokens, in_features]; the products of these with the
+            weights are what the site should give. None stands for `inputs`.
+        all_inputs: every calibration token in pieces [some tokens, in_features], on any device, for the second
+            moments of error feedback. Empty stands for `inputs` alone.
+        all_references: the same at full precision, piece by piece; empty stands for `all_inputs`.
+    """
+
+    inputs: Tensor
+    weights: Mapping[str, Tensor]
+    specs: Mapping[str, WeightSpec]
+    activation: ActivationSpec | None
+    scale_dtype: torch.dtype
+    references: Tensor | None = None
+    all_inputs: Sequence[Tensor] = ()
+    all_references: Sequence[Tensor] = ()
+
+    @property
+    def wanted_inputs(self) -> Tensor:
+        """Tokens [tokens, in_features] whose full-precision products are the target."""
+        return self.inputs if self.references is None else self.references
+
+    def few(self) -> Tensor:
+        """At most `FEW_TOKENS` of the sample, evenly spread: what rounding does to activations is soon averaged out."""
+        return self.inputs[:: -(-len(self.inputs) // FEW_TOKENS)]
+
+    def pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All calibration tokens with their full-precision values, piece by piece on the device of the sample."""
+        inputs = self.all_inputs or (self.inputs,)
+        references = self.all_references or (inputs if self.all_inputs else (self.wanted_inputs,))
+        for found, wanted in zip(inputs, references, strict=True):
+            yield found.to(self.inputs.device), wanted.to(self.inputs.device)
+
+    def rounding(self, clip: float, transform: SiteTransform) -> "Rounding":
+        """What happens to activations; a static scale is that of the sample's quantile `clip`, after the transform."""
+        spec = self.activation
+        static = spec is not None and spec.static
+        scale = static_scale(transform.tokens(self.inputs), spec.bits, clip) if spec is not None and static else None
+        return Rounding(spec, clip, transform, scale)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteChoice:
+    """The rounding function that was found.
+
+    `weights` hold the inverse of `transform` folded in. `input_scale` is the fp32 [1] scale of a static activation.
+    `error` and `nearest_error` are relative: squared error of the site's outputs over their squared norm,
+    for this choice and for round-to-nearest (NaN where there was nothing to measure on).
+    """
+
+    activation_clip: float
+    weights: dict[str, QuantizedWeight]
+    weight_clips: dict[str, float] = field(default_factory=dict)
+    error: float = float("nan")
+    nearest_error: float = float("nan")
+    transform: SiteTransform = field(default_factory=SiteTransform)
+    input_scale: Tensor | None = None

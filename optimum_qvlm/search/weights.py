@@ -1,0 +1,245 @@
+"""Rounding of weights with error feedback: what rounding one channel does wrong, the channels after it make good.
+
+The recursion is GPTQ's (Frantar et al., arXiv 2210.17323) on the second moment of the transformed, rounded inputs.
+The target is the least-squares answer to full-precision outputs, as in GPTAQ (Li et al., arXiv 2504.02692).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight, quantize_weight, split_groups
+from optimum_qvlm.quant.spec import WeightSpec
+from optimum_qvlm.quant.transform import SiteTransform
+from optimum_qvlm.search.problem import Rounding, SiteProblem
+
+ROWS_AT_ONCE = 1024
+BLOCK = 128
+"""Channels whose feedback is applied one by one; what is behind them is updated once per block."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeedbackOptions:
+    """How errors are fed back.
+
+    Attributes:
+        damping: added to the diagonal of the Hessian, as a share of its mean.
+        asymmetry: share of the difference between full-precision and quantized inputs that the target makes good,
+            0..1. The difference that rounding this site's own inputs makes is always made good.
+        ordered: channels with the largest second moment first: whole groups, and the channels in each.
+    """
+
+    damping: float = 0.01
+    asymmetry: float = 1.0
+    ordered: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Sums over tokens: `hessian` of rounded times rounded, `cross` of wanted times rounded, fp32 [in, in].
+
+    The wanted inputs are in the site's own channels, the rounded ones in the transformed.
+    """
+
+    hessian: Tensor
+    cross: Tensor
+
+
+def site_moments(problem: SiteProblem, rounding: Rounding, asymmetry: float) -> Moments:
+    """Second moments over all calibration tokens of the problem."""
+    channels = problem.inputs.shape[1]
+    hessian = torch.zeros(channels, channels, device=problem.inputs.device)
+    cross = torch.zeros_like(hessian)
+    for found, wanted in problem.pieces():
+        rounded = rounding(found).float()
+        hessian.addmm_(rounded.T, rounded)
+        cross.addmm_(torch.lerp(found.float(), wanted.float(), asymmetry).T, rounded)
+    return Moments(hessian, cross)
+
+
+def corrected_target(weight: Tensor, moments: Moments, transform: SiteTransform, damping: float) -> Tensor:
+    """The weight [out, in] for transformed, rounded inputs whose products are closest to the wanted outputs.
+
+    Ridge regression around the folded weight, which it is where rounded and wanted inputs agree.
+    """
+    folded = transform.fold(weight)
+    missing = weight.float() @ moments.cross - folded @ moments.hessian
+    lower = _cholesky(moments.hessian, damping)
+    return folded + torch.cholesky_solve(missing.T, lower).T
+
+
+def round_with_feedback(
+    target: Tensor,
+    hessian: Tensor,
+    spec: WeightSpec,
+    *,
+    scale_dtype: torch.dtype,
+    clips: tuple[float, ...],
+    options: FeedbackOptions,
+) -> tuple[QuantizedWeight, Tensor]:
+    """Codes for `target` [out, in], and the clip ratio [out, groups] of each scale.
+
+    Args:
+        target: what would be best without rounding.
+        hessian: second moment [in, in] of what the weight multiplies.
+        spec: the grid. Groups of at most `BLOCK` channels get their scale when their turn comes, by the error that
+            is left after feedback inside the group; larger ones before, by the error of plain rounding.
+        scale_dtype: dtype in which scales are stored.
+        clips: ratios to choose scales from.
+        options: damping and order.
+    """
+    width = target.shape[1] if spec.group is None else spec.group
+    order = _order(hessian.diagonal(), width, ordered=options.ordered)
+    factor = _inverse_factor(hessian[order][:, order], options.damping)
+    back = torch.argsort(order)
+    group_order = order[::width] // width
+    pieces = []
+    for rows in target.float().split(ROWS_AT_ONCE):
+        if width <= BLOCK:
+            codes, scale, zero, ratio = _round_groups(rows[:, order], factor, spec, width, clips, scale_dtype)
+            place = torch.argsort(group_order)
+            scale, ratio = scale[:, place], ratio[:, place]
+            zero = None if zero is None else zero[:, place]
+        else:
+            ratio = clip_by_moment(rows, spec, _grouped(hessian, width), scale_dtype, clips)
+            nearest = quantize_weight(rows, spec, clip=ratio, scale_dtype=scale_dtype)
+            scale, zero = nearest.scale, nearest.zero_point
+            codes = _round_fixed(rows[:, order], factor, spec, scale[:, order // width], _pick(zero, order // width))
+        pieces.append((codes[:, back], scale, zero, ratio))
+    codes, scale, ratio = (torch.cat([piece[i] for piece in pieces]) for i in (0, 1, 3))  # type: ignore[misc]
+    zeros = [piece[2] for piece in pieces if piece[2] is not None]
+    return QuantizedWeight(codes, scale, torch.cat(zeros) if zeros else None), ratio
+
+
+def clip_by_moment(
+    rows: Tensor, spec: WeightSpec, second_moment: Tensor, scale_dtype: torch.dtype, grid: tuple[float, ...]
+) -> Tensor:
+    """Ratio [rows, groups] of least error `d G d^T` of plain rounding, with `second_moment` G [groups, n, n]."""
+    best_error = torch.full((rows.shape[0], second_moment.shape[0]), float("inf"), device=rows.device)
+    best = torch.ones_like(best_error)
+    for ratio in grid:
+        rounded = dequantize_weight(quantize_weight(rows, spec, clip=ratio, scale_dtype=scale_dtype))
+        change = split_groups(rows.float() - rounded, spec).transpose(0, 1)
+        error = ((change @ second_moment) * change).sum(-1).T
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = torch.where(better, torch.full_like(best, ratio), best)
+    return best
+
+
+def conditional_moments(hessian: Tensor, damping: float) -> Tensor:
+    """What a unit error of each channel [in] costs once the channels after it have made good what they can."""
+    return _inverse_factor(hessian, damping).diagonal().square().reciprocal()
+
+
+def _round_groups(
+    rows: Tensor,
+    factor: Tensor,
+    spec: WeightSpec,
+    width: int,
+    clips: tuple[float, ...],
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Group after group, trying every clip: codes [rows, in], scales, zero points and clips [rows, groups]."""
+    work, count = rows.T.contiguous(), rows.shape[0]
+    whole = WeightSpec(bits=spec.bits, symmetric=spec.symmetric)
+    codes = torch.empty_like(work, dtype=torch.int8)
+    scales, zeros, ratios = [], [], []
+    for start in range(0, work.shape[0], width):
+        stop = start + width
+        part = work[start:stop]
+        tried = [quantize_weight(part.T, whole, clip=clip, scale_dtype=scale_dtype) for clip in clips]
+        scale = torch.cat([t.scale.squeeze(1) for t in tried])
+        zero = None if spec.symmetric else torch.cat([t.zero_point.squeeze(1) for t in tried])  # type: ignore[union-attr]
+        found, errors = _feed_back(part.repeat(1, len(clips)), factor[start:stop, start:stop], spec.bits, scale, zero)
+        best = errors.square().sum(0).view(len(clips), count).argmin(0)
+        chosen = best * count + torch.arange(count, device=best.device)
+        codes[start:stop] = found[:, chosen].to(torch.int8)
+        work[stop:] -= factor[start:stop, stop:].T @ errors[:, chosen]
+        scales.append(scale[chosen])
+        ratios.append(torch.tensor(clips, device=best.device)[best])
+        if zero is not None:
+            zeros.append(zero[chosen])
+    return codes.T, torch.stack(scales, 1), torch.stack(zeros, 1) if zeros else None, torch.stack(ratios, 1)
+
+
+def _round_fixed(rows: Tensor, factor: Tensor, spec: WeightSpec, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """Codes [rows, in] on scales and zero points [rows, in] that are known, block after block of channels."""
+    work = rows.T.contiguous()
+    codes = torch.empty_like(work, dtype=torch.int8)
+    for start in range(0, work.shape[0], BLOCK):
+        stop = min(start + BLOCK, work.shape[0])
+        fixed = None if zero is None else zero.T[start:stop]
+        block = factor[start:stop, start:stop]
+        found, errors = _feed_back(work[start:stop].clone(), block, spec.bits, scale.T[start:stop], fixed)
+        codes[start:stop] = found.to(torch.int8)
+        work[stop:] -= factor[start:stop, stop:].T @ errors
+    return codes.T
+
+
+def _feed_back(block: Tensor, factor: Tensor, bits: int, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The recursion over the channels of one block [channels, rows], which it uses up.
+
+    Scales and zero points are [rows], or [channels, rows]. Returns codes as floats and the scaled errors.
+    """
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    scale = scale.float().expand_as(block)
+    shift = None if zero is None else zero.float().expand_as(block)
+    codes, errors = torch.empty_like(block), torch.empty_like(block)
+    pivots = factor.diagonal().tolist()
+    for channel, pivot in enumerate(pivots):
+        value, step = block[channel], scale[channel]
+        code = torch.round(value / step)
+        if shift is None:
+            code.clamp_(low, high)
+            near = code * step
+        else:
+            code.add_(shift[channel]).clamp_(low, high)
+            near = (code - shift[channel]) * step
+        codes[channel] = code
+        error = torch.sub(value, near, out=errors[channel]).div_(pivot)
+        if channel + 1 < len(pivots):
+            block[channel + 1 :].addr_(factor[channel, channel + 1 :], error, alpha=-1)
+    return codes, errors
+
+
+def _order(diagonal: Tensor, width: int, *, ordered: bool) -> Tensor:
+    """Channels by falling second moment: groups stay together, with the heaviest group first."""
+    grouped = diagonal.reshape(-1, width)
+    if not ordered:
+        return torch.arange(diagonal.numel(), device=diagonal.device)
+    groups = torch.argsort(grouped.sum(1), descending=True, stable=True)
+    inside = torch.argsort(grouped, dim=1, descending=True, stable=True)[groups]
+    return (groups.unsqueeze(1) * width + inside).reshape(-1)
+
+
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Upper triangular U with `U^T U` the inverse of the damped Hessian."""
+    inverse = torch.cholesky_inverse(_cholesky(hessian, damping))
+    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return upper
+
+
+def _cholesky(hessian: Tensor, damping: float) -> Tensor:
+    """Lower factor of the Hessian with `damping` of its mean on the diagonal, more where fp32 needs it."""
+    mean = float(hessian.diagonal().mean())
+    eye = torch.eye(hessian.shape[0], device=hessian.device)
+    if mean <= 0:
+        return eye
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(hessian / mean + damping * eye)
+        if not bool(failed):
+            scaled: Tensor = lower * mean**0.5
+            return scaled
+        damping *= 10
+
+
+def _grouped(hessian: Tensor, width: int) -> Tensor:
+    """Diagonal blocks [groups, width, width]."""
+    groups = hessian.shape[0] // width
+    return torch.stack([hessian[g * width : (g + 1) * width, g * width : (g + 1) * width] for g in range(groups)])
+
+
+def _pick(zero: Tensor | None, columns: Tensor) -> Tensor | None:
+    return None if zero is None else zero[:, columns]
