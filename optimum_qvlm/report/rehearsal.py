@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from optimum_qvlm.pipeline.rehearsal import Cost
-from optimum_qvlm.report.parts import readable_bytes
+from optimum_qvlm.report.parts import readable_bytes, scheme_of
 from optimum_qvlm.search.plan import ModuleRecord, PlannedLayer, QuantPlan
 
 
@@ -95,11 +95,6 @@ def module_rows(
         for site in layer.sites
         for linear in site.linears
     )
-
-
-def scheme_of(record: ModuleRecord) -> str:
-    """The effective bits of a linear, as in "w4a8"."""
-    return f"w{record.weight_bits}a{record.activation_bits or 16}"
 
 
 def _table(rows: tuple[ModuleRow, ...]) -> list[str]:

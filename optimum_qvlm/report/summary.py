@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from optimum_qvlm.pipeline.result import CalibrationResult
+from optimum_qvlm.report.parts import scheme_of
 from optimum_qvlm.version import __version__
 
 
@@ -19,7 +20,7 @@ def summarize(
     `settings` is the configuration's own dict, of which only the settings are kept; `bytes_*` count all
     parameters and buffers in memory.
     """
-    schemes = Counter(f"w{m.weight_bits}a{m.activation_bits or 16}" for m in result.modules.values())
+    schemes = Counter(scheme_of(module) for module in result.modules.values())
     recipe = {} if result.recipe is None else result.recipe.to_dict()
     versions = {
         "optimum_qvlm": __version__,

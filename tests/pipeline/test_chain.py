@@ -43,7 +43,7 @@ def test_the_error_is_relative_and_leaves_padding_out(chained):
 
 
 def test_an_output_that_is_not_finite_names_its_batch(chained):
-    model, chain, part = chained
+    model, chain, _ = chained
     chain.quantized[1] = chain.quantized[1] * float("inf")
 
     with torch.no_grad(), pytest.raises(CalibrationError, match=r"at layers\.0 in calibration batch 1"):

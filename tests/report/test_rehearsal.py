@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from optimum_qvlm.pipeline.rehearsal import Cost
-from optimum_qvlm.report.rehearsal import DryRun, ModuleRow, module_rows, readable, scheme_of
+from optimum_qvlm.report.parts import readable_bytes, scheme_of
+from optimum_qvlm.report.rehearsal import DryRun, ModuleRow, module_rows
 from optimum_qvlm.search.plan import Block, ModuleRecord
 from tests.plans import plan_for
 from tests.tiny_models import tiny_llava
@@ -133,6 +134,8 @@ def test_values_survive_json():
     assert set(values) == set(DryRun.__dataclass_fields__)
 
 
-@pytest.mark.parametrize("count, text", [(0, "0 B"), (999, "999 B"), (1_500, "1.50 kB"), (7 * 10**9, "7.00 GB")])
+@pytest.mark.parametrize(
+    "count, text", [(0, "0 bytes"), (999, "999 bytes"), (1_500, "1.50 kB"), (7 * 10**9, "7.00 GB")]
+)
 def test_sizes_are_readable(count, text):
-    assert readable(count) == text
+    assert readable_bytes(count) == text
