@@ -98,7 +98,7 @@ def test_the_table_has_a_line_for_each_linear():
     head, *lines = str(shown).splitlines()
 
     assert head.split() == ["block", "part", "module", "scheme", "group", "site", "before", "after"]
-    assert lines[0].split() == ["1", "language", "a.q_proj", "w4a8", "64", "own", "4.00", "kB", "600", "B"]
+    assert lines[0].split() == ["1", "language", "a.q_proj", "w4a8", "64", "own", "4.00", "kB", "600", "bytes"]
     assert "of q_proj" in lines[1]
     assert "row, zero point" in lines[2]
     assert lines[3].startswith("- ")

@@ -63,7 +63,7 @@ def test_few_tokens_are_few_and_spread(tokens):
 def test_rounded_tokens_are_what_the_linear_multiplies(dtype, transform):
     problem = make_problem(dtype=dtype)
 
-    found = problem.rounded(problem.inputs, 0.9, transform)
+    found = problem.rounding(0.9, transform)(problem.inputs)
 
     assert found.dtype == dtype
     assert torch.equal(found, fake_quantize_tokens(transform.tokens(problem.inputs), 4, 16, 0.9).to(dtype))
@@ -72,4 +72,4 @@ def test_rounded_tokens_are_what_the_linear_multiplies(dtype, transform):
 def test_without_an_activation_grid_tokens_are_only_transformed():
     problem = make_problem(activation=None)
 
-    assert problem.rounded(problem.inputs, 0.5, SiteTransform()) is problem.inputs
+    assert problem.rounding(0.5, SiteTransform())(problem.inputs) is problem.inputs

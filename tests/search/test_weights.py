@@ -217,9 +217,9 @@ def make_problem(*, activation_bits: int | None, drift: float = 0.0) -> SiteProb
 def test_moments_are_sums_over_all_tokens(transform):
     problem = make_problem(activation_bits=4, drift=0.1)
 
-    moments = site_moments(problem, 0.9, transform, 1.0)
+    moments = site_moments(problem, problem.rounding(0.9, transform), 1.0)
 
-    found = problem.rounded(torch.cat(list(problem.all_inputs)), 0.9, transform)
+    found = problem.rounding(0.9, transform)(torch.cat(list(problem.all_inputs)))
     assert torch.allclose(moments.hessian, found.T @ found, rtol=1e-3, atol=1e-1)
     assert torch.allclose(moments.cross, torch.cat(list(problem.all_references)).T @ found, rtol=1e-3, atol=1e-1)
 
@@ -228,7 +228,7 @@ def test_moments_are_sums_over_all_tokens(transform):
 def test_the_target_is_the_folded_weight_where_nothing_differs(transform):
     problem = make_problem(activation_bits=None)
 
-    target = corrected_target(problem.weights["q"], site_moments(problem, 1.0, transform, 1.0), transform, 0.01)
+    target = corrected_target(problem.weights["q"], site_moments(problem, problem.rounding(1.0, transform), 1.0), transform, 0.01)
 
     assert torch.allclose(target, transform.fold(problem.weights["q"]), atol=1e-3)
 
@@ -238,11 +238,11 @@ def test_the_target_is_the_folded_weight_where_nothing_differs(transform):
 def test_the_target_makes_good_what_the_inputs_lost(transform, activation_bits, drift):
     """No other weight is closer to full-precision outputs on these tokens, but for the ridge."""
     problem = make_problem(activation_bits=activation_bits, drift=drift)
-    moments, weight = site_moments(problem, 1.0, transform, 1.0), problem.weights["q"]
+    moments, weight = site_moments(problem, problem.rounding(1.0, transform), 1.0), problem.weights["q"]
 
     target = corrected_target(weight, moments, transform, 1e-4)
 
-    inputs = problem.rounded(torch.cat(list(problem.all_inputs)), 1.0, transform)
+    inputs = problem.rounding(1.0, transform)(torch.cat(list(problem.all_inputs)))
     wanted = torch.cat(list(problem.all_references)) @ weight.T
     best = torch.linalg.lstsq(inputs, wanted).solution.T
 
@@ -257,7 +257,7 @@ def test_without_asymmetry_the_prefix_keeps_its_error():
     """Only what rounding this site's inputs did is made good then, and here they are not rounded."""
     problem = make_problem(activation_bits=None, drift=0.5)
 
-    moments = site_moments(problem, 1.0, SiteTransform(), 0.0)
+    moments = site_moments(problem, problem.rounding(1.0, SiteTransform()), 0.0)
 
     target = corrected_target(problem.weights["q"], moments, SiteTransform(), 0.01)
     assert torch.allclose(target, problem.weights["q"], atol=1e-3)
