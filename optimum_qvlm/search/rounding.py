@@ -134,15 +134,15 @@ def _round_together(
     problem: SiteProblem, options: SiteOptions, feedback: FeedbackOptions, rounding: Rounding
 ) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
     """Error feedback against full-precision outputs. Linears with one grid are rounded as one."""
-    moments = site_moments(problem, rounding, feedback.asymmetry)
+    halves = site_moments(problem, rounding, feedback.asymmetry)
     weights, ratios = {}, {}
     for spec in dict.fromkeys(problem.specs.values()):
         names = [name for name, own in problem.specs.items() if own == spec]
         rows = [len(problem.weights[name]) for name in names]
         stacked = torch.cat([problem.weights[name] for name in names])
         rounded, ratio = round_with_feedback(
-            corrected_target(stacked, moments, rounding.transform, feedback.damping),
-            moments.hessian,
+            corrected_target(stacked, halves, rounding.transform, feedback.damping),
+            halves[0].hessian + halves[1].hessian,
             spec,
             scale_dtype=problem.scale_dtype,
             clips=options.clips.weight,

@@ -46,27 +46,38 @@ class Moments:
     cross: Tensor
 
 
-def site_moments(problem: SiteProblem, rounding: Rounding, asymmetry: float) -> Moments:
-    """Second moments over all calibration tokens of the problem."""
-    channels = problem.inputs.shape[1]
-    hessian = torch.zeros(channels, channels, device=problem.inputs.device)
-    cross = torch.zeros_like(hessian)
+def site_moments(problem: SiteProblem, rounding: Rounding, asymmetry: float) -> tuple[Moments, Moments]:
+    """Second moments over all calibration tokens of the problem: of the first half of each piece, and of the second."""
+    channels, device = problem.inputs.shape[1], problem.inputs.device
+    halves = tuple(Moments(*(torch.zeros(channels, channels, device=device) for _ in range(2))) for _ in range(2))
     for found, wanted in problem.pieces():
-        rounded = rounding(found).float()
-        hessian.addmm_(rounded.T, rounded)
-        cross.addmm_(torch.lerp(found.float(), wanted.float(), asymmetry).T, rounded)
-    return Moments(hessian, cross)
+        middle = -(-len(found) // 2)
+        for half, part in zip(halves, (slice(middle), slice(middle, None)), strict=True):
+            rounded = rounding(found[part]).float()
+            half.hessian.addmm_(rounded.T, rounded)
+            half.cross.addmm_(torch.lerp(found[part].float(), wanted[part].float(), asymmetry).T, rounded)
+    return halves[0], halves[1]
 
 
-def corrected_target(weight: Tensor, moments: Moments, transform: SiteTransform, damping: float) -> Tensor:
-    """The weight [out, in] for transformed, rounded inputs whose products are closest to the wanted outputs.
+def corrected_target(
+    weight: Tensor, halves: tuple[Moments, Moments], transform: SiteTransform, damping: float
+) -> Tensor:
+    """The weight [out, in] for transformed, rounded inputs whose products come closest to the wanted outputs.
 
-    Ridge regression around the folded weight, which it is where rounded and wanted inputs agree.
+    Ridge regression around the folded weight, which it is where rounded and wanted inputs agree. Most of what rounding
+    does is noise, which a regression on few tokens would learn by heart: so the correction is scaled by the share
+    that holds on tokens it was not fitted to, each half of the tokens judging the other.
     """
     folded = transform.fold(weight)
-    missing = weight.float() @ moments.cross - folded @ moments.hessian
-    lower = _cholesky(moments.hessian, damping)
-    return folded + torch.cholesky_solve(missing.T, lower).T
+    missing = [weight.float() @ half.cross - folded @ half.hessian for half in halves]
+    gain = size = 0.0
+    for fit, test in ((0, 1), (1, 0)):
+        change = _solved(halves[fit].hessian, missing[fit], damping)
+        gain += float((change * missing[test]).sum())
+        size += float(((change @ halves[test].hessian) * change).sum())
+    kept = min(max(gain / max(size, 1e-30), 0.0), 1.0)
+    share = 2 * kept / (1 + kept)  # both halves together hold half the noise of one
+    return folded + share * _solved(halves[0].hessian + halves[1].hessian, missing[0] + missing[1], damping)
 
 
 def round_with_feedback(
@@ -233,6 +244,11 @@ def _cholesky(hessian: Tensor, damping: float) -> Tensor:
             scaled: Tensor = lower * mean**0.5
             return scaled
         damping *= 10
+
+
+def _solved(hessian: Tensor, right: Tensor, damping: float) -> Tensor:
+    """`right H^-1` [out, in] with the damped Hessian."""
+    return torch.cholesky_solve(right.T, _cholesky(hessian, damping)).T
 
 
 def _grouped(hessian: Tensor, width: int) -> Tensor:

@@ -88,6 +88,50 @@ def test_other_methods_are_refused(value):
         QVLMConfig(method=value)
 
 
+@pytest.mark.parametrize("value", ["slow", "", None, 1, "Fast"])
+def test_efforts_are_fast_and_balanced(value):
+    with pytest.raises(ConfigError, match=f"effort must be one of fast, balanced, got {value!r}"):
+        QVLMConfig(effort=value)
+
+
+@pytest.mark.parametrize("value", ["hadamard", "", None, True, "Off"])
+def test_transforms_are_known_kinds(value):
+    with pytest.raises(ConfigError, match=f"transforms must be one of auto, off, .*both, got {value!r}"):
+        QVLMConfig(transforms=value)
+
+
+@pytest.mark.parametrize("field", ["error_feedback", "servable"])
+@pytest.mark.parametrize("value", [None, 1, "yes"])
+def test_switches_are_true_or_false(field, value):
+    with pytest.raises(ConfigError, match=f"{field} must be True or False, got {value!r}"):
+        QVLMConfig(**{field: value})
+
+
+@pytest.mark.parametrize("transforms", ["equalize", "rotate", "both"])
+def test_a_servable_model_with_transforms_is_refused(transforms):
+    """Otherwise one of the two wishes would be dropped in silence."""
+    with pytest.raises(ConfigError, match=f"servable=True leaves out transforms, .* transforms='{transforms}' asks"):
+        QVLMConfig(servable=True, transforms=transforms)
+
+
+@pytest.mark.parametrize("transforms", ["auto", "off"])
+def test_servable_searches_no_transform(transforms):
+    config = QVLMConfig(servable=True, transforms=transforms)
+
+    assert config.options().search.transforms is None
+    assert through_json(config).servable is True
+
+
+def test_effort_and_feedback_reach_the_search():
+    """Fast tries fewer candidates; without feedback each weight is rounded on its own."""
+    balanced, fast = QVLMConfig().options().search, QVLMConfig(effort="fast").options().search
+
+    assert set(fast.clips.weight) < set(balanced.clips.weight)
+    assert len(fast.transforms.exponents) < len(balanced.transforms.exponents)
+    assert balanced.feedback is not None
+    assert QVLMConfig(error_feedback=False).options().search.feedback is None
+
+
 @pytest.mark.parametrize("value", ["lm_head", [1], ["lm_head", None], 5], ids=["text", "number", "none", "no list"])
 def test_modules_to_not_convert_must_be_a_list_of_names(value):
     """A bare string would be taken letter by letter."""

@@ -217,11 +217,14 @@ def make_problem(*, activation_bits: int | None, drift: float = 0.0) -> SiteProb
 def test_moments_are_sums_over_all_tokens(transform):
     problem = make_problem(activation_bits=4, drift=0.1)
 
-    moments = site_moments(problem, problem.rounding(0.9, transform), 1.0)
+    halves = site_moments(problem, problem.rounding(0.9, transform), 1.0)
 
     found = problem.rounding(0.9, transform)(torch.cat(list(problem.all_inputs)))
-    assert torch.allclose(moments.hessian, found.T @ found, rtol=1e-3, atol=1e-1)
-    assert torch.allclose(moments.cross, torch.cat(list(problem.all_references)).T @ found, rtol=1e-3, atol=1e-1)
+    wanted = torch.cat(list(problem.all_references))
+    assert torch.allclose(halves[0].hessian + halves[1].hessian, found.T @ found, rtol=1e-3, atol=1e-1)
+    assert torch.allclose(halves[0].cross + halves[1].cross, wanted.T @ found, rtol=1e-3, atol=1e-1)
+    first = torch.cat([found[:150], found[300:400]])
+    assert torch.allclose(halves[0].hessian, first.T @ first, rtol=1e-3, atol=1e-1)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "both"])
@@ -236,11 +239,11 @@ def test_the_target_is_the_folded_weight_where_nothing_differs(transform):
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "both"])
 @pytest.mark.parametrize("activation_bits, drift", [(4, 0.0), (None, 0.2), (4, 0.2)])
 def test_the_target_makes_good_what_the_inputs_lost(transform, activation_bits, drift):
-    """No other weight is closer to full-precision outputs on these tokens, but for the ridge."""
+    """As good a weight as there is for full-precision outputs on these tokens, but for what may be noise."""
     problem = make_problem(activation_bits=activation_bits, drift=drift)
-    moments, weight = site_moments(problem, problem.rounding(1.0, transform), 1.0), problem.weights["q"]
+    halves, weight = site_moments(problem, problem.rounding(1.0, transform), 1.0), problem.weights["q"]
 
-    target = corrected_target(weight, moments, transform, 1e-4)
+    target = corrected_target(weight, halves, transform, 1e-4)
 
     inputs = problem.rounding(1.0, transform)(torch.cat(list(problem.all_inputs)))
     wanted = torch.cat(list(problem.all_references)) @ weight.T
@@ -250,20 +253,38 @@ def test_the_target_makes_good_what_the_inputs_lost(transform, activation_bits, 
         return float((inputs @ candidate.T - wanted).square().sum())
 
     assert error(target) < error(transform.fold(weight))
-    assert error(target) == pytest.approx(error(best), rel=0.01)
+    assert error(target) <= 1.2 * error(best)
 
 
 def test_without_asymmetry_the_prefix_keeps_its_error():
     """Only what rounding this site's inputs did is made good then, and here they are not rounded."""
     problem = make_problem(activation_bits=None, drift=0.5)
 
-    moments = site_moments(problem, problem.rounding(1.0, SiteTransform()), 0.0)
+    halves = site_moments(problem, problem.rounding(1.0, SiteTransform()), 0.0)
 
-    target = corrected_target(problem.weights["q"], moments, SiteTransform(), 0.01)
+    target = corrected_target(problem.weights["q"], halves, SiteTransform(), 0.01)
     assert torch.allclose(target, problem.weights["q"], atol=1e-3)
 
 
 def test_moments_of_zeros_leave_the_weight():
-    moments = Moments(torch.zeros(64, 64), torch.zeros(64, 64))
+    nothing = Moments(torch.zeros(64, 64), torch.zeros(64, 64))
 
-    assert torch.equal(corrected_target(normal(3, 64), moments, SiteTransform(), 0.01), normal(3, 64))
+    assert torch.equal(corrected_target(normal(3, 64), (nothing, nothing), SiteTransform(), 0.01), normal(3, 64))
+
+
+def test_noise_is_not_learned_by_heart():
+    """Outputs that the inputs do not explain must not move the weight, however few the tokens."""
+    inputs, weight = correlated(160, 64), normal(8, 64, seed=3)
+    problem = SiteProblem(
+        inputs=inputs,
+        references=inputs + normal(160, 64, seed=5),
+        weights={"q": weight},
+        specs={"q": WeightSpec(bits=4, group=16)},
+        activation=None,
+        scale_dtype=torch.float32,
+    )
+
+    target = corrected_target(weight, site_moments(problem, problem.rounding(1.0, SiteTransform()), 1.0), SiteTransform(), 0.01)
+
+    unseen = correlated(1000, 64, seed=8) / correlated(1000, 64, seed=8).std(0)
+    assert float((unseen @ (target - weight).T).square().mean()) < 0.05 * float((unseen @ weight.T).square().mean())
