@@ -356,3 +356,11 @@ def test_mixtures_of_transformers_are_refused(model_type):
 
     with pytest.raises(UnsupportedModelError, match="holds the experts of a mixture"):
         plan_for(model)
+
+
+def test_vectors_of_three_dimensions_are_no_experts():
+    """Some models keep weights per channel so."""
+    model = tiny_llama()
+    model.model.layers[0].mlp.mixing = nn.Parameter(torch.ones(1, 1, 64))
+
+    assert len(plan_for(model).linears()) == 14
