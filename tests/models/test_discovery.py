@@ -101,6 +101,28 @@ def test_a_vision_model_whose_tower_is_not_found_is_refused():
         DiscoveredAdapter(model).parts()
 
 
+def test_a_decoder_that_holds_the_tower_is_refused(monkeypatch):
+    """Its longest list of layers might be the tower's."""
+    model = tiny_llava()
+    monkeypatch.setattr(model, "get_decoder", lambda: model.model, raising=False)
+
+    with pytest.raises(UnsupportedModelError, match=r"the decoder is not a module of its own beside the tower model\."):
+        DiscoveredAdapter(model).parts()
+
+
+def test_a_tower_may_have_the_beginning_of_the_decoders_name():
+    """Paths are compared by component."""
+    model = tiny_llava()
+    model.model.vision_tower_text = model.model.language_model
+    del model.model.language_model
+    model.get_decoder = lambda: model.model.vision_tower_text
+
+    vision, *_, language = DiscoveredAdapter(model).parts()
+
+    assert vision.layers[0].startswith("model.vision_tower.")
+    assert language.layers[0].startswith("model.vision_tower_text.")
+
+
 def test_a_module_that_is_no_model_is_refused():
     model = nn.Linear(2, 2)
     model.config = SimpleNamespace(model_type="x")
