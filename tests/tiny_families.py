@@ -180,6 +180,24 @@ def _qwen3_vl() -> Any:
     return _qwen("qwen3_vl", "qwen3_vl_text", num_position_embeddings=16, deepstack_visual_indexes=[0, 1])
 
 
+def qwen2_vl() -> Any:
+    """Configuration of a family without adapter: Qwen2-VL, built as its successor."""
+    config = _qwen("qwen2_5_vl", "qwen2_5_vl_text").to_dict()
+    text = config["text_config"] | {"model_type": "qwen2_vl_text"}
+    vision = {"embed_dim": 64, "mlp_ratio": 2} | {
+        name: config["vision_config"][name]
+        for name in ("depth", "hidden_size", "num_heads", "patch_size", "spatial_merge_size", "temporal_patch_size")
+    }
+    return _vision_language("qwen2_vl", text=text, vision=vision, video_token_id=VIDEO_TOKEN)
+
+
+def vipllava() -> Any:
+    """Configuration of a family without adapter: ViP-LLaVA, whose projector reads several layers of the tower."""
+    vision = clip_config().to_diff_dict() | {"model_type": "clip_vision_model"}
+    layers = [-2, -3]
+    return _vision_language("vipllava", text=_text("llama"), vision=vision, vision_feature_layers=layers)
+
+
 def _with_image_tokens(count: int, **shape: int) -> dict[str, Tensor]:
     batch = llama_batch(**shape)
     batch["input_ids"][:, 1 : 1 + count] = IMAGE_TOKEN

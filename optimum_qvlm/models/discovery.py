@@ -36,6 +36,8 @@ class DiscoveredAdapter(LlavaAdapter):
                     "its configuration has a vision_config, but no vision tower is in one of the usual places"
                 )
             return (Part(name="language", layers=self.numbered(self.layer_list(self.decoder))),)
+        if _holds(self.decoder, tower):
+            raise UnsupportedModelError(f"the decoder is not a module of its own beside the tower {tower}")
         self.tower = tower
         projectors = self._projectors()
         names = ["projector", *(f"projector {number}" for number in range(2, len(projectors) + 1))][: len(projectors)]
@@ -49,14 +51,14 @@ class DiscoveredAdapter(LlavaAdapter):
         """Path of the vision tower as transformers finds it, None where there is none."""
         found = self.model.get_encoder(modality="image")  # type: ignore[operator]
         path = self._path(found)
-        return None if path == "" or self.decoder.startswith(path) else path
+        return None if _holds(path, self.decoder) else path
 
     def _projectors(self) -> list[str]:
         """Outermost modules with linears that are named for leading from tower to decoder; of lists, the entries."""
         layers = self.layer_list(self.tower)
         found: list[str] = []
         for path, module in self.model.named_modules():
-            inside = any(path == outer or path.startswith(f"{outer}.") for outer in (self.decoder, layers, *found))
+            inside = any(_holds(outer, path) for outer in (self.decoder, layers, *found))
             if not inside and PROJECTOR_NAMES.search(path.rpartition(".")[2]) and holds_linear(module):
                 found += self.numbered(path) if isinstance(module, nn.ModuleList) else [path]
         return found
@@ -64,3 +66,8 @@ class DiscoveredAdapter(LlavaAdapter):
     def _path(self, module: nn.Module) -> str:
         paths = (path for path, candidate in self.model.named_modules() if candidate is module)
         return str(next(paths))
+
+
+def _holds(outer: str, path: str) -> bool:
+    """Whether the module at `path` is or lies in the one at `outer`."""
+    return outer in ("", path) or path.startswith(f"{outer}.")

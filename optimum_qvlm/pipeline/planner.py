@@ -49,7 +49,9 @@ def require_no_experts(model: nn.Module, layers: Sequence[str]) -> None:
     """
     for layer in layers:
         for name, module in model.get_submodule(layer).named_modules():
-            fused = not isinstance(module, CONVOLUTIONS) and any(p.dim() > 2 for p in module.parameters(recurse=False))
+            fused = not isinstance(module, CONVOLUTIONS) and any(
+                parameter.dim() > 2 and parameter.shape[0] > 1 for parameter in module.parameters(recurse=False)
+            )
             listed = isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "experts"
             if fused or listed:
                 raise UnsupportedModelError(

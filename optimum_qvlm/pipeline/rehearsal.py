@@ -93,6 +93,7 @@ def rehearse(
         forward_seconds += time.perf_counter() - started
         for number, layer in enumerate(part.layers):
             checks.require_shared_inputs(model, layer, captured[part.name][0], number, device)
+    checks.require_unused(tracer, plan.unused, captured, [workload.sample])
     host_bytes = _held(captured.values()) * workload.times + _bytes(model)
     device_bytes = max(_layer_bytes(model, part, workload, options) for part in plan.parts)
 

@@ -18,7 +18,7 @@ SETTINGS = {
     "whole rows": {"group_size": None},
     "zero points": {"symmetric": False},
     "first layer kept": {"modules_to_not_convert": ["layers.0"]},
-    "override": {"overrides": {"mlp.down_proj": {"scheme": "w3a8", "group_size": 32, "symmetric": False}}},
+    "override": {"overrides": {"layers.1.mlp.down_proj": {"scheme": "w3a8", "group_size": 32, "symmetric": False}}},
     "head": {"overrides": {"lm_head": "w8a8"}},
     "few tokens": {"search_tokens": 3, "seed": 5, "num_samples": 1, "batch_size": 1},
 }

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from optimum_qvlm.errors import UnsupportedModelError
 from optimum_qvlm.models.discovery import DiscoveredAdapter
@@ -13,8 +13,8 @@ from optimum_qvlm.models.registry import adapter_for
 from optimum_qvlm.pipeline import checks
 from optimum_qvlm.pipeline.capture import Tracer
 from tests.plans import CPU, forward_of, plan_for
-from tests.tiny_families import FAMILIES
-from tests.tiny_models import llama_batch, llama_config, tiny_llava
+from tests.tiny_families import FAMILIES, qwen2_vl, qwen_batch, vipllava
+from tests.tiny_models import llama_batch, llama_config, llava_batch, tiny_llava
 
 UNKNOWN_TEXT = ("gemma2", "granite", "olmo2", "phi3", "smollm3", "starcoder2", "glm4")
 
@@ -59,6 +59,16 @@ def test_unknown_text_models_are_found_and_verified(model_type):
     assert chain_of(model, llama_batch(padding=2)) < 1e-6
 
 
+@pytest.mark.parametrize("config, batch", [(qwen2_vl, qwen_batch), (vipllava, llava_batch)])
+def test_unknown_vision_language_models_are_found_and_verified(config, batch):
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config()).eval()
+
+    assert type(adapter_for(model)) is DiscoveredAdapter
+    assert [part.name for part in adapter_for(model).parts()] == ["vision", "projector", "language"]
+    assert chain_of(model, batch(padding=2)) < 1e-6
+
+
 def test_a_model_that_does_more_between_its_layers_is_refused_by_the_check():
     """Qwen3-VL adds features there; found parts do not say so, and a wrong chain would calibrate on wrong inputs."""
     family = FAMILIES["qwen3_vl"]
@@ -89,6 +99,28 @@ def test_a_vision_model_whose_tower_is_not_found_is_refused():
 
     with pytest.raises(UnsupportedModelError, match="no vision tower is in one of the usual places"):
         DiscoveredAdapter(model).parts()
+
+
+def test_a_decoder_that_holds_the_tower_is_refused(monkeypatch):
+    """Its longest list of layers might be the tower's."""
+    model = tiny_llava()
+    monkeypatch.setattr(model, "get_decoder", lambda: model.model, raising=False)
+
+    with pytest.raises(UnsupportedModelError, match=r"the decoder is not a module of its own beside the tower model\."):
+        DiscoveredAdapter(model).parts()
+
+
+def test_a_tower_may_have_the_beginning_of_the_decoders_name():
+    """Paths are compared by component."""
+    model = tiny_llava()
+    model.model.vision_tower_text = model.model.language_model
+    del model.model.language_model
+    model.get_decoder = lambda: model.model.vision_tower_text
+
+    vision, *_, language = DiscoveredAdapter(model).parts()
+
+    assert vision.layers[0].startswith("model.vision_tower.")
+    assert language.layers[0].startswith("model.vision_tower_text.")
 
 
 def test_a_module_that_is_no_model_is_refused():

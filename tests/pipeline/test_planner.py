@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from optimum_qvlm.errors import ConfigError, SpecError, UnsupportedModelError
 from optimum_qvlm.models.registry import adapter_for
@@ -356,3 +356,26 @@ def test_mixtures_of_transformers_are_refused(model_type):
 
     with pytest.raises(UnsupportedModelError, match="holds the experts of a mixture"):
         plan_for(model)
+
+
+def test_vectors_of_three_dimensions_are_no_experts():
+    """Some models keep weights per channel so."""
+    model = tiny_llama()
+    model.model.layers[0].mlp.mixing = nn.Parameter(torch.ones(1, 1, 64))
+
+    assert len(plan_for(model).linears()) == 14
+
+
+def test_real_widths_of_qwen2_5_vl_fall_to_smaller_groups_or_rows():
+    """3420 channels inside the tower's MLP are divided by none of the groups, 18944 in the decoder by the largest."""
+    vision = {"depth": 1, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
+    text = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 1, "num_attention_heads": 28}
+    text |= {"num_key_value_heads": 4, "vocab_size": 100}
+    config = AutoConfig.for_model("qwen2_5_vl", vision_config=vision, text_config=text)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+
+    plan = plan_for(model, vision=choice("w4a8"))
+
+    groups = {linear.in_features: linear.weight.group for linear in plan.linears()}
+    assert groups == {1280: 128, 3420: None, 5120: 128, 3584: 128, 18944: 128}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from optimum_qvlm import QVLMConfig
-from optimum_qvlm.errors import CalibrationError
+from optimum_qvlm.errors import CalibrationError, UnsupportedModelError
 from optimum_qvlm.modules.qlinear import QuantLinear
 from optimum_qvlm.pipeline.calibrate import calibrate
 from optimum_qvlm.pipeline.rehearsal import Workload, rehearse
@@ -105,6 +105,16 @@ def test_the_workload_is_counted_in_tokens(rows, times):
     workload = Workload(sample=llava_batch(rows=1), batches=[llava_batch(rows=rows)])
 
     assert workload.times == times
+
+
+def test_layers_that_are_read_after_all_are_refused():
+    """The plan of the first blocks has no unused layers, so they are looked at before."""
+    model = tiny_llava()
+    plan = plan_for(model)
+    wrong = replace(plan, unused=plan.parts[0].layers[:1])
+
+    with pytest.raises(UnsupportedModelError, match="which the adapter calls unused"):
+        rehearsed(model, wrong)
 
 
 def test_bad_samples_and_weights_are_refused_as_by_the_calibration():
