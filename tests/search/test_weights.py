@@ -231,7 +231,9 @@ def test_moments_are_sums_over_all_tokens(transform):
 def test_the_target_is_the_folded_weight_where_nothing_differs(transform):
     problem = make_problem(activation_bits=None)
 
-    target = corrected_target(problem.weights["q"], site_moments(problem, problem.rounding(1.0, transform), 1.0), transform, 0.01)
+    target = corrected_target(
+        problem.weights["q"], site_moments(problem, problem.rounding(1.0, transform), 1.0), transform, 0.01
+    )
 
     assert torch.allclose(target, transform.fold(problem.weights["q"]), atol=1e-3)
 
@@ -284,7 +286,9 @@ def test_noise_is_not_learned_by_heart():
         scale_dtype=torch.float32,
     )
 
-    target = corrected_target(weight, site_moments(problem, problem.rounding(1.0, SiteTransform()), 1.0), SiteTransform(), 0.01)
+    target = corrected_target(
+        weight, site_moments(problem, problem.rounding(1.0, SiteTransform()), 1.0), SiteTransform(), 0.01
+    )
 
     unseen = correlated(1000, 64, seed=8) / correlated(1000, 64, seed=8).std(0)
     assert float((unseen @ (target - weight).T).square().mean()) < 0.05 * float((unseen @ weight.T).square().mean())
