@@ -16,6 +16,15 @@ class DecodeTile:
     stages: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeTile:
+    """Channels of a program's step, and the power of two at or above it that it holds."""
+
+    span: int
+    chunk: int
+    warps: int
+
+
 def architecture(device: torch.device) -> int:
     """Compute capability times ten; 80 for what is not a CUDA device."""
     if device.type != "cuda" or torch.version.hip is not None:
@@ -32,3 +41,19 @@ def speaks_ptx(device: torch.device) -> bool:
 def decode_tile(architecture: int, bits: int, tokens: int, rows: int) -> DecodeTile:
     """The tile of `triton_decode`."""
     return DecodeTile(tokens=16, rows=16, slices=4, warps=4, stages=3)
+
+
+def quantize_tile(width: int, group: int | None, rotation: int | None, *, whole: bool) -> QuantizeTile:
+    """The tile of `triton_quantize`: a rotation takes at least the sixteen rows of a matrix instruction."""
+    least = max(128, 16 * (rotation or 1))
+    if group is not None and _power_of_two(group) != group:
+        chunk = max(least, _power_of_two(group))
+        return QuantizeTile(span=group, chunk=chunk, warps=8)
+    most = max(least, group or 1, 4096 if whole and rotation is None else 2048)
+    chunk = min(most, max(least, group or 1, _power_of_two(width)))
+    return QuantizeTile(span=chunk, chunk=chunk, warps=4 if chunk < 2048 else 8)
+
+
+def _power_of_two(count: int) -> int:
+    """The smallest power of two at or above `count`."""
+    return 1 << (count - 1).bit_length()
