@@ -17,6 +17,17 @@ class DecodeTile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillTile:
+    """Tokens and weight rows of a program, blocks of rows side by side, loads in flight."""
+
+    tokens: int
+    rows: int
+    warps: int
+    stages: int
+    strip: int = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeTile:
     """Channels of a program's step, and the power of two at or above it that it holds."""
 
@@ -41,6 +52,11 @@ def speaks_ptx(device: torch.device) -> bool:
 def decode_tile(architecture: int, bits: int, tokens: int, rows: int) -> DecodeTile:
     """The tile of `triton_decode`."""
     return DecodeTile(tokens=16, rows=16, slices=4, warps=4, stages=3)
+
+
+def prefill_tile(architecture: int, bits: int, operand_bits: int, tokens: int) -> PrefillTile:
+    """The tile of `triton_prefill` and `triton_float`."""
+    return PrefillTile(tokens=16, rows=64, warps=4, stages=3)
 
 
 def quantize_tile(width: int, group: int | None, rotation: int | None, *, whole: bool) -> QuantizeTile:

@@ -12,18 +12,19 @@ from torch import Tensor
 
 from optimum_qvlm.kernels import tiles
 from optimum_qvlm.kernels.triton_layout import PackedWeight
-from optimum_qvlm.kernels.triton_unpack import fourfold_six_bits, nibbles, whole_bytes
+from optimum_qvlm.kernels.triton_unpack import load_weight
 
 
 @triton.jit
 def decode_kernel(
-    x, codes, low, scale, zero, bias, y,
+    x, codes, scale, zero, bias, y,
     tokens, rows, token_stride,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
     HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y [tokens, rows] = x W^T + bias. GROUP 0 is the whole row; one step takes SLICES blocks of 128 channels."""
+    ROW_BYTES: tl.constexpr = WIDTH * BITS // 8
     HALF: tl.constexpr = 32 if BITS == 6 else 64
     PART: tl.constexpr = GROUP if GROUP > 0 and GROUP < HALF else HALF
     BLOCKS: tl.constexpr = WIDTH // 128
@@ -33,7 +34,7 @@ def decode_kernel(
     safe_row = tl.minimum(row, rows - 1)
     token = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     # Rows times channels pass 2**31 in large vocabularies, tokens times channels in long batches.
-    wide_row = safe_row.to(tl.int64)[None, :, None]
+    w_row = codes + safe_row.to(tl.int64)[None, :, None] * ROW_BYTES
     x_token = x + tl.minimum(token, tokens - 1).to(tl.int64)[None, None, :] * token_stride
     slice_ = tl.arange(0, SLICES)
     offset = tl.arange(0, PART)
@@ -51,21 +52,9 @@ def decode_kernel(
             else:
                 x_first = tl.load(x_token + channel, mask=channel < CHANNELS, other=0.0)
                 x_second = tl.load(x_token + channel + 64, mask=channel + 64 < CHANNELS, other=0.0)
-            if BITS == 8:
-                byte = (stored[:, None] * 128 + part * PART + offset[None, :])[:, None, :]
-                w_first = whole_bytes(tl.load(codes + wide_row * WIDTH + byte), DTYPE, ASM)
-                w_second = whole_bytes(tl.load(codes + wide_row * WIDTH + byte + 64), DTYPE, ASM)
-            else:
-                byte = (stored[:, None] * 64 + part * PART + offset[None, :])[:, None, :]
-                packed = tl.load(codes + wide_row * (WIDTH // 2) + byte)
-                if BITS == 6:
-                    pair = stored[:, None] * 32 + (part * PART) % 32 + offset[None, :]
-                    pairs = tl.load(low + wide_row * (WIDTH // 4) + pair[:, None, :])
-                    first, second = fourfold_six_bits(packed, pairs, (part * PART) // 32, ASM)
-                    w_first = whole_bytes(first, DTYPE, ASM)
-                    w_second = whole_bytes(second, DTYPE, ASM)
-                else:
-                    w_first, w_second = nibbles(packed, DTYPE, ASM)
+            w_first, w_second = load_weight(
+                w_row, stored[:, None, None], offset[None, None, :], part * PART, WIDTH, BITS, DTYPE, ASM
+            )
             if GROUP == 0:
                 sums = tl.dot(w_first, x_first, sums, input_precision="ieee")
                 sums = tl.dot(w_second, x_second, sums, input_precision="ieee")
@@ -129,7 +118,6 @@ def linear_decode(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
         decode_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(tokens, tile.tokens))](
             x,
             weight.codes,
-            weight.codes if weight.low is None else weight.low,
             weight.scale,
             weight.scale if weight.zero_point is None else weight.zero_point,
             weight.scale if bias is None else bias,

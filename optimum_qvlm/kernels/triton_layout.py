@@ -2,8 +2,8 @@
 
 Input channels are padded to whole blocks of 128. Up to four bits, byte j of a block's 64 holds the code of channel j in
 its low and that of channel j + 64 in its high nibble, in two's complement: both halves come out with one mask each and
-no interleaving. Five and six bits are a four-bit plane of `code >> 2` in the same order and a plane of `code & 3`, of
-whose 32 bytes per block byte j holds channels j, j + 32, j + 64 and j + 96. Seven and eight bits are plain bytes.
+no interleaving. Five and six bits are a row of `code >> 2` in that order, and behind it one of `code & 3`, of whose 32
+bytes per block byte j holds channels j, j + 32, j + 64 and j + 96. Seven and eight bits are plain bytes.
 """
 
 from dataclasses import dataclass
@@ -26,9 +26,7 @@ class PackedWeight:
     """A weight [out_features, in_features] as the kernels read it.
 
     Attributes:
-        codes: int8, [out_features, width / 2] for `bits` 4 and 6, [out_features, width] for 8, where width is
-            `in_features` rounded up to whole blocks.
-        low: int8 [out_features, width / 4], the two low bits of six; None for other widths.
+        codes: int8 [out_features, width * bits / 8], where width is `in_features` rounded up to whole blocks.
         scale: [groups, out_features], floating, zero for groups that are padding only.
         zero_point: int8 [groups, out_features]; None on a symmetric grid.
         bits: 4, 6 or 8, what is stored; codes of fewer bits fit as they are.
@@ -37,7 +35,6 @@ class PackedWeight:
     """
 
     codes: Tensor
-    low: Tensor | None
     scale: Tensor
     zero_point: Tensor | None
     bits: int
@@ -52,7 +49,12 @@ class PackedWeight:
     @property
     def width(self) -> int:
         """Channels with padding."""
-        return self.codes.shape[1] * (1 if self.bits == 8 else 2)
+        return padded_width(self.in_features)
+
+
+def padded_width(in_features: int) -> int:
+    """Channels rounded up to whole blocks."""
+    return in_features + -in_features % BLOCK
 
 
 def is_packable(bits: int, group: int | None) -> bool:
@@ -81,13 +83,13 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> 
         raise SpecError(f"{bits} bits with group={group} have no GPU layout; use 16, 32, 64, multiples of 128 or None")
     padded = F.pad(codes, (0, -channels % BLOCK))
     stored = 4 if bits <= 4 else 6 if bits <= 6 else 8
-    low = None
-    if stored == 6:
-        low, padded = _pack_pairs(padded), padded >> 2
-    extent = 1 if group is None else -(-padded.shape[1] // group)
+    if stored == 4:
+        padded = _pack_nibbles(padded)
+    elif stored == 6:
+        padded = torch.cat((_pack_nibbles(padded >> 2), _pack_pairs(padded)), dim=1)
+    extent = 1 if group is None else -(-padded_width(channels) // group)
     return PackedWeight(
-        codes=(padded if stored == 8 else _pack_nibbles(padded)).contiguous(),
-        low=low,
+        codes=padded.contiguous(),
         scale=_by_group(scale, extent),
         zero_point=None if zero_point is None else _by_group(zero_point, extent),
         bits=stored,
@@ -98,9 +100,12 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> 
 
 def unpack(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
     """Undo `pack`: codes [out_features, in_features], scale and zero point [out_features, groups]."""
-    codes = packed.codes if packed.bits == 8 else _unpack_nibbles(packed.codes)
-    if packed.low is not None:
-        codes = codes * 4 + _unpack_pairs(packed.low)
+    codes = packed.codes
+    if packed.bits == 4:
+        codes = _unpack_nibbles(codes)
+    elif packed.bits == 6:
+        half = packed.width // 2
+        codes = _unpack_nibbles(codes[:, :half]) * 4 + _unpack_pairs(codes[:, half:])
     groups = 1 if packed.group is None else packed.in_features // packed.group
     zero = None if packed.zero_point is None else packed.zero_point[:groups].T.contiguous()
     return codes[:, : packed.in_features].contiguous(), packed.scale[:groups].T.contiguous(), zero

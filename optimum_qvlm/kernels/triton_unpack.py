@@ -100,6 +100,40 @@ fma.rn.bf16x2 $1, d, minus, b;
 
 
 @triton.jit
+def load_weight(
+    row, block, offset,
+    START: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Codes of channels START + offset and START + offset + 64 of a block of 128, as DTYPE.
+
+    `row` points to rows of packed weights, `block` counts blocks, and the three broadcast. int8 comes out as 16 times
+    the code from four bits, 4 times from six; floats as the code from four bits, 4 times from six.
+    """
+    if BITS == 8:
+        place = row + block * 128 + START + offset
+        first = tl.load(place)
+        second = tl.load(place + 64)
+        if DTYPE != tl.int8:
+            first = whole_bytes(first, DTYPE, ASM)
+            second = whole_bytes(second, DTYPE, ASM)
+        return first, second
+    elif BITS == 6:
+        packed = tl.load(row + block * 64 + START + offset)
+        low = tl.load(row + WIDTH // 2 + block * 32 + START % 32 + offset)
+        first, second = fourfold_six_bits(packed, low, START // 32, ASM)
+        if DTYPE != tl.int8:
+            first = whole_bytes(first, DTYPE, ASM)
+            second = whole_bytes(second, DTYPE, ASM)
+        return first, second
+    else:
+        packed = tl.load(row + block * 64 + START + offset)
+        if DTYPE == tl.int8:
+            return sixteenfold_nibbles(packed, ASM)
+        else:
+            return nibbles(packed, DTYPE, ASM)
+
+
+@triton.jit
 def nibbles(packed, DTYPE: tl.constexpr, ASM: tl.constexpr):
     """Codes of the low and of the high nibbles, as floats."""
     if ASM and DTYPE == tl.float16:
