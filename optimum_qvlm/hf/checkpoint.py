@@ -19,6 +19,7 @@ from optimum_qvlm.errors import CheckpointError
 from optimum_qvlm.hf.config import CalibrationRecord, QVLMConfig
 from optimum_qvlm.hf.names import runtime_modules
 from optimum_qvlm.hf.shards import Manifest, read_headers, read_tensor, require_manifest
+from optimum_qvlm.kernels import PACKED
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.modules.swap import replace_module
 from optimum_qvlm.search.plan import ModuleRecord, QuantPlan
@@ -34,6 +35,8 @@ def stored_state(model: nn.Module, identity: str) -> dict[str, Tensor]:
     """
     state = dict(model.state_dict())
     for path, module in quantized_modules(model).items():
+        if module.layout != PACKED:
+            state |= {f"{path}.{name}": tensor for name, tensor in module.packed_state().items()}
         state[f"{path}.weight_shape"] = torch.tensor([module.out_features, module.in_features])
         state[f"{path}.weight"] = torch.empty(0)
     state[GUARD] = torch.tensor(list(bytes.fromhex(identity)), dtype=torch.uint8)
@@ -43,6 +46,17 @@ def stored_state(model: nn.Module, identity: str) -> dict[str, Tensor]:
 def quantized_modules(model: nn.Module) -> dict[str, QuantLinear]:
     """Quantized linears by run-time path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def prepare_modules(model: nn.Module, decode_tokens: int) -> None:
+    """Put every weight into the layout that is fastest on its device, one after the other.
+
+    Weights that are offloaded stay packed: hooks bring their tensors to the device for each call.
+    """
+    for module in quantized_modules(model).values():
+        module.decode_tokens = decode_tokens
+        if not _is_offloaded(module):
+            module.prepare()
 
 
 def require_checkpoint(config: QVLMConfig, files: list[str]) -> CalibrationRecord:
@@ -122,6 +136,10 @@ def packed_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
+def _is_offloaded(module: nn.Module) -> bool:
+    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
+
+
 def _empty(linear: nn.Linear, entry: ModuleRecord) -> QuantLinear:
     return QuantLinear(
         entry.in_features,
@@ -174,6 +192,7 @@ __all__ = [
     "GUARD",
     "Manifest",
     "packed_bytes",
+    "prepare_modules",
     "quantized_modules",
     "quantized_skeleton",
     "require_checkpoint",

@@ -32,6 +32,8 @@ _SETTINGS = (
     "seed",
     "method",
     "search_tokens",
+    "decode_tokens",
+    "exact_decode",
 )
 _RESULTS = ("modules", "blocks", "calibration", "manifest", "digest")
 
@@ -82,6 +84,9 @@ class QVLMConfig(QuantizationConfigMixin):
         seed: seed of every random choice.
         method: "qvlm" searches, "rtn" rounds to nearest without data.
         search_tokens: how many tokens per site the search looks at.
+        decode_tokens: up to this many tokens in one call, a quantized linear leaves activations in floating point,
+            on every device, whatever the scheme says: decoding is no slower for it, and closer to full precision.
+        exact_decode: True rounds activations at every number of tokens, as the scheme says.
 
     Raises:
         ConfigError, SpecError: a field is not valid.
@@ -108,6 +113,8 @@ class QVLMConfig(QuantizationConfigMixin):
         seed: int = 0,
         method: Literal["qvlm", "rtn"] = "qvlm",
         search_tokens: int = 2048,
+        decode_tokens: int = 16,
+        exact_decode: bool = False,
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.scheme = scheme
@@ -124,6 +131,8 @@ class QVLMConfig(QuantizationConfigMixin):
         self.seed = seed
         self.method = method
         self.search_tokens = search_tokens
+        self.decode_tokens = decode_tokens
+        self.exact_decode = exact_decode
         self.record: CalibrationRecord | None = None
         self._validate()
 
@@ -187,6 +196,10 @@ class QVLMConfig(QuantizationConfigMixin):
             config.record.found_identity = config_identity(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
+    def weight_only_tokens(self) -> int:
+        """Up to how many tokens activations are not rounded."""
+        return 0 if self.exact_decode else self.decode_tokens
+
     def drop_data(self) -> None:
         """Forget dataset and processor objects; a preset's name stays, as a record."""
         self.dataset = self.dataset if isinstance(self.dataset, str) else None
@@ -238,8 +251,12 @@ class QVLMConfig(QuantizationConfigMixin):
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             raise ConfigError(f"seed must be an integer of at least 0, got {self.seed!r}")
-        if not isinstance(self.symmetric, bool):
-            raise ConfigError(f"symmetric must be True or False, got {self.symmetric!r}")
+        few = self.decode_tokens
+        if not isinstance(few, int) or isinstance(few, bool) or few < 0:
+            raise ConfigError(f"decode_tokens must be an integer of at least 0, got {few!r}")
+        for name in ("symmetric", "exact_decode"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.method not in get_args(Method):
             raise ConfigError(f"method must be one of {', '.join(get_args(Method))}, got {self.method!r}")
         _check_group(self.group_size, "group_size")

@@ -81,10 +81,12 @@ class QVLMQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from optimum_qvlm.hf.checkpoint import prepare_modules
         from optimum_qvlm.hf.saving import wrap_saving
 
         if not self.pre_quantized:
             self._calibrate(model)
+        prepare_modules(model, self.config.weight_only_tokens())
         wrap_saving(model)
         return model
 

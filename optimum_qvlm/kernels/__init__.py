@@ -1,5 +1,7 @@
 """The tensor operations of quantized inference. The torch definition of each is its specification."""
 
+from optimum_qvlm.kernels.checks import FULL_BITS
+from optimum_qvlm.kernels.ops import quantize
 from optimum_qvlm.kernels.reference import (
     dequantize_tokens,
     fake_quantize_static,
@@ -10,12 +12,20 @@ from optimum_qvlm.kernels.reference import (
     quantized_linear,
     transform_tokens,
 )
+from optimum_qvlm.kernels.weights import PACKED, CodedWeight, Rounding, StoredWeight, WeightGrid
 
 __all__ = [
+    "FULL_BITS",
+    "PACKED",
+    "CodedWeight",
+    "Rounding",
+    "StoredWeight",
+    "WeightGrid",
     "dequantize_tokens",
     "fake_quantize_static",
     "fake_quantize_tokens",
     "hadamard",
+    "quantize",
     "quantize_static",
     "quantize_tokens",
     "quantized_linear",

@@ -5,6 +5,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from optimum_qvlm.errors import SpecError
+from optimum_qvlm.kernels.checks import FULL_BITS
+from optimum_qvlm.kernels.weights import CodedWeight, Rounding
+
+SLICE_ELEMENTS = 2**23
+"""Weights that are dequantized at once: 32 MB in fp32."""
 
 
 def quantize_tokens(x: Tensor, bits: int, group: int | None, clip: float) -> tuple[Tensor, Tensor]:
@@ -126,3 +131,61 @@ def _split(x: Tensor, group: int | None) -> Tensor:
         raise SpecError(f"group={group} does not divide the {channels} channels of the activation")
     grouped: Tensor = x.unflatten(-1, (channels // group, group))
     return grouped
+
+
+def round_tokens(x: Tensor, rounding: Rounding) -> Tensor:
+    """The values that enter the product, fp32 [..., channels]: transformed, then rounded to their grid.
+
+    Activations of 16 bits are those that the transform gives, in the dtype of `x`.
+    """
+    transformed = transform_tokens(x, rounding.equalizer, rounding.rotation)
+    if rounding.bits == FULL_BITS:
+        return transformed.to(x.dtype).float()
+    if rounding.scale is not None:
+        return _round_static(transformed, rounding.bits, rounding.scale).mul_(rounding.scale.float())
+    codes, scale = _round(transformed, rounding.bits, rounding.group, rounding.clip)
+    rounded: Tensor = codes.mul_(scale).reshape(x.shape)
+    return rounded
+
+
+def linear(x: Tensor, weight: CodedWeight, bias: Tensor | None, rounding: Rounding) -> Tensor:
+    """`Q(x T) W^T + bias` with products and sums in fp32, [..., out_features] in the dtype of `x`.
+
+    The weight is dequantized in slices of rows, so that no full-precision copy of it exists.
+    """
+    rounded = round_tokens(x, rounding)
+    rows = max(1, SLICE_ELEMENTS // max(1, weight.codes.shape[1]))
+    parts = [F.linear(rounded, dequantize_rows(weight, first, first + rows)) for first in _starts(weight, rows)]
+    return finish(torch.cat(parts, dim=-1), bias, x.dtype)
+
+
+def linear_backward(gradient: Tensor, weight: CodedWeight, rounding: Rounding) -> Tensor:
+    """Gradient to the input, straight through the rounding: `g W T^T`, in the dtype of `gradient`."""
+    rows = max(1, SLICE_ELEMENTS // max(1, weight.codes.shape[1]))
+    total: Tensor = gradient.new_zeros((*gradient.shape[:-1], weight.codes.shape[1]), dtype=torch.float32)
+    for first in _starts(weight, rows):
+        part = gradient[..., first : first + rows].float()
+        total += part @ dequantize_rows(weight, first, first + rows)
+    total = transform_tokens(total, None, rounding.rotation)
+    if rounding.equalizer is not None:
+        total = total * rounding.equalizer.float()
+    return total.to(gradient.dtype)
+
+
+def dequantize_rows(weight: CodedWeight, first: int, last: int) -> Tensor:
+    """Rows [first, last) of the weight in fp32, [rows, in_features]."""
+    codes, scale = weight.codes[first:last], weight.scale[first:last]
+    grouped = codes.unflatten(1, (scale.shape[1], codes.shape[1] // scale.shape[1])).float()
+    if weight.zero_point is not None:
+        grouped = grouped - weight.zero_point[first:last].unsqueeze(-1).float()
+    rows: Tensor = (grouped * scale.unsqueeze(-1).float()).flatten(1)
+    return rows
+
+
+def finish(product: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """fp32 sums plus bias, rounded once to `dtype`."""
+    return (product if bias is None else product + bias.float()).to(dtype)
+
+
+def _starts(weight: CodedWeight, rows: int) -> range:
+    return range(0, max(1, weight.codes.shape[0]), rows)

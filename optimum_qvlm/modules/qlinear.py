@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from optimum_qvlm.kernels import fake_quantize_static, fake_quantize_tokens, quantized_linear, transform_tokens
+from optimum_qvlm.kernels import FULL_BITS, PACKED, CodedWeight, StoredWeight, WeightGrid, dispatch
 from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight
-from optimum_qvlm.quant.packing import pack_codes, packed_width, unpack_codes
+from optimum_qvlm.quant.packing import packed_width
 from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
 from optimum_qvlm.quant.transform import SiteTransform
 
@@ -40,9 +40,15 @@ class QuantLinear(nn.Linear):
         input_scale: fp32 [1], the scale of a static activation; None on dynamic grids.
         bias: [out_features] or None.
 
-    `format` holds the grids. `weight` is a property that dequantizes on demand, for code that looks at it.
+    `format` holds the grids. `weight` is a property that dequantizes on demand, for code that looks at it. Up to
+    `decode_tokens` tokens, activations are not rounded.
+
+    The shapes above are those of the checkpoint, layout `"packed"`. `prepare` puts the first three parameters into the
+    layout that is fastest on their device, in place, and `pack` back; `layout` names what they hold. Both lose nothing.
     """
 
+    layout: str
+    decode_tokens: int
     weight_zero_point: Tensor | None
     input_equalizer: Tensor | None
     input_scale: Tensor | None
@@ -61,6 +67,7 @@ class QuantLinear(nn.Linear):
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.format = in_features, out_features, format
+        self.layout, self.decode_tokens = PACKED, 0
         bits, groups = format.weight.bits, format.weight.groups(in_features)
         words = packed_width(in_features, bits)
         self.weight_packed = _frozen(torch.empty(out_features, words, dtype=torch.int32, device=device))
@@ -100,11 +107,8 @@ class QuantLinear(nn.Linear):
             scale_dtype=quantized.scale.dtype,
             device=torch.device("meta"),
         )
-        bits = format.weight.bits
-        module.weight_packed = _frozen(pack_codes(quantized.codes, bits))
-        module.weight_scale = _frozen(quantized.scale.detach().clone())
-        if quantized.zero_point is not None:
-            module.weight_zero_point = _frozen(pack_codes(quantized.zero_point.T, bits).T.contiguous())
+        weight = CodedWeight(quantized.codes, quantized.scale.detach().clone(), quantized.zero_point)
+        module._hold(dispatch.store(weight, module.grid, PACKED))
         if input_equalizer is not None:
             module.input_equalizer = _frozen(input_equalizer.detach().float().clone())
         if module.input_scale is not None:
@@ -114,14 +118,47 @@ class QuantLinear(nn.Linear):
             module.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
         return module
 
+    @property
+    def grid(self) -> WeightGrid:
+        """The format as kernels read it."""
+        weight, activation = self.format.weight, self.format.activation
+        return WeightGrid(
+            in_features=self.in_features,
+            out_features=self.out_features,
+            bits=weight.bits,
+            group=weight.group,
+            zero_point=not weight.symmetric,
+            scale_dtype=self.weight_scale.dtype,
+            activation_bits=FULL_BITS if activation is None else activation.bits,
+            activation_group=None if activation is None else activation.group,
+            decode_tokens=self.decode_tokens,
+        )
+
+    def prepare(self) -> Self:
+        """Put the weight into the layout that is fastest on its device. Weights on the meta device stay packed."""
+        layout = PACKED if self.weight_packed.is_meta else dispatch.choose_layout(self.grid, self.weight_packed.device)
+        if layout != self.layout:
+            self._hold(dispatch.store(dispatch.restore(self._stored(), self.grid), self.grid, layout))
+        return self
+
+    def pack(self) -> Self:
+        """Put the weight back into the layout of the checkpoint."""
+        if self.layout != PACKED:
+            self._hold(dispatch.store(dispatch.restore(self._stored(), self.grid), self.grid, PACKED))
+        return self
+
+    def packed_state(self) -> dict[str, Tensor]:
+        """The parameters of the weight as the checkpoint holds them, by name, whatever the layout."""
+        stored = self._stored()
+        if self.layout != PACKED:
+            stored = dispatch.store(dispatch.restore(stored, self.grid), self.grid, PACKED)
+        named = {"weight_packed": stored.values.detach(), "weight_scale": stored.scale.detach()}
+        return named if stored.zero_point is None else {**named, "weight_zero_point": stored.zero_point.detach()}
+
     def quantized(self) -> QuantizedWeight:
         """The codes, scales and zero points, unpacked."""
-        bits = self.format.weight.bits
-        codes = unpack_codes(self.weight_packed, bits, self.in_features)
-        zero = None
-        if self.weight_zero_point is not None:
-            zero = unpack_codes(self.weight_zero_point.T, bits, self.out_features).T
-        return QuantizedWeight(codes, self.weight_scale, zero)
+        weight = dispatch.restore(self._stored(), self.grid)
+        return QuantizedWeight(weight.codes, weight.scale, weight.zero_point)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -130,15 +167,38 @@ class QuantLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Product of the rounded input [..., in_features] with the weight, plus bias, in the input's dtype."""
-        activation, dtype = self.format.activation, input.dtype
-        if self.input_equalizer is not None or self.format.rotation is not None:
-            input = transform_tokens(input, self.input_equalizer, self.format.rotation)
-        if self.input_scale is not None:
-            assert activation is not None
-            input = fake_quantize_static(input, activation.bits, self.input_scale)
-        elif activation is not None:
-            input = fake_quantize_tokens(input, activation.bits, activation.group, self.format.activation_clip)
-        return quantized_linear(input.to(dtype), dequantize_weight(self.quantized()), self.bias)
+        format = self.format
+        weight, activation = format.weight, format.activation
+        y: Tensor = torch.ops.optimum_qvlm.linear(
+            input,
+            self.weight_packed,
+            self.weight_scale,
+            self.weight_zero_point,
+            self.bias,
+            self.input_equalizer,
+            self.input_scale,
+            self.layout,
+            self.in_features,
+            self.out_features,
+            weight.bits,
+            weight.group,
+            FULL_BITS if activation is None else activation.bits,
+            None if activation is None else activation.group,
+            format.activation_clip,
+            format.rotation,
+            self.decode_tokens,
+        )
+        return y
+
+    def _stored(self) -> StoredWeight:
+        return StoredWeight(self.layout, self.weight_packed, self.weight_scale, self.weight_zero_point)
+
+    def _hold(self, stored: StoredWeight) -> None:
+        """Replace the parameters of the weight by tensors of another layout."""
+        self.layout = stored.layout
+        self.weight_packed, self.weight_scale = _frozen(stored.values), _frozen(stored.scale)
+        if stored.zero_point is not None:
+            self.weight_zero_point = _frozen(stored.zero_point)
 
     def _plain_weight(self) -> Tensor:
         transform = SiteTransform(self.input_equalizer, self.format.rotation)
@@ -146,7 +206,15 @@ class QuantLinear(nn.Linear):
         return weight if transform.is_identity else transform.unfold(weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move and cast as any module, except that scales keep their dtype: codes were chosen for it."""
+        """Move and cast as any module, except that scales keep their dtype: codes were chosen for it.
+
+        On a device of another type the layout is chosen anew.
+        """
+        here = self.weight_packed.device
+        prepared = self.layout != PACKED
+        moves = prepared and fn(torch.empty(0, device=here)).device.type != here.type
+        if moves:
+            self.pack()
         fixed = ("weight_scale", "input_equalizer", "input_scale")
         before = [(name, kept.detach()) for name in fixed if (kept := getattr(self, name)) is not None]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -154,7 +222,24 @@ class QuantLinear(nn.Linear):
             found = getattr(self, name)
             if found.dtype != kept.dtype:
                 setattr(self, name, _frozen(kept.to(found.device)))
-        return self
+        return self.prepare() if moves else self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take the weight in the layout of the checkpoint or in the one of this device, whichever is given."""
+        found, prepared = state_dict.get(f"{prefix}weight_packed"), self.layout != PACKED
+        if found is not None and (found.dtype == torch.int32) == prepared:
+            layout = PACKED if prepared else dispatch.choose_layout(self.grid, found.device)
+            self._hold(dispatch.store(self._blank(), self.grid, layout))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prepared:
+            self.prepare()
+
+    def _blank(self) -> CodedWeight:
+        """Zeros in place of the weight."""
+        device, rows = self.weight_packed.device, self.out_features
+        scale = torch.zeros(rows, self.grid.groups, dtype=self.weight_scale.dtype, device=device)
+        zero = None if self.format.weight.symmetric else torch.zeros_like(scale, dtype=torch.int8)
+        return CodedWeight(torch.zeros(rows, self.in_features, dtype=torch.int8, device=device), scale, zero)
 
     def reset_parameters(self) -> None:
         """Nothing to initialise: packed weights only come from a rounding or a checkpoint."""

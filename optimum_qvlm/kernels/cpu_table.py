@@ -1,0 +1,201 @@
+"""Weights as tables for FBGEMM's embedding-bag operators, which PyTorch carries: fast fp32 products on any CPU.
+
+A product with a few tokens is a sum of weight columns, each times one number of the token: what an embedding bag with
+per-sample weights computes, straight from 2-, 4- or 8-bit tables. One bag per token and group of input channels gives
+sums that only lack their scale. The operators take fp32 activations and any group, and add up in fp32.
+
+Layout. Output channels are cut into blocks of D, input channels are the rows: [blocks, in_features, D] codes, each row
+followed by the scale and bias that the operators apply (1 and what undoes the offset of unsigned codes). Codes wider
+than one table take two: six bits are a table of the low four and one of the high two. Where there is one, field f of
+its bytes holds the f-th part of the channels of a block, so that it unpacks without interleaving; scales
+[blocks, groups, D] lie in the order in which the operators return channels.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from optimum_qvlm.kernels import reference
+from optimum_qvlm.kernels.weights import CodedWeight, Rounding, StoredWeight, WeightGrid
+
+LAYOUT = "table"
+
+PLANES = {2: (2,), 4: (4,), 6: (4, 2), 8: (8,)}
+"""Bits of the tables that hold a code, lowest first."""
+
+BLOCKS = (128, 96, 64, 32)
+"""Output channels per block: rows must be long enough to pay for their scale and bias, short enough for the cache."""
+
+BAG_TOKENS = 8
+"""Up to this many tokens bags are faster than dequantizing once; both compute the same. Measured on AVX2."""
+
+SLICE_ELEMENTS = 2**19
+"""Weights that are dequantized at once, fp32: they stay in the cache until they are multiplied."""
+
+
+def accepts(grid: WeightGrid, device: torch.device) -> bool:
+    """Whether this layout holds the weight."""
+    return device.type == "cpu" and grid.bits in PLANES and grid.in_features > 0 and grid.out_features > 0
+
+
+def store(weight: CodedWeight, grid: WeightGrid) -> StoredWeight:
+    """Codes to tables."""
+    offset = 2 ** (grid.bits - 1)
+    unsigned = _blocks(weight.codes, grid, fill=-offset).to(torch.int16).add_(offset).to(torch.uint8)
+    tables: list[Tensor] = []
+    shift = 0
+    for bits in PLANES[grid.bits]:
+        plane = (unsigned >> shift) & (2**bits - 1)
+        tail = _tail(bits, 2.0**shift, -float(offset) if shift == 0 else 0.0)
+        tables.append(torch.cat([_merge(plane, bits, grid), tail.expand(*plane.shape[:2], -1)], dim=-1).flatten())
+        shift += bits
+    values = torch.cat(tables)
+    zero = None if weight.zero_point is None else _interleave(_blocks(weight.zero_point, grid), grid)
+    return StoredWeight(LAYOUT, values, _interleave(_blocks(weight.scale, grid), grid), zero)
+
+
+def restore(stored: StoredWeight, grid: WeightGrid) -> CodedWeight:
+    """Tables back to codes."""
+    codes = _codes(stored, grid, 0, stored.scale.shape[0])
+    zero = None if stored.zero_point is None else _unblocks(_order(stored.zero_point, grid), grid)
+    return CodedWeight(_unblocks(codes, grid), _unblocks(_order(stored.scale, grid), grid), zero)
+
+
+def linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: WeightGrid) -> Tensor:
+    """Product in fp32 by bags or by dequantized slices, whichever is faster for the number of tokens."""
+    rounded = reference.round_tokens(x, rounding).reshape(-1, grid.in_features)
+    multiply = _bags if rounded.shape[0] <= BAG_TOKENS else _slices
+    product = multiply(rounded, stored, grid)
+    if product.shape[1] != grid.out_features:
+        product = product[:, : grid.out_features]
+    return reference.finish(product, bias, x.dtype).reshape(*x.shape[:-1], grid.out_features)
+
+
+def _bags(x: Tensor, stored: StoredWeight, grid: WeightGrid) -> Tensor:
+    """fp32 [tokens, padded out_features] from a few tokens."""
+    blocks, groups, size = stored.scale.shape
+    tokens, channels = x.shape
+    if tokens == 0:
+        return x.new_zeros(0, blocks * size)
+    rows = torch.arange(blocks * channels, dtype=torch.int32)
+    if tokens > 1:
+        rows = rows.view(blocks, 1, channels).expand(blocks, tokens, channels).reshape(-1)
+    factors = x.expand(blocks, tokens, channels).reshape(-1)
+    starts = torch.arange(0, blocks * tokens * channels, channels // groups, dtype=torch.int32)
+    sums = None
+    for bits, table in _tables(stored, grid, size):
+        part = _BAGS[bits](table, rows, starts, False, 0, False, factors, None, False)
+        sums = part if sums is None else sums.add_(part)
+    assert sums is not None
+    sums = sums.view(blocks, tokens, groups, size)
+    if stored.zero_point is not None:
+        sums -= stored.zero_point.unsqueeze(1) * x.view(tokens, groups, -1).sum(dim=-1, keepdim=True)
+    scaled = sums.mul_(stored.scale.unsqueeze(1))
+    whole = scaled.sum(dim=2) if groups > 1 else scaled.squeeze(2)
+    ordered: Tensor = _order(whole, grid).transpose(0, 1).reshape(tokens, blocks * size)
+    return ordered
+
+
+def _slices(x: Tensor, stored: StoredWeight, grid: WeightGrid) -> Tensor:
+    """fp32 [tokens, padded out_features] from many tokens."""
+    blocks, groups, size = stored.scale.shape
+    scale = _order(stored.scale, grid).float().unsqueeze(2)
+    zero = None if stored.zero_point is None else _order(stored.zero_point, grid).unsqueeze(2)
+    step = max(1, SLICE_ELEMENTS // (grid.in_features * size))
+    parts = []
+    for first in range(0, blocks, step):
+        last = min(first + step, blocks)
+        weight = _codes(stored, grid, first, last).float().view(last - first, groups, -1, size)
+        if zero is not None:
+            weight -= zero[first:last]
+        weight *= scale[first:last]
+        parts.append(torch.bmm(x.expand(last - first, *x.shape), weight.view(last - first, -1, size)))
+    product: Tensor = torch.cat(parts).transpose(0, 1).reshape(x.shape[0], blocks * size)
+    return product
+
+
+def _codes(stored: StoredWeight, grid: WeightGrid, first: int, last: int) -> Tensor:
+    """int8 codes [last - first, in_features, D] of some blocks, channels in their order."""
+    size, offset = stored.scale.shape[2], 2 ** (grid.bits - 1)
+    if grid.bits == 8:
+        table = _tables(stored, grid, size)[0][1]
+        octets = table.view(-1, grid.in_features, table.shape[1])[first:last, :, :size]
+        return octets.bitwise_xor(offset).view(torch.int8)
+    whole, shift = None, 0
+    for bits, table in _tables(stored, grid, size):
+        octets = table.view(-1, grid.in_features, table.shape[1])[first:last, :, : size * bits // 8]
+        fields = [octets >> low & (2**bits - 1) for low in range(0, 8, bits)]
+        plane = torch.cat(fields, dim=-1) if _fields(grid) > 1 else torch.stack(fields, dim=-1).flatten(-2)
+        whole = plane if whole is None else whole | plane << shift
+        shift += bits
+    assert whole is not None
+    return whole.view(torch.int8) - offset
+
+
+def _tables(stored: StoredWeight, grid: WeightGrid, size: int) -> list[tuple[int, Tensor]]:
+    """Bits and uint8 [blocks * in_features, bytes of a row] of every plane."""
+    rows, first, found = stored.scale.shape[0] * grid.in_features, 0, []
+    for bits in PLANES[grid.bits]:
+        width = size * bits // 8 + (8 if bits == 8 else 4)
+        found.append((bits, stored.values[first : first + rows * width].view(rows, width)))
+        first += rows * width
+    return found
+
+
+def _tail(bits: int, scale: float, bias: float) -> Tensor:
+    """The bytes after a row: two floats, in fp16 where the table is narrower than a byte."""
+    return torch.tensor([scale, bias], dtype=torch.float32 if bits == 8 else torch.float16).view(torch.uint8)
+
+
+def _block(out_features: int) -> int:
+    """The size of block that pads least, the largest of those."""
+    return min(BLOCKS, key=lambda size: (-out_features % size, -size))
+
+
+def _blocks(matrix: Tensor, grid: WeightGrid, fill: int = 0) -> Tensor:
+    """[out_features, columns] to [blocks, columns, D], padded with `fill`."""
+    size = _block(grid.out_features)
+    padded: Tensor = F.pad(matrix, (0, 0, 0, -grid.out_features % size), value=fill)
+    return padded.view(-1, size, matrix.shape[1]).transpose(1, 2)
+
+
+def _unblocks(blocks: Tensor, grid: WeightGrid) -> Tensor:
+    """Undo `_blocks`."""
+    return blocks.transpose(1, 2).reshape(-1, blocks.shape[1])[: grid.out_features].contiguous()
+
+
+def _merge(plane: Tensor, bits: int, grid: WeightGrid) -> Tensor:
+    """uint8 values [..., D] to bytes [..., D * bits / 8]."""
+    fields = 8 // bits
+    split: Tensor = plane.unflatten(-1, (fields, -1)) if _fields(grid) > 1 else plane.unflatten(-1, (-1, fields)).mT
+    merged = split[..., 0, :].clone()
+    for field in range(1, fields):
+        merged |= split[..., field, :] << field * bits
+    return merged
+
+
+def _fields(grid: WeightGrid) -> int:
+    """Parts of the channels of a block that share bytes; 1 where channels lie in their own order."""
+    return 8 // grid.bits if len(PLANES[grid.bits]) == 1 else 1
+
+
+def _interleave(blocks: Tensor, grid: WeightGrid) -> Tensor:
+    """[..., D] from the order of the channels to that in which the operators return them."""
+    mixed: Tensor = blocks.unflatten(-1, (_fields(grid), -1)).mT.flatten(-2)
+    return mixed.contiguous()
+
+
+def _order(blocks: Tensor, grid: WeightGrid) -> Tensor:
+    """Undo `_interleave`."""
+    fields = _fields(grid)
+    if fields == 1:
+        return blocks
+    ordered: Tensor = blocks.unflatten(-1, (-1, fields)).mT.flatten(-2)
+    return ordered
+
+
+_BAGS = {
+    2: torch.ops.quantized.embedding_bag_2bit_rowwise_offsets,
+    4: torch.ops.quantized.embedding_bag_4bit_rowwise_offsets,
+    8: torch.ops.quantized.embedding_bag_byte_rowwise_offsets,
+}
