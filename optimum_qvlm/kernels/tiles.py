@@ -4,6 +4,15 @@ from dataclasses import dataclass
 
 import torch
 
+OLDEST = 80
+"""The oldest architecture, compute capability times ten, that the kernels are compiled for."""
+
+DECODE_TOKENS = 64
+"""Up to how many tokens an unrounded activation goes through `triton_decode`."""
+
+DENSE_TOKENS = 512
+"""From how many tokens an unrounded activation is multiplied with the dequantized weight by the vendor's library."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeTile:

@@ -57,6 +57,11 @@ def padded_width(in_features: int) -> int:
     return in_features + -in_features % BLOCK
 
 
+def stored_bits(bits: int) -> int:
+    """Bits that a code of `bits` takes: 4, 6 or 8."""
+    return 4 if bits <= 4 else 6 if bits <= 6 else 8
+
+
 def is_packable(bits: int, group: int | None) -> bool:
     """Whether the kernels have a layout for codes of `bits` with `group` channels to a scale."""
     if group is None:
@@ -82,7 +87,7 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> 
     if not is_packable(bits, group):
         raise SpecError(f"{bits} bits with group={group} have no GPU layout; use 16, 32, 64, multiples of 128 or None")
     padded = F.pad(codes, (0, -channels % BLOCK))
-    stored = 4 if bits <= 4 else 6 if bits <= 6 else 8
+    stored = stored_bits(bits)
     if stored == 4:
         padded = _pack_nibbles(padded)
     elif stored == 6:
