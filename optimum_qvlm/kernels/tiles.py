@@ -14,6 +14,19 @@ DENSE_TOKENS = 512
 """From how many tokens an unrounded activation is multiplied with the dequantized weight by the vendor's library."""
 
 
+MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148}
+"""Of the largest device of an architecture."""
+
+ROOMY = (90, 100)
+"""Architectures with 227 KiB of shared memory for a program."""
+
+DECODE_BUCKETS = (8, 16, 32, 64)
+"""Tokens of a program of `triton_decode`; more take several programs."""
+
+DECODE_ROWS = {8: (16, 32), 16: (16, 32), 32: (16, 16), 64: (16, 16)}
+"""Weight rows of a program by bucket: where a weight has few rows, and where it has many."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeTile:
     """Tokens and weight rows of a program, blocks of 128 channels per step (one per warp), loads in flight."""
@@ -59,13 +72,26 @@ def speaks_ptx(device: torch.device) -> bool:
 
 
 def decode_tile(architecture: int, bits: int, tokens: int, rows: int) -> DecodeTile:
-    """The tile of `triton_decode`."""
-    return DecodeTile(tokens=16, rows=16, slices=4, warps=4, stages=3)
+    """The tile of `triton_decode`: fewer rows where the weight would not give every multiprocessor two programs."""
+    bucket = next(count for count in DECODE_BUCKETS if tokens <= count or count == DECODE_BUCKETS[-1])
+    few_rows, many_rows = DECODE_ROWS[bucket]
+    programs = 2 * MULTIPROCESSORS.get(architecture, 108)
+    height = many_rows if rows >= programs * many_rows else few_rows
+    return DecodeTile(tokens=bucket, rows=height, slices=4, warps=4, stages=2 if bits == 8 and bucket > 16 else 3)
 
 
-def prefill_tile(architecture: int, bits: int, operand_bits: int, tokens: int) -> PrefillTile:
-    """The tile of `triton_prefill` and `triton_float`."""
-    return PrefillTile(tokens=16, rows=64, warps=4, stages=3)
+def prefill_tile(architecture: int, operand_bits: int, weight_bits: int, tokens: int) -> PrefillTile:
+    """The tile of `triton_prefill` for operands of 8, 16 or 32 bits."""
+    if operand_bits == 32:
+        return PrefillTile(tokens=16, rows=64, warps=4, stages=2)
+    if tokens <= 16:
+        return PrefillTile(tokens=16, rows=64, warps=4, stages=4)
+    if tokens <= 32:
+        return PrefillTile(tokens=32, rows=64, warps=4, stages=4)
+    if tokens <= 64:
+        return PrefillTile(tokens=64, rows=128, warps=8, stages=3)
+    wide = architecture in ROOMY and operand_bits == weight_bits == 8 and tokens >= 1024
+    return PrefillTile(tokens=256 if wide else 128, rows=128, warps=8, stages=3)
 
 
 def quantize_tile(width: int, group: int | None, rotation: int | None, *, whole: bool) -> QuantizeTile:

@@ -17,7 +17,12 @@ from optimum_qvlm.kernels.triton_unpack import load_weight
 LEAST_GROUP = 32
 """Integer dot products take at least 32 channels; with smaller groups the codes are multiplied as floats, exactly."""
 
-_FLOATS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+_OPERANDS = {
+    torch.int8: tl.int8,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+}
 
 
 @triton.jit
@@ -173,11 +178,10 @@ def linear_prefill(
         return y
     x_groups = -1 if x_scale is None else 0 if x_scale.dim() == 1 else x_scale.shape[1]
     assert x_groups in (-1, 0, 1, weight.scale.shape[0])
-    operand, element = (tl.int8, 8) if x.dtype == torch.int8 else (_FLOATS[x.dtype], 16)
-    if operand == tl.int8 and weight.group is not None and weight.group < LEAST_GROUP:
-        operand, element = tl.float16, 16
+    small = weight.group is not None and weight.group < LEAST_GROUP
+    operand = _OPERANDS[torch.float16 if small and x.dtype == torch.int8 else x.dtype]
     architecture = tiles.architecture(x.device)
-    tile = tiles.prefill_tile(architecture, weight.bits, element, tokens)
+    tile = tiles.prefill_tile(architecture, operand.primitive_bitwidth, weight.bits, tokens)
     with torch.cuda.device_of(x):
         prefill_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(tokens, tile.tokens),)](
             x,

@@ -25,6 +25,24 @@ FORMATS = [
 ]  # fmt: skip
 """Bits and group of weights."""
 
+QUICK_FORMATS = [(4, 128), (4, 32), (4, 16), (4, None), (6, 64), (8, None)]
+"""Those that `make test` launches in the interpreter, which takes about a second for each."""
+
+
+def _params(values: list, quick: list) -> list:
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)),
+            id=str(value),
+            marks=[pytest.mark.slow] if INTERPRETED and value not in quick else [],
+        )
+        for value in values
+    ]
+
+
+FORMATS_TO_LAUNCH = _params(FORMATS, QUICK_FORMATS)
+DTYPES_TO_LAUNCH = _params(DTYPES, DTYPES[:1])
+
 ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 """What rounding the same value twice to a dtype can differ by: one unit in the last place."""
 

@@ -13,11 +13,11 @@ from optimum_qvlm.kernels import (
     transform_tokens,
     triton_quantize,
 )
-from tests.kernels.launched.grid import DEVICE, DTYPES, INTERPRETED, MARKS, ROUNDING, make_activations
+from tests.kernels.launched.grid import DEVICE, DTYPES, DTYPES_TO_LAUNCH, INTERPRETED, MARKS, ROUNDING, make_activations
 
 pytestmark = MARKS
 
-SIZES = [(1, 1), (1, 32), (7, 129), (3, 96), (5, 1024), (2, 4608), (0, 64)]
+SIZES = [(1, 1), (1, 32), (7, 129), (3, 96), (4, 1024), (1, 4608), (0, 64)]
 """One value, one group, ragged, a width that is no power of two, more than one step, no tokens."""
 
 ROTATIONS = [16, 32, 64, 128]
@@ -31,15 +31,15 @@ def equalizer(channels):
 
 
 @pytest.mark.parametrize("equalized", [False, True])
-@pytest.mark.parametrize("group", [None, 1, 16, 32, 128, 384])
+@pytest.mark.parametrize("group", [None, 16, 128, 384])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES_TO_LAUNCH)
 def test_without_a_rotation_codes_and_scales_are_the_definition(dtype, size, group, equalized):
     """Codes are integers, so off by one is wrong."""
     tokens, channels = size
     group = group if group is None or channels % group == 0 else channels
     x = make_activations(tokens, channels, dtype)
-    for bits, clip in ((8, 1.0), (6, 0.9), (4, 0.7), (2, 0.5)):
+    for bits, clip in ((8, 1.0), (4, 0.7)):
         rounding = Rounding(bits=bits, group=group, clip=clip, equalizer=equalizer(channels) if equalized else None)
 
         codes, scale = triton_quantize.quantize(x, rounding)
@@ -53,7 +53,7 @@ def test_without_a_rotation_codes_and_scales_are_the_definition(dtype, size, gro
 @pytest.mark.parametrize("equalized", [False, True])
 @pytest.mark.parametrize("rotation", ROTATIONS)
 @pytest.mark.parametrize("channels, group", [(128, None), (384, 128), (640, 32), (2176, 16), (768, 384)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES_TO_LAUNCH)
 def test_with_a_rotation_codes_differ_by_one_at_most(dtype, channels, group, rotation, equalized):
     """Sums may be in another order, so a value beside a boundary may fall on its other side, and few do."""
     x = make_activations(3, channels, dtype)
@@ -179,7 +179,7 @@ def test_offsets_past_two_to_the_31_are_reached():
     assert torch.equal(scale, expected[1])
 
 
-@settings(max_examples=40 if INTERPRETED else 200)
+@settings(max_examples=20 if INTERPRETED else 200)
 @given(
     bits=st.integers(2, 8),
     clip=st.sampled_from([1.0, 0.8, 0.51]),
