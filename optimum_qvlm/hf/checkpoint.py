@@ -19,7 +19,7 @@ from optimum_qvlm.errors import CheckpointError
 from optimum_qvlm.hf.config import CalibrationRecord, QVLMConfig
 from optimum_qvlm.hf.names import runtime_modules
 from optimum_qvlm.hf.shards import Manifest, read_headers, read_tensor, require_manifest
-from optimum_qvlm.kernels import PACKED
+from optimum_qvlm.kernels import CHECKPOINT_LAYOUTS
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.modules.swap import replace_module
 from optimum_qvlm.search.plan import ModuleRecord, QuantPlan
@@ -35,7 +35,7 @@ def stored_state(model: nn.Module, identity: str) -> dict[str, Tensor]:
     """
     state = dict(model.state_dict())
     for path, module in quantized_modules(model).items():
-        if module.layout != PACKED:
+        if module.layout not in CHECKPOINT_LAYOUTS:
             state |= {f"{path}.{name}": tensor for name, tensor in module.packed_state().items()}
         state[f"{path}.weight_shape"] = torch.tensor([module.out_features, module.in_features])
         state[f"{path}.weight"] = torch.empty(0)
@@ -51,12 +51,11 @@ def quantized_modules(model: nn.Module) -> dict[str, QuantLinear]:
 def prepare_modules(model: nn.Module, decode_tokens: int) -> None:
     """Put every weight into the layout that is fastest on its device, one after the other.
 
-    Weights that are offloaded stay packed: hooks bring their tensors to the device for each call.
+    Weights that are offloaded stay packed until a hook brings them to the device for a call.
     """
     for module in quantized_modules(model).values():
         module.decode_tokens = decode_tokens
-        if not _is_offloaded(module):
-            module.prepare()
+        module.prepare(transient=_is_offloaded(module))
 
 
 def require_checkpoint(config: QVLMConfig, files: list[str]) -> CalibrationRecord:

@@ -12,11 +12,21 @@ from optimum_qvlm.kernels.reference import (
     quantized_linear,
     transform_tokens,
 )
-from optimum_qvlm.kernels.weights import PACKED, CodedWeight, Rounding, StoredWeight, WeightGrid
+from optimum_qvlm.kernels.weights import (
+    CHECKPOINT_LAYOUTS,
+    PACKED,
+    TRANSIENT,
+    CodedWeight,
+    Rounding,
+    StoredWeight,
+    WeightGrid,
+)
 
 __all__ = [
+    "CHECKPOINT_LAYOUTS",
     "FULL_BITS",
     "PACKED",
+    "TRANSIENT",
     "CodedWeight",
     "Rounding",
     "StoredWeight",

@@ -119,8 +119,8 @@ def _codes(stored: StoredWeight, grid: WeightGrid, first: int, last: int) -> Ten
     size, offset = stored.scale.shape[2], 2 ** (grid.bits - 1)
     if grid.bits == 8:
         table = _tables(stored, grid, size)[0][1]
-        octets = table.view(-1, grid.in_features, table.shape[1])[first:last, :, :size]
-        return octets.bitwise_xor(offset).view(torch.int8)
+        octets: Tensor = table.view(-1, grid.in_features, table.shape[1])[first:last, :, :size] ^ offset
+        return octets.view(torch.int8)
     whole, shift = None, 0
     for bits, table in _tables(stored, grid, size):
         octets = table.view(-1, grid.in_features, table.shape[1])[first:last, :, : size * bits // 8]

@@ -1,5 +1,6 @@
 """Which code runs: a layout is chosen once per weight and device, and names the module that computes with it."""
 
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -10,7 +11,15 @@ from torch import Tensor
 from optimum_qvlm.errors import SpecError
 from optimum_qvlm.kernels import reference
 from optimum_qvlm.kernels.packing import pack_codes, unpack_codes
-from optimum_qvlm.kernels.weights import PACKED, CodedWeight, Rounding, StoredWeight, WeightGrid
+from optimum_qvlm.kernels.weights import (
+    CHECKPOINT_LAYOUTS,
+    PACKED,
+    TRANSIENT,
+    CodedWeight,
+    Rounding,
+    StoredWeight,
+    WeightGrid,
+)
 
 _PACKAGE = "optimum_qvlm.kernels."
 
@@ -39,16 +48,16 @@ def choose_layout(grid: WeightGrid, device: torch.device) -> str:
 
 def store(weight: CodedWeight, grid: WeightGrid, layout: str) -> StoredWeight:
     """Codes in the tensors of `layout`."""
-    if layout != PACKED:
+    if layout not in CHECKPOINT_LAYOUTS:
         stored: StoredWeight = _backend(layout).store(weight, grid)
         return stored
     zero = None if weight.zero_point is None else pack_codes(weight.zero_point.T, grid.bits).T.contiguous()
-    return StoredWeight(PACKED, pack_codes(weight.codes, grid.bits), weight.scale, zero)
+    return StoredWeight(layout, pack_codes(weight.codes, grid.bits), weight.scale, zero)
 
 
 def restore(stored: StoredWeight, grid: WeightGrid) -> CodedWeight:
     """Undo `store`, bit for bit."""
-    if stored.layout != PACKED:
+    if stored.layout not in CHECKPOINT_LAYOUTS:
         weight: CodedWeight = _backend(stored.layout).restore(stored, grid)
         return weight
     codes = unpack_codes(stored.values, grid.bits, grid.in_features)
@@ -73,6 +82,9 @@ def quantize(x: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
 
 def linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: WeightGrid) -> Tensor:
     """The product by the module of the weight's layout."""
+    if stored.layout == TRANSIENT:
+        layout = choose_layout(grid, x.device)
+        stored = store(restore(stored, grid), grid, layout)
     if stored.layout != PACKED:
         y: Tensor = _backend(stored.layout).linear(x, stored, bias, rounding, grid)
         return y
@@ -84,6 +96,7 @@ def linear_backward(gradient: Tensor, stored: StoredWeight, rounding: Rounding, 
     return reference.linear_backward(gradient, restore(stored, grid), rounding)
 
 
+@cache
 def _backend(layout: str) -> Any:
     for names in BACKENDS.values():
         for name in names:
@@ -93,6 +106,7 @@ def _backend(layout: str) -> Any:
     raise SpecError(f"no kernel in this installation reads the layout {layout!r}; load the checkpoint again")
 
 
+@cache
 def _module(name: str) -> Any:
     """A backend, imported when it is first wanted; None where it is not part of this installation."""
     if find_spec(_PACKAGE + name) is None:

@@ -8,6 +8,11 @@ from torch import Tensor
 PACKED = "packed"
 """The layout of the checkpoint, which every device can run, by the definition."""
 
+TRANSIENT = "transient"
+"""The same tensors, put into the layout of the device for each call: for weights that are brought there for it."""
+
+CHECKPOINT_LAYOUTS = (PACKED, TRANSIENT)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightGrid:

@@ -7,7 +7,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from optimum_qvlm.kernels import FULL_BITS, PACKED, CodedWeight, StoredWeight, WeightGrid, dispatch
+from optimum_qvlm.kernels import (
+    CHECKPOINT_LAYOUTS,
+    FULL_BITS,
+    PACKED,
+    TRANSIENT,
+    CodedWeight,
+    StoredWeight,
+    WeightGrid,
+    dispatch,
+)
 from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight
 from optimum_qvlm.quant.packing import packed_width
 from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
@@ -134,8 +143,15 @@ class QuantLinear(nn.Linear):
             decode_tokens=self.decode_tokens,
         )
 
-    def prepare(self) -> Self:
-        """Put the weight into the layout that is fastest on its device. Weights on the meta device stay packed."""
+    def prepare(self, *, transient: bool = False) -> Self:
+        """Put the weight into the layout that is fastest on its device; weights on the meta device stay packed.
+
+        With `transient` the tensors stay as they are and are put into that layout for each call, for hooks that bring
+        them from memory or disk: results are those of a prepared module.
+        """
+        if transient:
+            self.pack().layout = TRANSIENT
+            return self
         layout = PACKED if self.weight_packed.is_meta else dispatch.choose_layout(self.grid, self.weight_packed.device)
         if layout != self.layout:
             self._hold(dispatch.store(dispatch.restore(self._stored(), self.grid), self.grid, layout))
@@ -143,17 +159,21 @@ class QuantLinear(nn.Linear):
 
     def pack(self) -> Self:
         """Put the weight back into the layout of the checkpoint."""
-        if self.layout != PACKED:
+        if not self._holds_checkpoint():
             self._hold(dispatch.store(dispatch.restore(self._stored(), self.grid), self.grid, PACKED))
+        self.layout = PACKED
         return self
 
     def packed_state(self) -> dict[str, Tensor]:
         """The parameters of the weight as the checkpoint holds them, by name, whatever the layout."""
         stored = self._stored()
-        if self.layout != PACKED:
+        if not self._holds_checkpoint():
             stored = dispatch.store(dispatch.restore(stored, self.grid), self.grid, PACKED)
         named = {"weight_packed": stored.values.detach(), "weight_scale": stored.scale.detach()}
         return named if stored.zero_point is None else {**named, "weight_zero_point": stored.zero_point.detach()}
+
+    def _holds_checkpoint(self) -> bool:
+        return self.layout in CHECKPOINT_LAYOUTS
 
     def quantized(self) -> QuantizedWeight:
         """The codes, scales and zero points, unpacked."""
@@ -211,7 +231,7 @@ class QuantLinear(nn.Linear):
         On a device of another type the layout is chosen anew.
         """
         here = self.weight_packed.device
-        prepared = self.layout != PACKED
+        prepared = not self._holds_checkpoint()
         moves = prepared and fn(torch.empty(0, device=here)).device.type != here.type
         if moves:
             self.pack()
@@ -226,7 +246,7 @@ class QuantLinear(nn.Linear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the weight in the layout of the checkpoint or in the one of this device, whichever is given."""
-        found, prepared = state_dict.get(f"{prefix}weight_packed"), self.layout != PACKED
+        found, prepared = state_dict.get(f"{prefix}weight_packed"), not self._holds_checkpoint()
         if found is not None and (found.dtype == torch.int32) == prepared:
             layout = PACKED if prepared else dispatch.choose_layout(self.grid, found.device)
             self._hold(dispatch.store(self._blank(), self.grid, layout))
