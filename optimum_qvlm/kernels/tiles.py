@@ -7,7 +7,7 @@ import torch
 OLDEST = 80
 """The oldest architecture, compute capability times ten, that the kernels are compiled for."""
 
-DECODE_TOKENS = 64
+DECODE_TOKENS = 32
 """Up to how many tokens an unrounded activation goes through `triton_decode`."""
 
 DENSE_TOKENS = 512
@@ -20,10 +20,10 @@ MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148}
 ROOMY = (90, 100)
 """Architectures with 227 KiB of shared memory for a program."""
 
-DECODE_BUCKETS = (8, 16, 32, 64)
+DECODE_BUCKETS = (8, 16, 32)
 """Tokens of a program of `triton_decode`; more take several programs."""
 
-DECODE_ROWS = {8: (16, 32), 16: (16, 32), 32: (16, 16), 64: (16, 16)}
+DECODE_ROWS = {8: (16, 32), 16: (16, 32), 32: (16, 16)}
 """Weight rows of a program by bucket: where a weight has few rows, and where it has many."""
 
 
@@ -77,7 +77,7 @@ def decode_tile(architecture: int, bits: int, tokens: int, rows: int) -> DecodeT
     few_rows, many_rows = DECODE_ROWS[bucket]
     programs = 2 * MULTIPROCESSORS.get(architecture, 108)
     height = many_rows if rows >= programs * many_rows else few_rows
-    return DecodeTile(tokens=bucket, rows=height, slices=4, warps=4, stages=2 if bits == 8 and bucket > 16 else 3)
+    return DecodeTile(tokens=bucket, rows=height, slices=4, warps=4, stages=2 if bits > 4 and bucket > 16 else 3)
 
 
 def prefill_tile(architecture: int, operand_bits: int, weight_bits: int, tokens: int) -> PrefillTile:
