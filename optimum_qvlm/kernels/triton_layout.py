@@ -81,7 +81,7 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> 
     Raises:
         SpecError: there is no layout for these bits and groups.
     """
-    rows, channels = codes.shape
+    channels = codes.shape[1]
     groups = scale.shape[1]
     group = None if groups == 1 else channels // groups
     if not is_packable(bits, group):

@@ -27,8 +27,9 @@ def quantize_kernel(
     EQUALIZED: tl.constexpr, STATIC: tl.constexpr, ROUNDS: tl.constexpr, QMAX: tl.constexpr,
     SPAN: tl.constexpr, CHUNK: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scales with ROUNDS, else transformed activations. One program per token and SPAN of channels; GROUP 0 shares the scale of a token, which one program does alone.
+    """Codes and scales with ROUNDS, else transformed activations.
 
+    One program per token and SPAN of channels; GROUP 0 shares the scale of a token, which one program does alone.
     CHUNK is the power of two at or above SPAN that is held at a time.
     """
     # Tokens times channels pass 2**31 in long batches.

@@ -38,7 +38,11 @@ def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, Any]
     """The kernel compiled for `architecture`; pointers and strides count as aligned to 16."""
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types and name not in ("tokens", "clip")}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if name in types and name not in ("tokens", "clip")
+    }
     constants = {name: constants[name] for name in names if name not in types}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)

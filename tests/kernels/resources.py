@@ -70,7 +70,9 @@ class Case:
         return faults
 
 
-def decode_case(architecture: int, tokens: int, bits: int, group: int | None, dtype: str = "fp16", **changes: Any) -> Case:
+def decode_case(
+    architecture: int, tokens: int, bits: int, group: int | None, dtype: str = "fp16", **changes: Any
+) -> Case:
     """`triton_decode` for a weight of ROWS x CHANNELS."""
     tile = tiles.decode_tile(architecture, bits, tokens, changes.get("rows", ROWS))
     types = _pointers(dtype, x=dtype)
@@ -122,7 +124,9 @@ def prefill_case(
     )
 
 
-def quantize_case(architecture: int, group: int | None, rotation: int | None, dtype: str, *, rounds: bool = True) -> Case:
+def quantize_case(
+    architecture: int, group: int | None, rotation: int | None, dtype: str, *, rounds: bool = True
+) -> Case:
     """`triton_quantize`, equalised."""
     tile = tiles.quantize_tile(CHANNELS, group, rotation, whole=rounds and group is None)
     constants = {
@@ -135,9 +139,16 @@ def quantize_case(architecture: int, group: int | None, rotation: int | None, dt
         architecture=architecture,
         kernel=quantize_kernel,
         types={
-            "x": f"*{dtype}", "equalizer": "*fp32", "fixed": "*fp32", "out": "*i8" if rounds else f"*{dtype}",
-            "scales": "*fp32", "clip": "fp32", "token_stride": "i32", "out_stride": "i32", "scale_stride": "i32",
-        },  # fmt: skip
+            "x": f"*{dtype}",
+            "equalizer": "*fp32",
+            "fixed": "*fp32",
+            "out": "*i8" if rounds else f"*{dtype}",
+            "scales": "*fp32",
+            "clip": "fp32",
+            "token_stride": "i32",
+            "out_stride": "i32",
+            "scale_stride": "i32",
+        },
         constants=constants,
         warps=tile.warps,
         stages=3,

@@ -84,7 +84,9 @@ def test_dispatch_stores_and_restores_the_layout(zero_point, bits, group):
     """What a module does when it is prepared for a GPU and when it is saved."""
     channels, groups = 256, 1 if group is None else 256 // group
     grid = WeightGrid(in_features=channels, out_features=7, bits=bits, group=group, zero_point=zero_point)
-    weight = CodedWeight(codes(7, channels, bits), torch.rand(7, groups), codes(7, groups, bits, 1) if zero_point else None)
+    weight = CodedWeight(
+        codes(7, channels, bits), torch.rand(7, groups), codes(7, groups, bits, 1) if zero_point else None
+    )
 
     stored = dispatch.store(weight, grid, triton_linear.LAYOUT)
     again = dispatch.restore(stored, grid)

@@ -61,9 +61,7 @@ def make_weight(
     scale = 10 ** (torch.rand(rows, groups, generator=generator) * 3 - 3)
     zero = torch.randint(low, high, (rows, groups), generator=generator).to(torch.int8) if zero_point else None
     weight = CodedWeight(codes.to(DEVICE), scale.to(DEVICE), None if zero is None else zero.to(DEVICE))
-    return weight, WeightGrid(
-        in_features=channels, out_features=rows, bits=bits, group=group, zero_point=zero_point
-    )
+    return weight, WeightGrid(in_features=channels, out_features=rows, bits=bits, group=group, zero_point=zero_point)
 
 
 def make_activations(tokens: int, channels: int, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Tensor:

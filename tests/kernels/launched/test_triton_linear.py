@@ -104,7 +104,9 @@ def test_the_dequantized_weight_is_the_definition(bits, group, zero_point):
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "w4a4", "w6a6", "w8a8"])
-@pytest.mark.parametrize("tokens", [1, 17, 40, pytest.param(65, marks=pytest.mark.slow), pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "tokens", [1, 17, 40, pytest.param(65, marks=pytest.mark.slow), pytest.param(600, marks=pytest.mark.slow)]
+)
 def test_every_scheme_at_every_bucket_of_tokens(tokens, scheme):
     """Each bucket has tiles of its own; rows and tokens are ragged against all of them."""
     bits, activation = int(scheme[1]), int(scheme[3:])
@@ -138,7 +140,7 @@ def test_transforms_and_leading_dimensions(shape, activation, rotation):
 
 def test_products_are_the_same_bits_in_every_run():
     """Sums are taken in a fixed order."""
-    weight, grid = make_weight(40, 1000, 8, None)
+    weight, _ = make_weight(40, 1000, 8, None)
     x = make_activations(3, 1000)
     runs = 2 if INTERPRETED else 50
 

@@ -57,9 +57,7 @@ def test_without_a_rotation_codes_and_scales_are_the_definition(dtype, size, gro
 def test_with_a_rotation_codes_differ_by_one_at_most(dtype, channels, group, rotation, equalized):
     """Sums may be in another order, so a value beside a boundary may fall on its other side, and few do."""
     x = make_activations(3, channels, dtype)
-    rounding = Rounding(
-        bits=8, group=group, equalizer=equalizer(channels) if equalized else None, rotation=rotation
-    )
+    rounding = Rounding(bits=8, group=group, equalizer=equalizer(channels) if equalized else None, rotation=rotation)
 
     codes, scale = triton_quantize.quantize(x, rounding)
 
