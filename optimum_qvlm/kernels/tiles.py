@@ -80,15 +80,15 @@ def decode_tile(architecture: int, bits: int, tokens: int, rows: int) -> DecodeT
     return DecodeTile(tokens=bucket, rows=height, slices=4, warps=4, stages=2 if bits > 4 and bucket > 16 else 3)
 
 
-def prefill_tile(architecture: int, operand_bits: int, weight_bits: int, tokens: int) -> PrefillTile:
-    """The tile of `triton_prefill` for operands of 8, 16 or 32 bits."""
+def prefill_tile(architecture: int, operand_bits: int, weight_bits: int, group: int | None, tokens: int) -> PrefillTile:
+    """The tile of `triton_prefill` for operands of 8, 16 or 32 bits; small groups need room for more sums."""
     if operand_bits == 32:
         return PrefillTile(tokens=16, rows=64, warps=4, stages=2)
     if tokens <= 16:
         return PrefillTile(tokens=16, rows=64, warps=4, stages=4)
     if tokens <= 32:
         return PrefillTile(tokens=32, rows=64, warps=4, stages=4)
-    if tokens <= 64:
+    if tokens <= 64 or (group is not None and group < 128):
         return PrefillTile(tokens=64, rows=128, warps=8, stages=3)
     wide = architecture in ROOMY and operand_bits == weight_bits == 8 and tokens >= 1024
     return PrefillTile(tokens=256 if wide else 128, rows=128, warps=8, stages=3)

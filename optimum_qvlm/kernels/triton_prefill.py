@@ -181,7 +181,7 @@ def linear_prefill(
     small = weight.group is not None and weight.group < LEAST_GROUP
     operand = _OPERANDS[torch.float16 if small and x.dtype == torch.int8 else x.dtype]
     architecture = tiles.architecture(x.device)
-    tile = tiles.prefill_tile(architecture, operand.primitive_bitwidth, weight.bits, tokens)
+    tile = tiles.prefill_tile(architecture, operand.primitive_bitwidth, weight.bits, weight.group, tokens)
     with torch.cuda.device_of(x):
         prefill_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(tokens, tile.tokens),)](
             x,

@@ -101,7 +101,7 @@ def prefill_case(
 ) -> Case:
     """`triton_prefill` with operands of one type."""
     kind = DTYPES[operand]
-    tile = tiles.prefill_tile(architecture, kind.primitive_bitwidth, bits, tokens)
+    tile = tiles.prefill_tile(architecture, kind.primitive_bitwidth, bits, group, tokens)
     float_dtype = "fp16" if operand == "i8" else operand
     integer = operand == "i8"
     scales = (CHANNELS // (group or CHANNELS) if grouped else 1) if integer else -1
