@@ -3,6 +3,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VERSION ?=
+TRITON ?=
+ARGUMENTS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +14,7 @@ SOURCES := pyproject.toml optimum_qvlm/version.py optimum_qvlm/cli/command.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow test-gpu test-transformers lint format clean
+.PHONY: help quickstart test test-slow test-gpu test-transformers kernel-resources lint format clean
 
 help: ## list these tasks
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null \
@@ -35,6 +37,10 @@ test-transformers: ## run the integration tests with one transformers release, V
 	@$(MAKE) --no-print-directory .venv-tf-$(VERSION)/.dev
 	@.venv-tf-$(VERSION)/bin/python -m pytest -m "integration and not gpu"
 
+kernel-resources: $(VENV)/.dev ## print what compiled kernels take on each architecture, TRITON=3.6.0 for another release
+	@test -z "$(TRITON)" || $(MAKE) --no-print-directory .triton-$(TRITON)/.installed
+	@PYTHONPATH=$(if $(TRITON),.triton-$(TRITON):). $(BIN)/python -m tests.kernels.resources $(ARGUMENTS)
+
 lint: $(VENV)/.dev ## check style, types and the direction of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -46,7 +52,7 @@ format: $(VENV)/.dev ## format the code and sort the imports
 	@$(BIN)/ruff format .
 
 clean: ## remove environments, caches and builds
-	rm -rf .venv .venv-tf-* build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-tf-* .triton-* build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamp files: each says that an environment got that far.
@@ -74,4 +80,9 @@ $(VENV)/.dev: $(SOURCES) | $(VENV)/.torch
 	@.venv-tf-$*/bin/python $(PIP) -e ".[dev]" "transformers==$*"
 	@touch $@
 
-.PRECIOUS: %/.torch
+.triton-%/.installed: | $(VENV)/.dev
+	@echo "Installing triton $* beside the environment"
+	@$(BIN)/python $(PIP) --no-deps --target .triton-$* "triton==$*"
+	@touch $@
+
+.PRECIOUS: %/.torch .triton-%/.installed

@@ -1,0 +1,141 @@
+"""Linear for few tokens: weight-only arithmetic, bound by the bytes of the weight.
+
+The product is taken as weight times tokens, so that the weight is the operand in registers and eight tokens suffice.
+Each warp of a program takes its own blocks of the reduction axis and their sums are added once at the end, in a fixed
+order: no atomics, and the same bits in every run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from optimum_qvlm.kernels import tiles
+from optimum_qvlm.kernels.triton_layout import PackedWeight
+from optimum_qvlm.kernels.triton_unpack import load_weight
+
+
+@triton.jit
+def decode_kernel(
+    x, codes, scale, zero, bias, y,
+    tokens, rows, token_stride,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """y [tokens, rows] = x W^T + bias. GROUP 0 is the whole row; one step takes SLICES blocks of 128 channels."""
+    ROW_BYTES: tl.constexpr = WIDTH * BITS // 8
+    HALF: tl.constexpr = 32 if BITS == 6 else 64
+    PART: tl.constexpr = GROUP if GROUP > 0 and GROUP < HALF else HALF
+    BLOCKS: tl.constexpr = WIDTH // 128
+    DTYPE: tl.constexpr = x.dtype.element_ty
+
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    safe_row = tl.minimum(row, rows - 1)
+    token = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    # Rows times channels pass 2**31 in large vocabularies, tokens times channels in long batches.
+    w_row = codes + safe_row.to(tl.int64)[None, :, None] * ROW_BYTES
+    x_token = x + tl.minimum(token, tokens - 1).to(tl.int64)[None, None, :] * token_stride
+    slice_ = tl.arange(0, SLICES)
+    offset = tl.arange(0, PART)
+
+    sums = tl.zeros((SLICES, BLOCK_ROWS, BLOCK_TOKENS), tl.float32)
+    x_sums = tl.zeros((SLICES, BLOCK_TOKENS), tl.float32)
+    for step in tl.range(0, (BLOCKS + SLICES - 1) // SLICES, num_stages=STAGES):
+        block = step * SLICES + slice_
+        stored = block if BLOCKS % SLICES == 0 else tl.minimum(block, BLOCKS - 1)
+        for part in tl.static_range(0, 64 // PART):
+            channel = (block[:, None] * 128 + part * PART + offset[None, :])[:, :, None]
+            if CHANNELS % (128 * SLICES) == 0:
+                x_first = tl.load(x_token + channel)
+                x_second = tl.load(x_token + channel + 64)
+            else:
+                x_first = tl.load(x_token + channel, mask=channel < CHANNELS, other=0.0)
+                x_second = tl.load(x_token + channel + 64, mask=channel + 64 < CHANNELS, other=0.0)
+            w_first, w_second = load_weight(
+                w_row, stored[:, None, None], offset[None, None, :], part * PART, WIDTH, BITS, DTYPE, ASM
+            )
+            if GROUP == 0:
+                sums = tl.dot(w_first, x_first, sums, input_precision="ieee")
+                sums = tl.dot(w_second, x_second, sums, input_precision="ieee")
+                if HAS_ZERO:
+                    x_sums += tl.sum(x_first.to(tl.float32), axis=1) + tl.sum(x_second.to(tl.float32), axis=1)
+            else:
+                product = tl.dot(w_first, x_first, input_precision="ieee")
+                first_group = (stored * 128 + part * PART) // GROUP
+                second_group = (stored * 128 + 64 + part * PART) // GROUP
+                if GROUP >= 128:
+                    product = tl.dot(w_second, x_second, product, input_precision="ieee")
+                else:
+                    other = tl.dot(w_second, x_second, input_precision="ieee")
+                    sums += _scaled(
+                        other, x_second, scale, zero, second_group, safe_row, rows, 4 if BITS == 6 else 1, HAS_ZERO
+                    )
+                if HAS_ZERO and GROUP >= 128:
+                    x_first = x_first.to(tl.float32) + x_second.to(tl.float32)
+                sums += _scaled(
+                    product, x_first, scale, zero, first_group, safe_row, rows, 4 if BITS == 6 else 1, HAS_ZERO
+                )
+    total = tl.sum(sums, axis=0)
+    if GROUP == 0:
+        if HAS_ZERO:
+            shift = tl.load(zero + safe_row).to(tl.float32)[:, None] * (4 if BITS == 6 else 1)
+            total -= shift * tl.sum(x_sums, axis=0)[None, :]
+        total *= tl.load(scale + safe_row).to(tl.float32)[:, None]
+    if BITS == 6:
+        total *= 0.25
+    if HAS_BIAS:
+        total += tl.load(bias + safe_row).to(tl.float32)[:, None]
+    place = y + token.to(tl.int64)[None, :] * rows + row[:, None]
+    tl.store(place, total.to(y.dtype.element_ty), mask=(row[:, None] < rows) & (token[None, :] < tokens))
+
+
+@triton.jit
+def _scaled(product, x, scale, zero, group, row, rows, FOLD: tl.constexpr, HAS_ZERO: tl.constexpr):
+    """Partial sums [slices, rows, tokens] of one group in units of the weight; FOLD times the codes went in."""
+    place = group[:, None] * rows + row[None, :]
+    if HAS_ZERO:
+        shift = tl.load(zero + place).to(tl.float32) * FOLD
+        product -= shift[:, :, None] * tl.sum(x.to(tl.float32), axis=1)[:, None, :]
+    return product * tl.load(scale + place).to(tl.float32)[:, :, None]
+
+
+def linear_decode(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """`x W^T + bias` in the dtype of `x`, [tokens, out_features].
+
+    Args:
+        x: [tokens, in_features] in fp16, bf16 or fp32, transformed already where the site has a transform; rows
+            contiguous.
+        weight: on the device of `x`.
+        bias: [out_features] or None.
+    """
+    tokens, rows = x.shape[0], weight.out_features
+    y = x.new_empty(tokens, rows)
+    if y.numel() == 0:
+        return y
+    tile = tiles.decode_tile(tiles.architecture(x.device), weight.bits, tokens, rows)
+    with torch.cuda.device_of(x):
+        decode_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(tokens, tile.tokens))](
+            x,
+            weight.codes,
+            weight.scale,
+            weight.scale if weight.zero_point is None else weight.zero_point,
+            weight.scale if bias is None else bias,
+            y,
+            tokens,
+            rows,
+            x.stride(0),
+            CHANNELS=weight.in_features,
+            WIDTH=weight.width,
+            GROUP=0 if weight.group is None else weight.group,
+            BITS=weight.bits,
+            HAS_ZERO=weight.zero_point is not None,
+            HAS_BIAS=bias is not None,
+            ASM=tiles.speaks_ptx(x.device),
+            BLOCK_TOKENS=tile.tokens,
+            BLOCK_ROWS=tile.rows,
+            SLICES=tile.slices,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+        )
+    return y

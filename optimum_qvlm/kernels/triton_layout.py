@@ -1,0 +1,143 @@
+"""The run-time layout of a quantized weight for the Triton kernels, made once from its codes and undone without loss.
+
+Input channels are padded to whole blocks of 128. Up to four bits, byte j of a block's 64 holds the code of channel j in
+its low and that of channel j + 64 in its high nibble, in two's complement: both halves come out with one mask each and
+no interleaving. Five and six bits are a row of `code >> 2` in that order, and behind it one of `code & 3`, of whose 32
+bytes per block byte j holds channels j, j + 32, j + 64 and j + 96. Seven and eight bits are plain bytes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from optimum_qvlm.errors import SpecError
+
+BLOCK = 128
+"""Channels that are packed together."""
+
+GROUPS = (16, 32, 64)
+"""Groups smaller than a block; the others are multiples of it, or the whole row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedWeight:
+    """A weight [out_features, in_features] as the kernels read it.
+
+    Attributes:
+        codes: int8 [out_features, width * bits / 8], where width is `in_features` rounded up to whole blocks.
+        scale: [groups, out_features], floating, zero for groups that are padding only.
+        zero_point: int8 [groups, out_features]; None on a symmetric grid.
+        bits: 4, 6 or 8, what is stored; codes of fewer bits fit as they are.
+        group: channels that share a scale; None shares the row.
+        in_features: channels without padding.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    bits: int
+    group: int | None
+    in_features: int
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return self.codes.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Channels with padding."""
+        return padded_width(self.in_features)
+
+
+def padded_width(in_features: int) -> int:
+    """Channels rounded up to whole blocks."""
+    return in_features + -in_features % BLOCK
+
+
+def stored_bits(bits: int) -> int:
+    """Bits that a code of `bits` takes: 4, 6 or 8."""
+    return 4 if bits <= 4 else 6 if bits <= 6 else 8
+
+
+def is_packable(bits: int, group: int | None) -> bool:
+    """Whether the kernels have a layout for codes of `bits` with `group` channels to a scale."""
+    if group is None:
+        return 2 <= bits <= 8
+    return 2 <= bits <= 6 and (group in GROUPS or (group > 0 and group % BLOCK == 0))
+
+
+def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> PackedWeight:
+    """Bring codes into the kernels' order.
+
+    Args:
+        codes: int8 [out_features, in_features], in -2^(bits-1) .. 2^(bits-1)-1.
+        scale: [out_features, groups], floating; the dtype is kept.
+        zero_point: int8 [out_features, groups], or None.
+        bits: 2..8.
+
+    Raises:
+        SpecError: there is no layout for these bits and groups.
+    """
+    channels = codes.shape[1]
+    groups = scale.shape[1]
+    group = None if groups == 1 else channels // groups
+    if not is_packable(bits, group):
+        raise SpecError(f"{bits} bits with group={group} have no GPU layout; use 16, 32, 64, multiples of 128 or None")
+    padded = F.pad(codes, (0, -channels % BLOCK))
+    stored = stored_bits(bits)
+    if stored == 4:
+        padded = _pack_nibbles(padded)
+    elif stored == 6:
+        padded = torch.cat((_pack_nibbles(padded >> 2), _pack_pairs(padded)), dim=1)
+    extent = 1 if group is None else -(-padded_width(channels) // group)
+    return PackedWeight(
+        codes=padded.contiguous(),
+        scale=_by_group(scale, extent),
+        zero_point=None if zero_point is None else _by_group(zero_point, extent),
+        bits=stored,
+        group=group,
+        in_features=channels,
+    )
+
+
+def unpack(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Undo `pack`: codes [out_features, in_features], scale and zero point [out_features, groups]."""
+    codes = packed.codes
+    if packed.bits == 4:
+        codes = _unpack_nibbles(codes)
+    elif packed.bits == 6:
+        half = packed.width // 2
+        codes = _unpack_nibbles(codes[:, :half]) * 4 + _unpack_pairs(codes[:, half:])
+    groups = 1 if packed.group is None else packed.in_features // packed.group
+    zero = None if packed.zero_point is None else packed.zero_point[:groups].T.contiguous()
+    return codes[:, : packed.in_features].contiguous(), packed.scale[:groups].T.contiguous(), zero
+
+
+def _by_group(values: Tensor, extent: int) -> Tensor:
+    """[groups, rows] from [rows, groups], zeros up to `extent` groups."""
+    return F.pad(values.detach(), (0, extent - values.shape[1])).T.contiguous()
+
+
+def _pack_nibbles(codes: Tensor) -> Tensor:
+    halves = codes.reshape(codes.shape[0], -1, 2, BLOCK // 2)
+    octets: Tensor = (halves[:, :, 0] & 0xF) | (halves[:, :, 1] << 4)
+    return octets.flatten(1)
+
+
+def _unpack_nibbles(octets: Tensor) -> Tensor:
+    blocks = octets.reshape(octets.shape[0], -1, BLOCK // 2)
+    return torch.stack((blocks << 4 >> 4, blocks >> 4), dim=2).flatten(1)
+
+
+def _pack_pairs(codes: Tensor) -> Tensor:
+    quarters = codes.reshape(codes.shape[0], -1, 4, BLOCK // 4) & 3
+    octets: Tensor = quarters[:, :, 0] | quarters[:, :, 1] << 2 | quarters[:, :, 2] << 4 | quarters[:, :, 3] << 6
+    return octets.flatten(1)
+
+
+def _unpack_pairs(octets: Tensor) -> Tensor:
+    blocks = octets.reshape(octets.shape[0], -1, BLOCK // 4)
+    return torch.stack([blocks >> shift & 3 for shift in (0, 2, 4, 6)], dim=2).flatten(1)

@@ -1,0 +1,78 @@
+"""Quantized linears on GPUs: which kernel runs for how many tokens."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from optimum_qvlm.kernels import reference, tiles
+from optimum_qvlm.kernels.checks import FULL_BITS
+from optimum_qvlm.kernels.triton_decode import linear_decode
+from optimum_qvlm.kernels.triton_dequantize import dequantize
+from optimum_qvlm.kernels.triton_layout import PackedWeight, is_packable, pack, stored_bits, unpack
+from optimum_qvlm.kernels.triton_prefill import linear_prefill
+from optimum_qvlm.kernels.triton_quantize import quantize_padded, transform
+from optimum_qvlm.kernels.weights import CodedWeight, Rounding, StoredWeight, WeightGrid
+
+LAYOUT = "triton"
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def accepts(grid: WeightGrid, device: torch.device) -> bool:
+    """Whether there are kernels for this weight and the activations that meet it, on `device`."""
+    fits = grid.activation_group is None or grid.activation_group == grid.group
+    packs = is_packable(grid.bits, None if grid.groups == 1 else grid.group)
+    return fits and packs and tiles.architecture(device) >= tiles.OLDEST
+
+
+def store(weight: CodedWeight, grid: WeightGrid) -> StoredWeight:
+    """Codes in the order of the kernels, see `triton_layout`."""
+    packed = pack(weight.codes, weight.scale, weight.zero_point, grid.bits)
+    return StoredWeight(LAYOUT, packed.codes, packed.scale, packed.zero_point)
+
+
+def restore(stored: StoredWeight, grid: WeightGrid) -> CodedWeight:
+    """Undo `store`."""
+    return CodedWeight(*unpack(_packed(stored, grid)))
+
+
+def linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: WeightGrid) -> Tensor:
+    """`Q(x T) W^T + bias`, [..., out_features] in the dtype of `x`; see `optimum_qvlm.kernels.reference.linear`.
+
+    Sums are fp32 and products exact, except where a dense product of unrounded activations is faster: there the weight
+    is rounded to the dtype of `x` first.
+    """
+    if x.dtype not in DTYPES:
+        return reference.linear(x, restore(stored, grid), bias, rounding)
+    weight = _packed(stored, grid)
+    tokens = x.reshape(-1, grid.in_features)
+    tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()
+    y = _product(tokens, weight, bias, rounding)
+    return y.view(*x.shape[:-1], grid.out_features)
+
+
+def _product(x: Tensor, weight: PackedWeight, bias: Tensor | None, rounding: Rounding) -> Tensor:
+    if rounding.bits != FULL_BITS:
+        if weight.group is None:
+            rounding = dataclasses.replace(rounding, group=None)
+        codes, scale = quantize_padded(x, rounding, weight.width)
+        return linear_prefill(codes, scale, weight, bias, x.dtype)
+    transformed = transform(x, rounding)
+    if x.shape[0] <= tiles.DECODE_TOKENS:
+        return linear_decode(transformed, weight, bias)
+    if x.shape[0] < tiles.DENSE_TOKENS or x.dtype == torch.float32:
+        return linear_prefill(transformed, None, weight, bias, x.dtype)
+    return F.linear(transformed, dequantize(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _packed(stored: StoredWeight, grid: WeightGrid) -> PackedWeight:
+    return PackedWeight(
+        codes=stored.values,
+        scale=stored.scale,
+        zero_point=stored.zero_point,
+        bits=stored_bits(grid.bits),
+        group=None if grid.groups == 1 else grid.group,
+        in_features=grid.in_features,
+    )

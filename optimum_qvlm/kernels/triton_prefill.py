@@ -1,0 +1,213 @@
+"""Linear for many tokens: integer dot products where activations are integers, rescaled in fp32 once per group.
+
+As in decoding the weight is the left operand, unpacked in registers, and tokens are loaded as they are. Where a weight
+has one scale per row, sums stay integers to the end. Activations that are not rounded multiply the codes as floats,
+which hold them exactly.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from optimum_qvlm.kernels import tiles
+from optimum_qvlm.kernels.triton_layout import PackedWeight
+from optimum_qvlm.kernels.triton_unpack import load_weight
+
+LEAST_GROUP = 32
+"""Integer dot products take at least 32 channels; with smaller groups the codes are multiplied as floats, exactly."""
+
+_OPERANDS = {
+    torch.int8: tl.int8,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+}
+
+
+@triton.jit
+def prefill_kernel(
+    x, x_scale, codes, scale, zero, bias, y,
+    tokens, rows, token_stride,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, X_GROUPS: tl.constexpr,
+    DTYPE: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr, FLOAT_TRICK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """y [tokens, rows] = (x times its scales) W^T + bias, with operands of DTYPE.
+
+    GROUP 0 is the whole row. X_GROUPS counts the scales of a token; 1 is applied at the end, 0 is one for all tokens,
+    -1 is none. STRIP programs of neighbouring rows share their tokens in cache.
+    """
+    HALF: tl.constexpr = 32 if BITS == 6 else 64
+    PART: tl.constexpr = GROUP if GROUP > 0 and GROUP < HALF else HALF
+    INTEGER: tl.constexpr = DTYPE == tl.int8
+    SUM: tl.constexpr = tl.int32 if INTEGER else tl.float32
+    FOLD: tl.constexpr = (16 if INTEGER else 1) if BITS == 4 else 4 if BITS == 6 else 1
+    row_block, token_block = _place(rows, tokens, BLOCK_ROWS, BLOCK_TOKENS, STRIP)
+    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    token = token_block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    safe_row = tl.minimum(row, rows - 1)
+    safe_token = tl.minimum(token, tokens - 1)
+    # Rows times channels and tokens times channels pass 2**31 in large vocabularies and long batches.
+    w_row = codes + safe_row.to(tl.int64)[:, None] * (WIDTH * BITS // 8)
+    x_token = x + safe_token.to(tl.int64)[None, :] * token_stride
+    x_scale_token = x_scale + safe_token.to(tl.int64) * X_GROUPS
+    offset = tl.arange(0, PART)
+
+    sums = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS), tl.float32)
+    whole = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS), SUM)
+    whole_x = tl.zeros((BLOCK_TOKENS,), SUM)
+    for block in tl.range(0, WIDTH // 128, num_stages=STAGES):
+        product = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS), SUM)
+        product_x = tl.zeros((BLOCK_TOKENS,), SUM)
+        for part in tl.static_range(0, 64 // PART):
+            channel = (block * 128 + part * PART + offset)[:, None]
+            if CHANNELS % 128 == 0:
+                first = tl.load(x_token + channel).to(DTYPE)
+                second = tl.load(x_token + channel + 64).to(DTYPE)
+            else:
+                first = tl.load(x_token + channel, mask=channel < CHANNELS, other=0).to(DTYPE)
+                second = tl.load(x_token + channel + 64, mask=channel + 64 < CHANNELS, other=0).to(DTYPE)
+            w_first, w_second = load_weight(w_row, block, offset[None, :], part * PART, WIDTH, BITS, DTYPE, ASM)
+            if GROUP == 0:
+                whole = _dot(w_second, second, _dot(w_first, first, whole, INTEGER), INTEGER)
+                if HAS_ZERO:
+                    whole_x += tl.sum(first.to(SUM), axis=0) + tl.sum(second.to(SUM), axis=0)
+            elif GROUP >= 128:
+                product = _dot(w_second, second, _dot(w_first, first, product, INTEGER), INTEGER)
+                if HAS_ZERO:
+                    product_x += tl.sum(first.to(SUM), axis=0) + tl.sum(second.to(SUM), axis=0)
+            else:
+                empty = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS), SUM)
+                group = (block * 128 + part * PART) // GROUP
+                product = _dot(w_first, first, empty, INTEGER)
+                if HAS_ZERO:
+                    product_x = tl.sum(first.to(SUM), axis=0)
+                sums += _rescaled(
+                    product, product_x, scale, zero, x_scale_token, group, safe_row, rows,
+                    FOLD, X_GROUPS, HAS_ZERO, FLOAT_TRICK,
+                )  # fmt: skip
+                group = (block * 128 + 64 + part * PART) // GROUP
+                product = _dot(w_second, second, empty, INTEGER)
+                if HAS_ZERO:
+                    product_x = tl.sum(second.to(SUM), axis=0)
+                sums += _rescaled(
+                    product, product_x, scale, zero, x_scale_token, group, safe_row, rows,
+                    FOLD, X_GROUPS, HAS_ZERO, FLOAT_TRICK,
+                )  # fmt: skip
+        if GROUP >= 128:
+            group = block * 128 // GROUP
+            sums += _rescaled(
+                product, product_x, scale, zero, x_scale_token, group, safe_row, rows,
+                FOLD, X_GROUPS, HAS_ZERO, FLOAT_TRICK,
+            )  # fmt: skip
+    if GROUP == 0:
+        sums = _rescaled(
+            whole, whole_x, scale, zero, x_scale_token, 0, safe_row, rows, FOLD, X_GROUPS, HAS_ZERO, False
+        )  # fmt: skip
+    if X_GROUPS == 1:
+        sums *= tl.load(x_scale_token)[None, :]
+    elif X_GROUPS == 0:
+        sums *= tl.load(x_scale)
+    sums *= 1.0 / FOLD
+    if HAS_BIAS:
+        sums += tl.load(bias + safe_row).to(tl.float32)[:, None]
+    out = y + token.to(tl.int64)[None, :] * rows + row[:, None]
+    tl.store(out, sums.to(y.dtype.element_ty), mask=(row[:, None] < rows) & (token[None, :] < tokens))
+
+
+@triton.jit
+def _dot(weight, x, sums, INTEGER: tl.constexpr):
+    if INTEGER:
+        return tl.dot(weight, x, sums, out_dtype=tl.int32)
+    else:
+        return tl.dot(weight, x, sums, input_precision="ieee")
+
+
+@triton.jit
+def _place(rows, tokens, BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, STRIP: tl.constexpr):
+    """Blocks of rows and tokens of this program, STRIP blocks of rows side by side."""
+    program = tl.program_id(0)
+    row_blocks = tl.cdiv(rows, BLOCK_ROWS)
+    token_blocks = tl.cdiv(tokens, BLOCK_TOKENS)
+    strip = program // (STRIP * token_blocks)
+    first = strip * STRIP
+    extent = tl.minimum(row_blocks - first, STRIP)
+    inside = program % (STRIP * token_blocks)
+    return first + inside % extent, inside // extent
+
+
+@triton.jit
+def _rescaled(
+    product, x_sum, scale, zero, x_scale_token, group, row, rows,
+    FOLD: tl.constexpr, X_GROUPS: tl.constexpr, HAS_ZERO: tl.constexpr, FLOAT_TRICK: tl.constexpr,
+):  # fmt: skip
+    """Sums of one group [rows, tokens] in units of the weight, and of the activation where it has groups."""
+    place = group * rows + row
+    if HAS_ZERO:
+        shift = tl.load(zero + place).to(tl.int32) * FOLD
+        product -= shift.to(product.dtype)[:, None] * x_sum[None, :]
+    if FLOAT_TRICK:
+        # Conversions are slow on this device: 1.5 * 2**23 plus an integer below 2**22 is that float's bit pattern.
+        floats = (product + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+    else:
+        floats = product.to(tl.float32)
+    floats *= tl.load(scale + place).to(tl.float32)[:, None]
+    if X_GROUPS > 1:
+        floats *= tl.load(x_scale_token + group)[None, :]
+    return floats
+
+
+def linear_prefill(
+    x: Tensor, x_scale: Tensor | None, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Product of activations with the weight, plus bias, [tokens, out_features] in `dtype`.
+
+    Args:
+        x: int8 codes [tokens, width of the weight] with zeros in the padding, or floats [tokens, in_features] that are
+            not rounded; rows contiguous.
+        x_scale: fp32, for codes: [1] for a static activation, [tokens, 1], or [tokens, groups of the weight with
+            padding]. None for floats.
+        weight: on the device of `x`.
+        bias: [out_features] or None.
+        dtype: of the result.
+    """
+    tokens, rows = x.shape[0], weight.out_features
+    y = x.new_empty(tokens, rows, dtype=dtype)
+    if y.numel() == 0:
+        return y
+    x_groups = -1 if x_scale is None else 0 if x_scale.dim() == 1 else x_scale.shape[1]
+    assert x_groups in (-1, 0, 1, weight.scale.shape[0])
+    small = weight.group is not None and weight.group < LEAST_GROUP
+    operand = _OPERANDS[torch.float16 if small and x.dtype == torch.int8 else x.dtype]
+    architecture = tiles.architecture(x.device)
+    tile = tiles.prefill_tile(architecture, operand.primitive_bitwidth, weight.bits, weight.group, tokens)
+    with torch.cuda.device_of(x):
+        prefill_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(tokens, tile.tokens),)](
+            x,
+            x if x_scale is None else x_scale,
+            weight.codes,
+            weight.scale,
+            weight.scale if weight.zero_point is None else weight.zero_point,
+            weight.scale if bias is None else bias,
+            y,
+            tokens,
+            rows,
+            x.stride(0),
+            CHANNELS=x.shape[1],
+            WIDTH=weight.width,
+            GROUP=0 if weight.group is None else weight.group,
+            BITS=weight.bits,
+            X_GROUPS=x_groups,
+            DTYPE=operand,
+            HAS_ZERO=weight.zero_point is not None,
+            HAS_BIAS=bias is not None,
+            ASM=tiles.speaks_ptx(x.device),
+            FLOAT_TRICK=operand == tl.int8 and architecture < 90 and weight.zero_point is None,
+            BLOCK_TOKENS=tile.tokens,
+            BLOCK_ROWS=tile.rows,
+            STRIP=tile.strip,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+        )
+    return y

@@ -1,0 +1,190 @@
+"""Device functions that turn packed bytes into operands of a matrix product.
+
+Each has two ways. With ASM, PTX on whole 32-bit words: a byte is put beside the exponent of a float whose mantissa ends
+at one, and the offset subtracted, which is exact. Without, shifts and casts, for Triton's interpreter and for devices
+that are not NVIDIA's. Both give the same numbers.
+"""
+
+import triton
+import triton.language as tl
+
+_NIBBLES_FP16 = tl.constexpr("""{
+.reg .b32 a, b, one, low, high;
+prmt.b32 a, $4, 0, 0x4140;
+prmt.b32 b, $4, 0, 0x4342;
+mov.b32 low, 0x64086408;
+mov.b32 one, 0x2c002c00;
+mov.b32 high, 0xd480d480;
+lop3.b32 $0, a, 0x000f000f, low, 0x6a;
+lop3.b32 $1, b, 0x000f000f, low, 0x6a;
+lop3.b32 $2, a, 0x00f000f0, 0x64806480, 0x6a;
+lop3.b32 $3, b, 0x00f000f0, 0x64806480, 0x6a;
+sub.f16x2 $0, $0, low;
+sub.f16x2 $1, $1, low;
+fma.rn.f16x2 $2, $2, one, high;
+fma.rn.f16x2 $3, $3, one, high;
+}""")
+
+_NIBBLES_BF16 = tl.constexpr("""{
+.reg .b32 a, b, c, d, t, one, shift;
+shr.u32 t, $4, 4;
+prmt.b32 a, $4, 0, 0x4140;
+prmt.b32 b, $4, 0, 0x4342;
+prmt.b32 c, t, 0, 0x4140;
+prmt.b32 d, t, 0, 0x4342;
+mov.b32 one, 0x3f803f80;
+mov.b32 shift, 0xc308c308;
+lop3.b32 $0, a, 0x000f000f, 0x43084308, 0x6a;
+lop3.b32 $1, b, 0x000f000f, 0x43084308, 0x6a;
+lop3.b32 $2, c, 0x000f000f, 0x43084308, 0x6a;
+lop3.b32 $3, d, 0x000f000f, 0x43084308, 0x6a;
+fma.rn.bf16x2 $0, $0, one, shift;
+fma.rn.bf16x2 $1, $1, one, shift;
+fma.rn.bf16x2 $2, $2, one, shift;
+fma.rn.bf16x2 $3, $3, one, shift;
+}""")
+
+_NIBBLES_INT8 = tl.constexpr("""{
+.reg .b32 t;
+shl.b32 t, $2, 4;
+and.b32 $1, $2, 0xf0f0f0f0;
+and.b32 $0, t, 0xf0f0f0f0;
+}""")
+
+_SIX_BITS_FIRST = tl.constexpr("""{
+.reg .b32 h, l, u, v;
+shl.b32 h, $2, 4;
+shl.b32 l, $3, 2;
+shr.u32 u, $3, 2;
+and.b32 l, l, 0x0c0c0c0c;
+and.b32 u, u, 0x0c0c0c0c;
+mov.b32 v, 0xf0f0f0f0;
+lop3.b32 $1, $2, v, u, 0xea;
+lop3.b32 $0, h, v, l, 0xea;
+}""")
+
+_SIX_BITS_SECOND = tl.constexpr("""{
+.reg .b32 h, l, u, v;
+shl.b32 h, $2, 4;
+shr.u32 u, $3, 4;
+and.b32 l, $3, 0x0c0c0c0c;
+and.b32 u, u, 0x0c0c0c0c;
+mov.b32 v, 0xf0f0f0f0;
+lop3.b32 $1, $2, v, u, 0xea;
+lop3.b32 $0, h, v, l, 0xea;
+}""")
+
+_BYTES_FP16 = tl.constexpr("""{
+.reg .b32 t, s;
+xor.b32 t, $2, 0x80808080;
+mov.b32 s, 0x64806480;
+prmt.b32 $0, t, 0x64646464, 0x4140;
+prmt.b32 $1, t, 0x64646464, 0x4342;
+sub.f16x2 $0, $0, s;
+sub.f16x2 $1, $1, s;
+}""")
+
+_BYTES_BF16 = tl.constexpr("""{
+.reg .b32 a, b, c, d, minus, e;
+prmt.b32 a, $2, 0, 0x4140;
+prmt.b32 b, $2, 0, 0x4342;
+mov.b32 minus, 0xbf80bf80;
+mov.b32 e, 0x43004300;
+lop3.b32 c, a, 0x00800080, e, 0xea;
+lop3.b32 d, b, 0x00800080, e, 0xea;
+lop3.b32 a, a, 0x007f007f, e, 0xea;
+lop3.b32 b, b, 0x007f007f, e, 0xea;
+fma.rn.bf16x2 $0, c, minus, a;
+fma.rn.bf16x2 $1, d, minus, b;
+}""")
+
+
+@triton.jit
+def load_weight(
+    row, block, offset,
+    START: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Codes of channels START + offset and START + offset + 64 of a block of 128, as DTYPE.
+
+    `row` points to rows of packed weights, `block` counts blocks, and the three broadcast. int8 comes out as 16 times
+    the code from four bits, 4 times from six; floats as the code from four bits, 4 times from six.
+    """
+    if BITS == 8:
+        place = row + block * 128 + START + offset
+        first = tl.load(place)
+        second = tl.load(place + 64)
+        if DTYPE != tl.int8:
+            first = whole_bytes(first, DTYPE, ASM)
+            second = whole_bytes(second, DTYPE, ASM)
+        return first, second
+    elif BITS == 6:
+        packed = tl.load(row + block * 64 + START + offset)
+        low = tl.load(row + WIDTH // 2 + block * 32 + START % 32 + offset)
+        first, second = fourfold_six_bits(packed, low, START // 32, ASM)
+        if DTYPE != tl.int8:
+            first = whole_bytes(first, DTYPE, ASM)
+            second = whole_bytes(second, DTYPE, ASM)
+        return first, second
+    else:
+        packed = tl.load(row + block * 64 + START + offset)
+        if DTYPE == tl.int8:
+            return sixteenfold_nibbles(packed, ASM)
+        else:
+            return nibbles(packed, DTYPE, ASM)
+
+
+@triton.jit
+def nibbles(packed, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Codes of the low and of the high nibbles, as floats."""
+    if ASM and DTYPE == tl.float16:
+        return tl.inline_asm_elementwise(
+            _NIBBLES_FP16, "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    elif ASM and DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            _NIBBLES_BF16, "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    else:
+        return ((packed << 4).to(tl.int8) >> 4).to(DTYPE), (packed >> 4).to(DTYPE)
+
+
+@triton.jit
+def sixteenfold_nibbles(packed, ASM: tl.constexpr):
+    """Sixteen times the codes of the low and of the high nibbles, as int8."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            _NIBBLES_INT8, "=r,=r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+        )
+    else:
+        return (packed << 4).to(tl.int8), (packed & -16).to(tl.int8)
+
+
+@triton.jit
+def fourfold_six_bits(packed, low, QUARTER: tl.constexpr, ASM: tl.constexpr):
+    """Four times the six-bit codes of the low and of the high nibbles, as int8.
+
+    QUARTER 0 has channels 0..31 and 64..95 of a block in `packed`, QUARTER 1 the others; `low` has all.
+    """
+    if ASM and QUARTER == 0:
+        return tl.inline_asm_elementwise(
+            _SIX_BITS_FIRST, "=r,=r,r,r", [packed, low], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+        )
+    elif ASM:
+        return tl.inline_asm_elementwise(
+            _SIX_BITS_SECOND, "=r,=r,r,r", [packed, low], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+        )
+    else:
+        first = ((low >> (2 * QUARTER)) & 3) << 2
+        second = ((low >> (2 * QUARTER + 4)) & 3) << 2
+        return ((packed << 4) | first).to(tl.int8), ((packed & -16) | second).to(tl.int8)
+
+
+@triton.jit
+def whole_bytes(codes, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """int8 as floats."""
+    if ASM and DTYPE == tl.float16:
+        return tl.inline_asm_elementwise(_BYTES_FP16, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
+    elif ASM and DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(_BYTES_BF16, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4)
+    else:
+        return codes.to(DTYPE)

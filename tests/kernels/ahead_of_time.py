@@ -1,0 +1,88 @@
+"""Compile kernels for architectures that are not here and read from the binary what they use."""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.backends.nvidia as nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TOOLS = Path(nvidia.__file__).parent / "bin"
+
+MATRIX = re.compile(r"\b([A-Z0-9]*(?:MMA)\S*)")
+INSTRUCTION = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/\s+)?(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_.]+)?)\b")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What one program of a compiled kernel takes.
+
+    `matrix` counts matrix instructions by name; `body` is every instruction of the longest loop by name.
+    """
+
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    matrix: Counter[str]
+    body: Counter[str]
+    load_bits: tuple[int, ...]
+
+
+def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, Any], architecture: int, **options: int):
+    """The kernel compiled for `architecture`; pointers and strides count as aligned to 16."""
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if name in types and name not in ("tokens", "clip")
+    }
+    constants = {name: constants[name] for name in names if name not in types}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def read_resources(compiled: Any) -> Resources:
+    """Registers, stack and shared memory of a compiled kernel, and its instructions."""
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", binary], capture_output=True, text=True, check=True)
+        listing = subprocess.run([TOOLS / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True).stdout
+    found = usage.stdout + usage.stderr
+    body = _longest_loop(listing)
+    return Resources(
+        registers=int(re.search(r"REG:(\d+)", found)[1]),
+        stack_bytes=int(re.search(r"STACK:(\d+)", found)[1]),
+        shared_bytes=compiled.metadata.shared,
+        matrix=Counter(MATRIX.findall(listing)),
+        body=Counter(body),
+        load_bits=tuple(sorted({int(bits) for bits in re.findall(r"LDG\S*?\.(\d+)", listing)})),
+    )
+
+
+def _longest_loop(listing: str) -> list[str]:
+    """Instructions between a label and the last jump back to it, of the loop that has most of them."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    best: list[str] = []
+    for line in listing.splitlines():
+        label = re.match(r"^\s*(\.L_x?_?\w+):", line)
+        if label is not None:
+            labels[label[1]] = len(instructions)
+            continue
+        found = INSTRUCTION.match(line)
+        if found is None:
+            continue
+        instructions.append(found[1])
+        target = re.search(r"\bBRA\b.*?(\.L_x?_?\w+)", line)
+        if target is not None and target[1] in labels and len(instructions) - labels[target[1]] > len(best):
+            if labels[target[1]] < len(instructions) - 1:
+                best = instructions[labels[target[1]] :]
+    return best

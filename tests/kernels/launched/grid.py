@@ -1,0 +1,85 @@
+"""Weights, activations and bounds for tests that launch kernels: in Triton's interpreter, else on a GPU.
+
+`TRITON_INTERPRET=1` has to be set before triton is imported, so one process does one or the other. Without it these
+tests need a GPU and are marked so.
+"""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from optimum_qvlm.kernels import CodedWeight, WeightGrid, reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+MARKS = [] if INTERPRETED else [pytest.mark.gpu]
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+
+DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
+"""The interpreter computes with bf16 as if it were an integer."""
+
+FORMATS = [
+    (4, 128), (4, 64), (4, 32), (4, 16), (4, 256), (4, None), (3, 64), (2, None),
+    (6, 128), (6, 64), (6, 32), (6, 16), (6, None), (5, 32), (8, None), (7, None),
+]  # fmt: skip
+"""Bits and group of weights."""
+
+QUICK_FORMATS = [(4, 128), (4, 32), (4, 16), (4, None), (6, 64), (8, None)]
+"""Those that `make test` launches in the interpreter, which takes about a second for each."""
+
+
+def _params(values: list, quick: list) -> list:
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)),
+            id=str(value),
+            marks=[pytest.mark.slow] if INTERPRETED and value not in quick else [],
+        )
+        for value in values
+    ]
+
+
+FORMATS_TO_LAUNCH = _params(FORMATS, QUICK_FORMATS)
+DTYPES_TO_LAUNCH = _params(DTYPES, DTYPES[:1])
+
+ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+"""What rounding the same value twice to a dtype can differ by: one unit in the last place."""
+
+ORDER = 2.0**-19
+"""Sums in another order, against the sum of magnitudes: sixteen units of fp32, as errors of a few hundred terms add."""
+
+
+def make_weight(
+    rows: int, channels: int, bits: int, group: int | None, *, zero_point: bool = False, seed: int = 0
+) -> tuple[CodedWeight, WeightGrid]:
+    """All codes of `bits`, scales over three decades."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = 1 if group is None else channels // group
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
+    codes = torch.randint(low, high, (rows, channels), generator=generator).to(torch.int8)
+    scale = 10 ** (torch.rand(rows, groups, generator=generator) * 3 - 3)
+    zero = torch.randint(low, high, (rows, groups), generator=generator).to(torch.int8) if zero_point else None
+    weight = CodedWeight(codes.to(DEVICE), scale.to(DEVICE), None if zero is None else zero.to(DEVICE))
+    return weight, WeightGrid(in_features=channels, out_features=rows, bits=bits, group=group, zero_point=zero_point)
+
+
+def make_activations(tokens: int, channels: int, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Tensor:
+    """Normal values; the first token is zero where there is more than one, the last has an outlier."""
+    x = torch.randn(tokens, channels, generator=torch.Generator().manual_seed(seed))
+    if tokens > 1:
+        x[0] = 0
+        x[-1, channels // 2] = 100
+    return x.to(device=DEVICE, dtype=dtype)
+
+
+def assert_product(y: Tensor, x: Tensor, weight: CodedWeight, bias: Tensor | None = None) -> None:
+    """`y` is `x W^T + bias` up to rounding to its dtype and the order of sums, at every element."""
+    dense = reference.dequantize_rows(weight, 0, weight.codes.shape[0]).double()
+    exact = x.double() @ dense.T
+    magnitude = x.double().abs() @ dense.abs().T
+    if bias is not None:
+        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
+    excess = (y.double() - exact).abs() - (ROUNDING[y.dtype] * exact.abs() + ORDER * magnitude)
+    assert bool(torch.isfinite(y).all())
+    assert float(excess.max()) <= 0

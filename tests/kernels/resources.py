@@ -1,0 +1,257 @@
+"""Resources of every kernel with its shipped tile on every architecture, compiled without a GPU.
+
+`python -m tests.kernels.resources` prints the table and ends with status 1 where a kernel spills, or does not fit.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from optimum_qvlm.kernels import tiles
+from optimum_qvlm.kernels.triton_decode import decode_kernel
+from optimum_qvlm.kernels.triton_dequantize import dequantize_kernel
+from optimum_qvlm.kernels.triton_prefill import prefill_kernel
+from optimum_qvlm.kernels.triton_quantize import quantize_kernel
+from tests.kernels.ahead_of_time import Resources, compile_kernel, read_resources
+
+ARCHITECTURES = (80, 86, 89, 90, 100)
+
+SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Shared memory that one program may take."""
+
+CHANNELS = 5120
+ROWS = 5120
+DTYPES = {"fp16": tl.float16, "bf16": tl.bfloat16, "i8": tl.int8}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One kernel, its tile and the matrix instructions that it has to use.
+
+    `weights` counts the weights of one step of its loop, None where that says nothing.
+    """
+
+    name: str
+    architecture: int
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    matrix: tuple[str, ...]
+    weights: int | None = None
+
+    def resources(self) -> Resources:
+        """Compile and read."""
+        compiled = compile_kernel(
+            self.kernel, self.types, self.constants, self.architecture, num_warps=self.warps, num_stages=self.stages
+        )
+        return read_resources(compiled)
+
+    def faults(self, found: Resources) -> list[str]:
+        """What is wrong with the binary, in words."""
+        faults = []
+        if found.stack_bytes:
+            faults.append(f"{found.stack_bytes} bytes of stack")
+        if found.registers * self.warps * 32 > 65536:
+            faults.append(f"{found.registers} registers")
+        if found.shared_bytes > SHARED_BYTES[self.architecture]:
+            faults.append(f"{found.shared_bytes} bytes of shared memory")
+        if self.matrix and not any(name.startswith(self.matrix) for name in found.matrix):
+            faults.append(f"{dict(found.matrix)} instead of {self.matrix}")
+        if self.weights is not None and max(found.load_bits, default=0) < 128:
+            faults.append(f"loads of {found.load_bits} bits")
+        return faults
+
+
+def decode_case(
+    architecture: int, tokens: int, bits: int, group: int | None, dtype: str = "fp16", **changes: Any
+) -> Case:
+    """`triton_decode` for a weight of ROWS x CHANNELS."""
+    tile = tiles.decode_tile(architecture, bits, tokens, changes.get("rows", ROWS))
+    types = _pointers(dtype, x=dtype)
+    constants = {
+        "CHANNELS": CHANNELS, "WIDTH": CHANNELS, "GROUP": group or 0, "BITS": bits,
+        "HAS_ZERO": changes.get("zero_point", False), "HAS_BIAS": True, "ASM": True,
+        "BLOCK_TOKENS": tile.tokens, "BLOCK_ROWS": tile.rows, "SLICES": tile.slices, "STAGES": tile.stages,
+    }  # fmt: skip
+    zero = " zero point" if changes.get("zero_point") else ""
+    return Case(
+        name=f"decode w{bits} g{group or 'row'}{zero} {dtype} rows {tile.rows} tokens {tile.tokens} "
+        f"warps {tile.warps} stages {tile.stages}",
+        architecture=architecture,
+        kernel=decode_kernel,
+        types=types,
+        constants=constants,
+        warps=tile.warps,
+        stages=tile.stages,
+        matrix=("HMMA",),
+        weights=tile.rows * tile.slices * 128,
+    )
+
+
+def prefill_case(
+    architecture: int, tokens: int, bits: int, group: int | None, operand: str = "i8", *, grouped: bool = False
+) -> Case:
+    """`triton_prefill` with operands of one type."""
+    kind = DTYPES[operand]
+    tile = tiles.prefill_tile(architecture, kind.primitive_bitwidth, bits, group, tokens)
+    float_dtype = "fp16" if operand == "i8" else operand
+    integer = operand == "i8"
+    scales = (CHANNELS // (group or CHANNELS) if grouped else 1) if integer else -1
+    constants = {
+        "CHANNELS": CHANNELS, "WIDTH": CHANNELS, "GROUP": group or 0, "BITS": bits, "X_GROUPS": scales, "DTYPE": kind,
+        "HAS_ZERO": False, "HAS_BIAS": True, "ASM": True, "FLOAT_TRICK": integer and architecture < 90,
+        "BLOCK_TOKENS": tile.tokens, "BLOCK_ROWS": tile.rows, "STRIP": tile.strip, "STAGES": tile.stages,
+    }  # fmt: skip
+    return Case(
+        name=f"prefill w{bits} g{group or 'row'} {operand}{' grouped' if grouped else ''} rows {tile.rows} "
+        f"tokens {tile.tokens} warps {tile.warps} stages {tile.stages}",
+        architecture=architecture,
+        kernel=prefill_kernel,
+        types={**_pointers(float_dtype, x=operand), "x_scale": "*fp32"},
+        constants=constants,
+        warps=tile.warps,
+        stages=tile.stages,
+        matrix=_matrix(architecture, integer=integer),
+        weights=tile.rows * 128,
+    )
+
+
+def quantize_case(
+    architecture: int, group: int | None, rotation: int | None, dtype: str, *, rounds: bool = True
+) -> Case:
+    """`triton_quantize`, equalised."""
+    tile = tiles.quantize_tile(CHANNELS, group, rotation, whole=rounds and group is None)
+    constants = {
+        "CHANNELS": CHANNELS, "WIDTH": CHANNELS, "GROUP": group or 0, "ROTATION": rotation or 0, "EQUALIZED": True,
+        "STATIC": False, "ROUNDS": rounds, "QMAX": 127, "SPAN": tile.span, "CHUNK": tile.chunk, "ASM": True,
+    }  # fmt: skip
+    return Case(
+        name=f"{'quantize' if rounds else 'transform'} {dtype} g{group or 'token'} rotation {rotation} "
+        f"chunk {tile.chunk} warps {tile.warps}",
+        architecture=architecture,
+        kernel=quantize_kernel,
+        types={
+            "x": f"*{dtype}",
+            "equalizer": "*fp32",
+            "fixed": "*fp32",
+            "out": "*i8" if rounds else f"*{dtype}",
+            "scales": "*fp32",
+            "clip": "fp32",
+            "token_stride": "i32",
+            "out_stride": "i32",
+            "scale_stride": "i32",
+        },
+        constants=constants,
+        warps=tile.warps,
+        stages=3,
+        matrix=() if rotation is None else ("HMMA", "HGMMA", "UTC"),
+    )
+
+
+def dequantize_case(architecture: int, bits: int) -> Case:
+    """`triton_dequantize`."""
+    constants = {
+        "CHANNELS": CHANNELS, "WIDTH": CHANNELS, "GROUP": 0 if bits == 8 else 128, "BITS": bits,
+        "HAS_ZERO": False, "ASM": True, "BLOCK_ROWS": 16,
+    }  # fmt: skip
+    types = {"codes": "*i8", "scale": "*fp16", "zero": "*i8", "out": "*fp16", "rows": "i32"}
+    return Case(
+        name=f"dequantize w{bits} fp16", architecture=architecture, kernel=dequantize_kernel, types=types,
+        constants=constants, warps=4, stages=3, matrix=(),
+    )  # fmt: skip
+
+
+def checked_cases(architecture: int) -> list[Case]:
+    """The few that every test run compiles: the tiles that most calls take."""
+    return [
+        decode_case(architecture, 1, 4, 128),
+        prefill_case(architecture, 600, 4, 128),
+        prefill_case(architecture, 600, 8, None),
+    ]
+
+
+def all_cases(architecture: int) -> Iterator[Case]:
+    """Every shipped tile, with the weights that use it."""
+    for tokens in tiles.DECODE_BUCKETS:
+        for bits, group in ((4, 128), (4, 32), (6, 128), (8, None)):
+            yield decode_case(architecture, tokens, bits, group)
+    yield decode_case(architecture, 1, 4, 128, rows=1024)
+    yield decode_case(architecture, 1, 4, 128, zero_point=True)
+    for bits, group in ((4, 128), (6, 128), (8, None)):
+        yield decode_case(architecture, 1, bits, group, "bf16")
+    for tokens in (16, 32, 64, 600, 1024):
+        for bits, group in ((4, 128), (6, 128), (8, None)):
+            if tokens < 1024 or bits == 8:
+                yield prefill_case(architecture, tokens, bits, group)
+        if tokens < 1024:
+            yield prefill_case(architecture, tokens, 4, 128, "fp16")
+    yield prefill_case(architecture, 600, 4, 128, grouped=True)
+    yield prefill_case(architecture, 600, 4, 32, grouped=True)
+    yield prefill_case(architecture, 600, 6, 128, grouped=True)
+    yield prefill_case(architecture, 600, 4, 128, "bf16")
+    yield prefill_case(architecture, 600, 4, 16, "fp16")
+    for group, rotation in ((None, None), (None, 128), (128, 128), (32, 32)):
+        yield quantize_case(architecture, group, rotation, "fp16")
+    yield quantize_case(architecture, None, 128, "bf16", rounds=False)
+    for bits in (4, 6, 8):
+        yield dequantize_case(architecture, bits)
+
+
+def _pointers(dtype: str, *, x: str) -> dict[str, str]:
+    return {
+        "x": f"*{x}", "codes": "*i8", "scale": f"*{dtype}", "zero": "*i8", "bias": f"*{dtype}", "y": f"*{dtype}",
+        "tokens": "i32", "rows": "i32", "token_stride": "i32",
+    }  # fmt: skip
+
+
+def _matrix(architecture: int, *, integer: bool) -> tuple[str, ...]:
+    """Names that the instruction may start with: on 100 older compilers have no fifth-generation integer product."""
+    if architecture == 100:
+        return ("UTC", "IMMA", "HMMA")
+    if architecture == 90:
+        return ("IGMMA",) if integer else ("HGMMA",)
+    return ("IMMA",) if integer else ("HMMA",)
+
+
+def line(case: Case, found: Resources) -> str:
+    """One row of the table."""
+    matrix = next((name for name, _ in found.matrix.most_common() if len(name) > 4), "-")
+    per_weight = ""
+    if case.weights is not None and found.body:
+        per_weight = f"{sum(found.body.values()) * case.warps * 32 / case.weights:.2f}"
+    return (
+        f"{case.architecture:4} {case.name:66} {found.registers:4} {found.stack_bytes:5} {found.shared_bytes:7} "
+        f"{matrix:22} {max(found.load_bits, default=0) // 8:5} {per_weight:>7}"
+    )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--architectures", nargs="+", type=int, default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    parser.add_argument("--quick", action="store_true", help="only the tiles that the tests compile")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    print(f"triton {triton.__version__}: registers of a thread, bytes of stack, bytes of shared memory, matrix")
+    print("instruction, bytes of the widest load, instructions per weight in one step of the loop")
+    failures = 0
+    for architecture in arguments.architectures:
+        for case in checked_cases(architecture) if arguments.quick else all_cases(architecture):
+            found = case.resources()
+            faults = case.faults(found)
+            failures += bool(faults)
+            print(line(case, found) + ("  FAULT " + ", ".join(faults) if faults else ""), flush=True)
+    print(f"{failures} of the kernels have faults")
+    sys.exit(failures > 0)
+
+
+if __name__ == "__main__":
+    main()
