@@ -3,19 +3,25 @@
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, get_args
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.pipeline.options import CalibrationOptions, LinearChoice, Method
+from optimum_qvlm.quant.entropy import SOFTNESS
 from optimum_qvlm.quant.spec import GroupSize, Scheme
 from optimum_qvlm.search.plan import ModuleRecord
+from optimum_qvlm.search.rounding import ClipGrids
 
 QUANT_METHOD = "qvlm"
 FORMAT_VERSION = 1
+
+PAPER_QUANTILES = (1.0, 0.995, 0.99, 0.985, 0.98)
+RANGES = ("dynamic", "static")
 
 Override = str | None | Mapping[str, Any]
 
@@ -32,6 +38,12 @@ _SETTINGS = (
     "seed",
     "method",
     "search_tokens",
+    "max_block_depth",
+    "threshold",
+    "activation_range",
+    "activation_clips",
+    "weight_clips",
+    "soft_assignment",
 )
 _RESULTS = ("modules", "blocks", "calibration", "manifest", "digest")
 
@@ -80,8 +92,18 @@ class QVLMConfig(QuantizationConfigMixin):
         batch_size: samples per forward.
         max_length: longest sequence in tokens; image tokens are never cut.
         seed: seed of every random choice.
-        method: "qvlm" searches, "rtn" rounds to nearest without data.
-        search_tokens: how many tokens per site the search looks at.
+        method: "qvlm" searches blocks of dependent layers, "layerwise" each site alone, "rtn" rounds to nearest
+            without data.
+        search_tokens: how many tokens the search looks at.
+        max_block_depth: layers that are searched together at most.
+        threshold: dependency per pair of layers above which they share a block, in nats (h0 in the paper); None is
+            the median over the model.
+        activation_range: "dynamic" takes the range of activations from each input, "static" from the calibration.
+        activation_clips: candidates for the clip of a site's activations, 1.0 among them: ratios of the peak where
+            ranges are dynamic, quantiles of the magnitudes where they are static. None is a default for each.
+        weight_clips: candidates for the clip of weights, ratios of the peak, 1.0 among them; None is the default.
+        soft_assignment: what squared distances are divided by where dependency is measured: "step_squared", which
+            does not depend on units, or the grid's "step", as the paper prints.
 
     Raises:
         ConfigError, SpecError: a field is not valid.
@@ -106,8 +128,14 @@ class QVLMConfig(QuantizationConfigMixin):
         batch_size: int = 8,
         max_length: int = 2048,
         seed: int = 0,
-        method: Literal["qvlm", "rtn"] = "qvlm",
+        method: Literal["qvlm", "layerwise", "rtn"] = "qvlm",
         search_tokens: int = 2048,
+        max_block_depth: int = 3,
+        threshold: float | None = None,
+        activation_range: Literal["dynamic", "static"] = "dynamic",
+        activation_clips: Sequence[float] | None = None,
+        weight_clips: Sequence[float] | None = None,
+        soft_assignment: Literal["step_squared", "step"] = "step_squared",
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.scheme = scheme
@@ -124,24 +152,63 @@ class QVLMConfig(QuantizationConfigMixin):
         self.seed = seed
         self.method = method
         self.search_tokens = search_tokens
+        self.max_block_depth = max_block_depth
+        self.threshold = threshold
+        self.activation_range = activation_range
+        self.activation_clips = activation_clips
+        self.weight_clips = weight_clips
+        self.soft_assignment = soft_assignment
         self.record: CalibrationRecord | None = None
         self._validate()
 
+    @classmethod
+    def paper(cls, bits: int = 4, **settings: Any) -> Self:
+        """The paper's mode: static bounds at quantiles 1.0 to 0.98, blocks of up to 3 layers, the tower at `bits` too.
+
+        `settings` are further arguments, or replace those of the mode.
+        """
+        scheme = f"w{bits}a{bits}"
+        mode: dict[str, Any] = {
+            "scheme": scheme,
+            "vision_scheme": scheme,
+            "num_samples": 64,
+            "max_block_depth": 3,
+            "activation_range": "static",
+            "activation_clips": PAPER_QUANTILES,
+            "soft_assignment": "step",
+        }
+        return cls(**(mode | settings))
+
     def options(self) -> CalibrationOptions:
         """The same as validated values."""
+        static = self.activation_range == "static"
         return CalibrationOptions(
             language=LinearChoice(
-                scheme=Scheme.parse(self.scheme), group_size=self.group_size, symmetric=self.symmetric
+                scheme=Scheme.parse(self.scheme), group_size=self.group_size, symmetric=self.symmetric, static=static
             ),
             vision=LinearChoice(
                 scheme=None if self.vision_scheme is None else Scheme.parse(self.vision_scheme),
                 symmetric=self.symmetric,
+                static=static,
             ),
             keep=tuple(self.modules_to_not_convert or ()),
             overrides=tuple((pattern, self._override(pattern)) for pattern in self.overrides or {}),
             method=self.method,
             seed=self.seed,
             search_tokens=self.search_tokens,
+            grids=self._grids(static),
+            max_block_depth=self.max_block_depth,
+            threshold=self.threshold,
+            softness=self.soft_assignment,
+        )
+
+    def _grids(self, static: bool) -> ClipGrids:
+        """A quantile is a static bound, whose gain needs no margin."""
+        default = ClipGrids(activation=PAPER_QUANTILES, activation_margin=0.0) if static else ClipGrids()
+        return replace(
+            default,
+            activation=default.activation if self.activation_clips is None else tuple(self.activation_clips),
+            weight=default.weight if self.weight_clips is None else tuple(self.weight_clips),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -197,7 +264,7 @@ class QVLMConfig(QuantizationConfigMixin):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__dict__.update(self.__dict__)
-        for name in ("modules_to_not_convert", "overrides"):
+        for name in ("modules_to_not_convert", "overrides", "activation_clips", "weight_clips"):
             value = getattr(self, name)
             setattr(copied, name, None if value is None else value.copy())
         copied.record = copy.deepcopy(self.record, memo)
@@ -210,10 +277,11 @@ class QVLMConfig(QuantizationConfigMixin):
 
     def _override(self, pattern: str) -> LinearChoice:
         value = (self.overrides or {})[pattern]
+        static = self.activation_range == "static"
         if value is None:
             return LinearChoice(scheme=None)
         if isinstance(value, str):
-            return LinearChoice(scheme=Scheme.parse(value), symmetric=self.symmetric)
+            return LinearChoice(scheme=Scheme.parse(value), symmetric=self.symmetric, static=static)
         if not isinstance(value, Mapping) or set(value) - {"scheme", "group_size", "symmetric"}:
             raise ConfigError(
                 f"overrides[{pattern!r}] must be a scheme, None, or a dict with scheme, group_size, symmetric; "
@@ -229,10 +297,11 @@ class QVLMConfig(QuantizationConfigMixin):
             scheme=None if scheme is None else Scheme.parse(scheme),
             group_size=group_size,
             symmetric=symmetric,
+            static=static,
         )
 
     def _validate(self) -> None:
-        for name in ("num_samples", "batch_size", "max_length", "search_tokens"):
+        for name in ("num_samples", "batch_size", "max_length", "search_tokens", "max_block_depth"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
@@ -240,8 +309,13 @@ class QVLMConfig(QuantizationConfigMixin):
             raise ConfigError(f"seed must be an integer of at least 0, got {self.seed!r}")
         if not isinstance(self.symmetric, bool):
             raise ConfigError(f"symmetric must be True or False, got {self.symmetric!r}")
-        if self.method not in get_args(Method):
-            raise ConfigError(f"method must be one of {', '.join(get_args(Method))}, got {self.method!r}")
+        choices = {"method": get_args(Method), "activation_range": RANGES, "soft_assignment": SOFTNESS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.method == "rtn" and self.activation_range == "static":
+            raise ConfigError('activation_range="static" needs data, which method="rtn" does not use')
+        self._check_search()
         _check_group(self.group_size, "group_size")
         keep: Any = self.modules_to_not_convert
         if keep is not None and not (_is_list(keep) and all(isinstance(p, str) for p in keep)):
@@ -251,6 +325,30 @@ class QVLMConfig(QuantizationConfigMixin):
         if overrides is not None and not (isinstance(overrides, dict) and all(isinstance(p, str) for p in overrides)):
             raise ConfigError(f"overrides must be a dict from name patterns to schemes, got {overrides!r}")
         self.options()
+
+    def _check_search(self) -> None:
+        if self.threshold is not None and not (_is_number(self.threshold) and self.threshold >= 0):
+            raise ConfigError(f"threshold must be None or a number of at least 0, got {self.threshold!r}")
+        self.activation_clips = _read_clips(self.activation_clips, "activation_clips")
+        self.weight_clips = _read_clips(self.weight_clips, "weight_clips")
+
+
+def _read_clips(value: Any, name: str) -> list[float] | None:
+    """A grid of clips as a list, whole.
+
+    Raises:
+        ConfigError: no list of numbers in (0, 1] with 1.0 among them.
+    """
+    if value is None:
+        return None
+    clips = list(value) if _is_list(value) else []
+    if 1.0 not in clips or not all(_is_number(clip) and 0 < clip <= 1 for clip in clips):
+        raise ConfigError(f"{name} must be a list of numbers above 0 and up to 1, with 1.0 among them, got {value!r}")
+    return [float(clip) for clip in clips]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def config_digest(values: Mapping[str, Any]) -> str:

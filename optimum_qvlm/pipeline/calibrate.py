@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,13 +14,18 @@ from optimum_qvlm.data.recipe import Recipe
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.modules.swap import replace_module
 from optimum_qvlm.pipeline import checks
-from optimum_qvlm.pipeline.capture import Run, Tracer, linear_inputs, require_finite
+from optimum_qvlm.pipeline.blocks import SiteCandidates, install, search_jointly
+from optimum_qvlm.pipeline.capture import Run, Tracer
+from optimum_qvlm.pipeline.chain import Chain
+from optimum_qvlm.pipeline.dependency import EntropyOptions, measure_part
 from optimum_qvlm.pipeline.options import CalibrationOptions
-from optimum_qvlm.pipeline.result import CalibrationResult, LayerError, SiteError
+from optimum_qvlm.pipeline.result import BlockError, CalibrationResult, LayerError, SiteError
 from optimum_qvlm.pipeline.streaming import resident
 from optimum_qvlm.pipeline.tokens import TokenSampler
-from optimum_qvlm.search.plan import ModuleRecord, PlannedLayer, PlannedPart, QuantPlan, Site
-from optimum_qvlm.search.rounding import SiteChoice, SiteProblem, round_to_nearest, search_site
+from optimum_qvlm.search.joint import Choice, near_clips
+from optimum_qvlm.search.partition import default_threshold, partition
+from optimum_qvlm.search.plan import Block, ModuleRecord, PlannedLayer, PlannedPart, QuantPlan, Site
+from optimum_qvlm.search.rounding import SiteChoice, SiteProblem, round_site, round_to_nearest, search_site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +45,8 @@ def calibrate(
 ) -> CalibrationResult:
     """Quantize the planned linears of `model` in place and return what was done.
 
-    The model lies on the CPU; one layer at a time is moved to `device`. Each layer is searched on inputs that
-    went through the quantized layers before it. Without data every linear is rounded to nearest.
+    The model lies on the CPU; the layers of one block at a time are moved to `device`. Each block is searched on
+    inputs that went through the quantized layers before it. Without data every linear is rounded to nearest.
 
     Raises:
         CalibrationError: NaN or infinite weights or activations.
@@ -55,12 +61,13 @@ def calibrate(
         else:
             work.search_all(data.batches, bar)
     return CalibrationResult(
-        plan=plan,
+        plan=work.plan,
         modules=work.modules,
         recipe=None if data is None else data.recipe,
         seconds=time.perf_counter() - started,
         sites=work.sites,
         layers=work.layers,
+        joint=work.joint,
     )
 
 
@@ -73,6 +80,7 @@ class _Work:
     modules: dict[str, ModuleRecord] = field(default_factory=dict)
     sites: list[SiteError] = field(default_factory=list)
     layers: list[LayerError] = field(default_factory=list)
+    joint: list[BlockError] = field(default_factory=list)
 
     def round_all(self, bar: Any) -> None:
         for part in self.plan.parts:
@@ -91,12 +99,33 @@ class _Work:
             checks.require_chain(self.model, part, captured[part.name][0], self.device)
             for number, layer in enumerate(part.layers):
                 checks.require_shared_inputs(self.model, layer, captured[part.name][0], number, self.device)
+        chains = {part.name: self._chain(part, captured.pop(part.name), batches) for part in self.plan.parts}
+        if self.options.method == "qvlm":
+            bar.set_description("measuring dependency")
+            self._form_blocks(chains)
         for index, part in enumerate(self.plan.parts):
-            runs = captured.pop(part.name)
-            inputs = [run.hidden for run in runs] if index == 0 else tracer.inputs(part, batches, runs)
-            masks = [None if part.vision else batches[run.batch].get("attention_mask") for run in runs]
-            sampler = TokenSampler(masks, self.options.search_tokens, self.options.seed)
-            self._search_part(part, _Chain(runs, inputs, sampler, self.device), bar)
+            chain = chains.pop(part.name)
+            if index > 0:
+                chain.quantized = tracer.inputs(part, batches, chain.runs)
+            self._search_part(part, chain, bar)
+
+    def _chain(self, part: PlannedPart, runs: list[Run], batches: Sequence[Mapping[str, Tensor]]) -> Chain:
+        masks = [None if part.vision else batches[run.batch].get("attention_mask") for run in runs]
+        sampler = TokenSampler(masks, self.options.search_tokens, self.options.seed)
+        return Chain(runs, [run.hidden for run in runs], sampler, self.device)
+
+    def _form_blocks(self, chains: Mapping[str, Chain]) -> None:
+        """Replace the plan's blocks by those that the measured dependency gives."""
+        options = self.options
+        entropy = EntropyOptions.of(self.plan, options.softness, options.search_tokens, options.seed)
+        found = {part.name: measure_part(self.model, part, chains[part.name], entropy) for part in self.plan.parts}
+        dependencies = tuple(d for part in self.plan.parts for d in found[part.name])
+        threshold = default_threshold(dependencies) if options.threshold is None else options.threshold
+        blocks: list[Block] = []
+        for part in self.plan.parts:
+            values = [d.entropy for d in found[part.name]]
+            blocks += partition(part.name, len(part.layers), values, threshold, options.max_block_depth)
+        self.plan = replace(self.plan, blocks=tuple(blocks), dependencies=dependencies, threshold=threshold)
 
     def _forward(self) -> Callable[..., Any]:
         """The model's forward without a cache, and without logits where no part needs them."""
@@ -108,33 +137,70 @@ class _Work:
 
         return forward
 
-    def _search_part(self, part: PlannedPart, chain: "_Chain", bar: Any) -> None:
-        numbers = {(b.part, n): i for i, b in enumerate(self.plan.blocks) for n in range(b.first, b.last + 1)}
-        for number, layer in enumerate(part.layers):
-            block = numbers[part.name, number] + 1
-            bar.set_description(f"block {block}/{len(self.plan.blocks)}, {part.name} layer {number}")
-            with torch.no_grad(), resident(self.model, layer.path, self.device):
-                wanted = chain.full_precision(self.model.get_submodule(layer.path), number)
-                for site in layer.sites:
-                    self._search_site(site, layer, number, chain)
-                error = chain.advance(self.model.get_submodule(layer.path), number, wanted, layer.name)
-            self.layers.append(LayerError(part=part.name, layer=layer.name, error=error))
-            bar.set_postfix_str(f"error {error:.2e}")
-            bar.update()
+    def _search_part(self, part: PlannedPart, chain: Chain, bar: Any) -> None:
+        for number, block in enumerate(self.plan.blocks, start=1):
+            if block.part != part.name:
+                continue
+            span = f"{block.first}" if block.first == block.last else f"{block.first}-{block.last}"
+            bar.set_description(f"block {number}/{len(self.plan.blocks)}, {part.name} layer {span}")
+            with torch.no_grad(), ExitStack() as stack:
+                for layer in part.layers[block.first : block.last + 1]:
+                    stack.enter_context(resident(self.model, layer.path, self.device))
+                self._search_block(part, block, chain)
+            bar.set_postfix_str(f"error {self.layers[-1].error:.2e}")
+            bar.update(block.last - block.first + 1)
 
-    def _search_site(self, site: Site, layer: PlannedLayer, number: int, chain: "_Chain") -> None:
+    def _search_block(self, part: PlannedPart, block: Block, chain: Chain) -> None:
+        """Layer-wise first, then jointly; the chain moves from the front of the block to its end."""
+        layers = [(number, part.layers[number]) for number in range(block.first, block.last + 1)]
+        wanted = [chain.full_precision(self._module(layer), number) for number, layer in layers]
+        entering, sites = list(chain.quantized), []
+        for number, layer in layers:
+            for site in layer.sites:
+                choices = self._search_site(site, layer, number, chain)
+                install(self.model, site, choices[0])
+                sites.append(SiteCandidates(site=site, layer=number, choices=choices))
+            if number < block.last:
+                chain.advance(self._module(layer), number, layer.name)
+        chain.quantized = entering
+        chosen: Choice = (0,) * len(sites)
+        if self.options.method == "qvlm" and sites:
+            tokens, seed = self.options.search_tokens, self.options.seed
+            chosen, error = search_jointly(self.model, part, block, sites, chain, wanted[-1], tokens=tokens, seed=seed)
+            self.joint.append(error)
+        for entry, number in zip(sites, chosen, strict=True):
+            self._finish_site(entry, number)
+        for (number, layer), output in zip(layers, wanted, strict=True):
+            chain.advance(self._module(layer), number, layer.name)
+            self.layers.append(LayerError(part=part.name, layer=layer.name, error=chain.error(output)))
+
+    def _search_site(self, site: Site, layer: PlannedLayer, number: int, chain: Chain) -> list[SiteChoice]:
+        """Candidates for a site, the layer-wise optimum first."""
         weights, specs = self._weights(site)
-        module = self.model.get_submodule(layer.path)
+        grids = self.options.grids
         problem = SiteProblem(
-            inputs=chain.site_inputs(module, number, site, layer.path),
+            inputs=chain.site_inputs(self._module(layer), number, site, layer.path),
             weights=weights,
             specs=specs,
             activation=site.activation,
             scale_dtype=self._scale_dtype(site),
         )
-        choice = search_site(problem, self.options.grids)
-        self.sites.append(SiteError(site=site.name, nearest=choice.nearest_error, found=choice.error))
-        self._swap(site, choice)
+        best = search_site(problem, grids)
+        if site.activation is None or self.options.method != "qvlm":
+            return [best]
+        clips = near_clips(grids.activation, best.activation_clip)
+        others = (round_site(problem, activation_clip=clip, transform=best.transform, grids=grids) for clip in clips)
+        return [best, *others]
+
+    def _finish_site(self, entry: SiteCandidates, number: int) -> None:
+        first, choice = entry.choices[0], entry.choices[number]
+        self.sites.append(
+            SiteError(site=entry.site.name, nearest=first.nearest_error, found=first.error, chosen=choice.error)
+        )
+        self._swap(entry.site, choice)
+
+    def _module(self, layer: PlannedLayer) -> nn.Module:
+        return self.model.get_submodule(layer.path)
 
     def _weights(self, site: Site) -> tuple[dict[str, Tensor], dict[str, Any]]:
         weights = {linear.name: self._linear(linear.path).weight.detach() for linear in site.linears}
@@ -184,46 +250,3 @@ class _Work:
                 equalized=format.equalized,
                 rotation=format.rotation,
             )
-
-
-@dataclass(slots=True)
-class _Chain:
-    """Hidden states of one part, run by run: the full-precision chain and the quantized one, on the CPU."""
-
-    runs: list[Run]
-    quantized: list[Tensor]
-    sampler: TokenSampler
-    device: torch.device
-
-    def full_precision(self, module: nn.Module, number: int) -> list[Tensor]:
-        """Outputs of the layer before it is quantized, on full-precision inputs, which they replace."""
-        for run in self.runs:
-            run.hidden = run.calls[number](module, run.hidden.to(self.device), self.device).cpu()
-        return [run.hidden for run in self.runs]
-
-    def site_inputs(self, module: nn.Module, number: int, site: Site, layer_path: str) -> Tensor:
-        """Sampled tokens [tokens, in_features] that reach the site through the quantized prefix."""
-        local = site.linears[0].path.removeprefix(layer_path).removeprefix(".")
-        taken = []
-        for index, (run, hidden) in enumerate(zip(self.runs, self.quantized, strict=True)):
-            run_layer = _bind(run, number, module, hidden.to(self.device), self.device)
-            tensor = linear_inputs(module, [local], run_layer)[local]
-            tokens = self.sampler.take(index, tensor)
-            require_finite(tokens, site.name, run.batch)
-            taken.append(tokens)
-        return torch.cat(taken)
-
-    def advance(self, module: nn.Module, number: int, wanted: Sequence[Tensor], name: str) -> float:
-        """Push the quantized chain through the quantized layer. Returns the relative squared error."""
-        error = norm = 0.0
-        for index, run in enumerate(self.runs):
-            output = run.calls[number](module, self.quantized[index].to(self.device), self.device)
-            require_finite(output, name, run.batch)
-            change, size = self.sampler.relative_error(index, output, wanted[index].to(self.device))
-            error, norm = error + change, norm + size
-            self.quantized[index] = output.cpu()
-        return error / max(norm, 1e-30)
-
-
-def _bind(run: Run, number: int, module: nn.Module, hidden: Tensor, device: torch.device) -> Callable[[], Tensor]:
-    return lambda: run.calls[number](module, hidden, device)

@@ -7,19 +7,24 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from optimum_qvlm.errors import ConfigError
+from optimum_qvlm.quant.entropy import Softness
 from optimum_qvlm.quant.spec import GroupSize, Scheme
 from optimum_qvlm.search.rounding import ClipGrids
 
-Method = Literal["qvlm", "rtn"]
+Method = Literal["qvlm", "layerwise", "rtn"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearChoice:
-    """Scheme and weight grid asked for one linear or one part; `scheme` None keeps full precision."""
+    """Scheme and grids asked for one linear or one part; `scheme` None keeps full precision.
+
+    `static` fixes the range of activations in calibration.
+    """
 
     scheme: Scheme | None
     group_size: GroupSize = "auto"
     symmetric: bool = True
+    static: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +36,12 @@ class CalibrationOptions:
         vision: for the linears of the tower and the projector.
         keep: name patterns that stay in full precision.
         overrides: (pattern, choice), the first that matches a name decides.
-        method: "qvlm" searches, "rtn" rounds to nearest without data.
-        search_tokens: tokens per site that the search looks at, drawn with the seed.
+        method: "qvlm" searches blocks, "layerwise" each site alone, "rtn" rounds to nearest without data.
+        search_tokens: tokens per site that the search looks at, drawn with the seed; a joint search runs blocks on
+            as many, in whole batches.
+        max_block_depth: layers of a block at most.
+        threshold: h0 of the partition, None for the median dependency of the model.
+        softness: of the assignment that dependency is measured with.
     """
 
     language: LinearChoice
@@ -43,6 +52,9 @@ class CalibrationOptions:
     seed: int = 0
     search_tokens: int = 2048
     grids: ClipGrids = field(default_factory=ClipGrids)
+    max_block_depth: int = 3
+    threshold: float | None = None
+    softness: Softness = "step_squared"
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -98,7 +98,7 @@ class _Planner:
         assert isinstance(module, nn.Linear)
         try:
             weight = choice.scheme.weight_spec(module.in_features, choice.group_size, symmetric=choice.symmetric)
-            activation = choice.scheme.activation_spec(weight)
+            activation = choice.scheme.activation_spec(weight, static=choice.static)
         except SpecError as error:
             raise SpecError(f"{name}: {error}") from error
         linear = PlannedLinear(

@@ -4,16 +4,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from optimum_qvlm.data.recipe import Recipe
-from optimum_qvlm.search.plan import ModuleRecord, QuantPlan
+from optimum_qvlm.search.plan import Block, ModuleRecord, QuantPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteError:
-    """Relative squared error of one site's outputs on the tokens of the search, for round-to-nearest and found."""
+    """Relative squared error of one site's outputs on the tokens of the search.
+
+    Attributes:
+        site: its name.
+        nearest: of round-to-nearest.
+        found: of the layer-wise optimum, never above `nearest`.
+        chosen: of what the site got in the end, which a joint search may have moved away from its own optimum.
+    """
 
     site: str
     nearest: float
     found: float
+    chosen: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +34,29 @@ class LayerError:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BlockError:
+    """The joint search of one block, on the runs that it looks at.
+
+    Attributes:
+        block: part and layers.
+        before: relative squared error of the block's output with every site at its layer-wise optimum.
+        after: the same with what the joint search chose, never above `before`.
+        forwards: how often the block was run for it.
+        share: of all tokens of the part that one of these forwards ran, in 0..1.
+        seconds: wall-clock time of the joint search alone.
+    """
+
+    block: Block
+    before: float
+    after: float
+    forwards: int
+    share: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationResult:
-    """Plan, records by disk name, errors and cost of one calibration.
+    """Plan with the blocks that were formed, records by disk name, errors and cost of one calibration.
 
     `recipe` is None where no data was used. `seconds` is wall-clock time of the search, data excluded.
     """
@@ -38,6 +67,7 @@ class CalibrationResult:
     seconds: float
     sites: list[SiteError] = field(default_factory=list)
     layers: list[LayerError] = field(default_factory=list)
+    joint: list[BlockError] = field(default_factory=list)
 
     def blocks(self) -> list[dict[str, Any]]:
         """The partition as plain JSON values."""

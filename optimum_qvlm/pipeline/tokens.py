@@ -17,6 +17,10 @@ class TokenSampler:
         self._masks, self._seed = masks, seed
         self._share = -(-budget // max(len(masks), 1))
 
+    def mask(self, number: int) -> Tensor | None:
+        """The mask that a run was given."""
+        return self._masks[number]
+
     def valid(self, number: int, rows: int, tokens: int) -> Tensor | None:
         """Mask [rows * tokens] of tokens that are not padding in a run, None where all are real."""
         mask = self._masks[number]

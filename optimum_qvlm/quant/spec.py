@@ -105,9 +105,14 @@ class Scheme:
             raise SpecError(f"group={group_size} does not divide in_features={in_features}; use {choices}")
         return WeightSpec(bits=self.weight_bits, group=group_size, symmetric=symmetric)
 
-    def activation_spec(self, weight: WeightSpec) -> ActivationSpec | None:
-        """The activation grid that goes with `weight`: 8 bits per token, fewer per token and weight group."""
+    def activation_spec(self, weight: WeightSpec, *, static: bool = False) -> ActivationSpec | None:
+        """The activation grid that goes with `weight`: 8 bits per token, fewer per token and weight group.
+
+        `static` makes it one scale for all tokens and channels.
+        """
         if self.activation_bits is None:
             return None
+        if static:
+            return ActivationSpec(bits=self.activation_bits, static=True)
         group = weight.group if self.activation_bits < 8 else None
         return ActivationSpec(bits=self.activation_bits, group=group)

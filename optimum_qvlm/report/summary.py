@@ -38,7 +38,27 @@ def summarize(
             "after": bytes_after,
             "ratio": round(bytes_before / bytes_after, 3),
         },
+        "threshold": result.plan.threshold,
+        "dependency": [
+            {"part": d.part, "layer": d.layer, "entropy": d.entropy, "marginal": d.marginal}
+            for d in result.plan.dependencies
+        ],
+        "blocks": _blocks(result),
         "layers": [{"part": e.part, "layer": e.layer, "error": e.error} for e in result.layers],
-        "sites": [{"site": e.site, "nearest": e.nearest, "found": e.found} for e in result.sites],
+        "sites": [{"site": e.site, "nearest": e.nearest, "found": e.found, "chosen": e.chosen} for e in result.sites],
         "modules": {name: record.to_dict() for name, record in result.modules.items()},
     }
+
+
+def _blocks(result: CalibrationResult) -> list[dict[str, Any]]:
+    """The partition, with the joint search of each block where there was one."""
+    searched = {error.block: error for error in result.joint}
+    entries = []
+    for block in result.plan.blocks:
+        entry: dict[str, Any] = {"part": block.part, "first": block.first, "last": block.last}
+        error = searched.get(block)
+        if error is not None:
+            entry |= {"before": error.before, "after": error.after, "forwards": error.forwards, "share": error.share}
+            entry["seconds"] = round(error.seconds, 3)
+        entries.append(entry)
+    return entries

