@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoProcessor
 
-from optimum_qvlm.data.loader import LoaderOptions, fingerprint, make_batches, read_dataset
+from optimum_qvlm.data.loader import LoaderOptions, fingerprint, make_batches, make_labelled_batches, read_dataset
 from optimum_qvlm.data.recipe import Recipe
 from optimum_qvlm.data.sample import Sample
 from optimum_qvlm.errors import CheckpointError, DataError
@@ -64,15 +64,17 @@ def prepare_data(
         processor = source.load_processor() if own is None else own
         layers = [layer.path for part in plan.parts for layer in part.layers]
         answered = fill_answers(model, conversations, processor, layers=layers, device=device, batch=config.batch_size)
-        batches = make_batches(answered, processor, options, image_tokens)
+        make = make_labelled_batches if config.encoder_epochs > 0 else make_batches
+        batches = make(answered, processor, options, image_tokens)
     _require_images(batches, image_tokens)
+    labels = [batch.pop("labels") if "labels" in batch else _text_labels(batch, image_tokens) for batch in batches]
     recipe = Recipe(
         source=origin,
         samples=sum(batch["input_ids"].shape[0] for batch in batches),
         seed=config.seed,
         fingerprint=fingerprint(batches),
     )
-    return CalibrationData(batches=batches, recipe=recipe)
+    return CalibrationData(batches=batches, recipe=recipe, labels=labels)
 
 
 def users_processor(config: QVLMConfig) -> Any:
@@ -87,6 +89,15 @@ def users_processor(config: QVLMConfig) -> Any:
         return AutoProcessor.from_pretrained(config.processor)
     except (OSError, ValueError) as error:
         raise DataError(f"processor={config.processor!r} could not be loaded: {error}") from error
+
+
+def _text_labels(batch: dict[str, torch.Tensor], image_tokens: tuple[int, ...]) -> torch.Tensor:
+    """Ready model inputs do not say which tokens are the answer: all that are text then."""
+    ids = batch["input_ids"]
+    text = ~torch.isin(ids, torch.tensor(image_tokens, dtype=ids.dtype))
+    if "attention_mask" in batch and batch["attention_mask"].shape == ids.shape:
+        text &= batch["attention_mask"].bool()
+    return torch.where(text, ids, -100)
 
 
 def _require_images(batches: list[dict[str, torch.Tensor]], image_tokens: tuple[int, ...]) -> None:

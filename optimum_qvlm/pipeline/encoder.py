@@ -10,16 +10,29 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from optimum_qvlm.errors import CalibrationError
 from optimum_qvlm.modules.qlinear import QuantLinear
 from optimum_qvlm.modules.swap import replace_module
+from optimum_qvlm.pipeline.dependency import EntropyOptions, positions
 from optimum_qvlm.pipeline.learned import LearnedLinear, LearnedSite
-from optimum_qvlm.pipeline.observing import Elements, Observer, Seen
+from optimum_qvlm.pipeline.observing import Observer, Seen
+from optimum_qvlm.pipeline.options import CalibrationOptions
 from optimum_qvlm.pipeline.recompute import frozen, recomputed
 from optimum_qvlm.pipeline.streaming import streamed
-from optimum_qvlm.search.encoder import EncoderOptions, LossTerms, answer_loss, jacobian_weights, weighted_entropy
+from optimum_qvlm.search.encoder import (
+    EncoderOptions,
+    LossTerms,
+    answer_loss,
+    jacobian_weights,
+    soft_dependency,
+    weighted_entropy,
+)
 from optimum_qvlm.search.plan import ModuleRecord, PlannedLinear, QuantPlan
 
 IGNORED = -100
+
+CHANNELS = 64
+"""Channels of a layer's output that its dependency is taken over in one step."""
 
 Batch = Mapping[str, Tensor]
 Dependency = Callable[[Tensor, Tensor], Tensor]
@@ -45,12 +58,15 @@ class EncoderResult:
         chosen: which of them has the smallest total: what the encoder got. 0 left it as the search did.
         seconds: wall-clock time.
         records: what each linear of the encoder has now, by disk name.
+        mean_depths: layers per block of the language model, formed on the features of the encoder in full precision,
+            as its search left it, and as it is now; empty where no blocks are formed.
     """
 
     losses: tuple[EncoderLoss, ...]
     chosen: int
     seconds: float
     records: dict[str, ModuleRecord]
+    mean_depths: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For the report, as plain JSON values."""
@@ -58,18 +74,40 @@ class EncoderResult:
             "losses": [asdict(loss) for loss in self.losses],
             "chosen_epoch": self.chosen,
             "seconds": round(self.seconds, 2),
+            "mean_depths": list(self.mean_depths),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class SoftDependency:
+    """The dependency that blocks are formed by, differentiable, on fewer elements."""
+
+    options: EntropyOptions
+
+    def __call__(self, first: Tensor, second: Tensor) -> Tensor:
+        """H(second | first) of two outputs [tokens, channels] in nats; H(second) where shapes differ."""
+        order = torch.randperm(second.shape[1], generator=torch.Generator().manual_seed(self.options.seed))
+        channels = order[:CHANNELS].sort().values.to(second.device)
+        later = positions(second, self.options).columns(channels)
+        earlier = positions(first, self.options).columns(channels) if first.shape == second.shape else None
+        return soft_dependency(earlier, later, self.options.softness)
 
 
 class EncoderStep:
     """Two halves: `note` while the model is in full precision, `learn` once its vision parts are quantized."""
 
     def __init__(
-        self, model: nn.Module, plan: QuantPlan, options: EncoderOptions, dependency: Dependency, device: torch.device
+        self,
+        model: nn.Module,
+        plan: QuantPlan,
+        options: EncoderOptions,
+        dependency: Dependency,
+        device: torch.device,
+        seed: int = 0,
     ) -> None:
         self.model, self.plan, self.options, self.device = model, plan, options, device
         self.dependency = dependency
-        self.observer = Observer(model, plan, Elements())
+        self.observer = Observer(model, plan, seed)
         self.linears = [
             linear
             for part in plan.parts
@@ -80,6 +118,18 @@ class EncoderStep:
         ]
         self._weights: dict[str, Tensor] = {}
         self._wanted: list[dict[str, list[Tensor]]] = []
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, plan: QuantPlan, options: CalibrationOptions, device: torch.device
+    ) -> "EncoderStep | None":
+        """The step that the options ask for, None where it is off or there is nothing for it to learn."""
+        quantized = any(layer.sites for part in plan.parts if part.vision for layer in part.layers)
+        text = any(not part.vision for part in plan.parts)
+        if options.encoder.epochs == 0 or not quantized or not text:
+            return None
+        entropy = EntropyOptions.of(plan, options.softness, options.search_tokens, options.seed)
+        return cls(model, plan, options.encoder, SoftDependency(entropy), device, options.seed)
 
     def note(self, batches: Sequence[Batch]) -> None:
         """Keep full-precision weights of the encoder and outputs of encoder and model, on the CPU."""
@@ -97,7 +147,7 @@ class EncoderStep:
         """Optimise the encoder in place, starting at what the search found. `labels` are those of each batch.
 
         Raises:
-            CalibrationError: a gradient is NaN or infinite.
+            CalibrationError: the loss is NaN or infinite.
         """
         started = time.perf_counter()
         learned = self._stand_in()
@@ -233,7 +283,13 @@ class _Descent:
     def _advance(self, number: int, weights: Mapping[str, list[float]]) -> None:
         self.optimizer.zero_grad()
         terms = self.step.terms(number, self.batches[number], self.labels[number], weights)
-        terms.total(self.step.options).backward()
+        loss = terms.total(self.step.options)
+        if not bool(torch.isfinite(loss)):
+            raise CalibrationError(
+                f"the loss of the encoder is {float(loss)} in calibration batch {number}; load the model in a wider dtype, "
+                "lower encoder_lr, or turn the optimisation off with encoder_epochs=0"
+            )
+        loss.backward()
         self.optimizer.step()
         for module in self.bounded:
             module.keep_in_bounds()

@@ -12,26 +12,8 @@ from optimum_qvlm.pipeline.capture import first_tensor
 from optimum_qvlm.search.encoder import relative_error
 from optimum_qvlm.search.plan import PlannedPart, QuantPlan
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Elements:
-    """Which elements of a layer's output stand for it: up to `tokens` real tokens, up to `channels` channels.
-
-    They are drawn with the seed and the batch's number, the same for every layer of equal shape.
-    """
-
-    tokens: int = 256
-    channels: int = 16
-    seed: int = 0
-
-    def take(self, hidden: Tensor, valid: Tensor | None, number: int) -> Tensor:
-        """[tokens, channels] of `hidden` [..., channels]; `valid` [...] marks real tokens, None where all are."""
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        real = torch.arange(flat.shape[0]) if valid is None else valid.reshape(-1).cpu().nonzero().squeeze(1)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        rows = real[torch.randperm(len(real), generator=generator)[: self.tokens]].to(flat.device)
-        columns = torch.randperm(flat.shape[1], generator=generator)[: self.channels].to(flat.device)
-        return flat[rows[:, None], columns[None, :]]
+TOKENS = 128
+"""Tokens of a layer's output that its dependency is taken over in one step."""
 
 
 @dataclass(slots=True)
@@ -39,7 +21,7 @@ class Seen:
     """What one forward showed.
 
     Attributes:
-        samples: per part and layer, what `Elements` took of each of its calls.
+        samples: per part and layer, some tokens [tokens, channels] of each of its calls.
         ends: outputs of the encoder's and of the model's last layer, if asked for.
         vision, final: their errors against full precision.
         slopes: squared norms of the gradient at each layer's output, filled by a backward pass if asked for.
@@ -52,13 +34,24 @@ class Seen:
 
 
 class Observer:
-    """Hooks on the layers of all parts. The last vision part and the last part of all are the two ends."""
+    """Hooks on the layers of all parts. The last vision part and the last part of all are the two ends.
 
-    def __init__(self, model: nn.Module, plan: QuantPlan, elements: Elements) -> None:
-        self.model, self.elements = model, elements
+    Up to `TOKENS` real tokens of a call are drawn with the seed and the batch's number, the same for every layer that
+    has as many.
+    """
+
+    def __init__(self, model: nn.Module, plan: QuantPlan, seed: int) -> None:
+        self.model, self.seed = model, seed
         self.parts: Sequence[PlannedPart] = [part for part in plan.parts if part.name != "head"]
         vision = [part.name for part in self.parts if part.vision]
         self.ends = {vision[-1]: "vision", self.parts[-1].name: "final"}
+
+    def take(self, hidden: Tensor, valid: Tensor | None, number: int) -> Tensor:
+        """[tokens, channels] of `hidden` [..., channels]; `valid` [...] marks real tokens, None where all are."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        real = torch.arange(flat.shape[0]) if valid is None else valid.reshape(-1).cpu().nonzero().squeeze(1)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        return flat[real[torch.randperm(len(real), generator=generator)[:TOKENS]].to(flat.device)]
 
     @contextmanager
     def watching(
@@ -105,7 +98,7 @@ class _Look:
         hidden, name = first_tensor(output), self.part.name
         valid = None if self.part.vision or self.mask is None or self.mask.shape != hidden.shape[:-1] else self.mask
         calls = self.seen.samples[name][self.place]
-        calls.append(self.observer.elements.take(hidden, valid, self.number))
+        calls.append(self.observer.take(hidden, valid, self.number))
         if self.slopes and hidden.requires_grad:
             hidden.register_hook(self._note_slope)
         end = self.observer.ends.get(name)

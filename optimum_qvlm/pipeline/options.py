@@ -9,6 +9,7 @@ from typing import Literal
 from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.quant.entropy import Softness
 from optimum_qvlm.quant.spec import GroupSize, Scheme
+from optimum_qvlm.search.encoder import EncoderOptions
 from optimum_qvlm.search.rounding import ClipGrids
 
 Method = Literal["qvlm", "layerwise", "rtn"]
@@ -42,6 +43,7 @@ class CalibrationOptions:
         max_block_depth: layers of a block at most.
         threshold: h0 of the partition, None for the median dependency of the model.
         softness: of the assignment that dependency is measured with.
+        encoder: how tower and projector are optimised after their search.
     """
 
     language: LinearChoice
@@ -55,6 +57,7 @@ class CalibrationOptions:
     max_block_depth: int = 3
     threshold: float | None = None
     softness: Softness = "step_squared"
+    encoder: EncoderOptions = field(default_factory=EncoderOptions)
 
 
 def matches(pattern: str, name: str) -> bool:

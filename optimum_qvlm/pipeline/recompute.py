@@ -70,7 +70,7 @@ class _Recomputing:
         for place in places:
             leaves[place] = None  # else they would stay on the device until the backward pass
         call = _Call(self.inner, leaves, form, places)
-        outputs = _Recomputed.apply(call, self.unit, self.device, self.anchor, *tensors)
+        outputs: Any = _Recomputed.apply(call, self.unit, self.device, self.anchor, *tensors)  # type: ignore[no-untyped-call]
         return pytree.tree_unflatten(list(outputs), call.output_form)
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from optimum_qvlm.errors import SpecError
 from optimum_qvlm.kernels import fake_quantize_static, fake_quantize_tokens, hadamard
 from optimum_qvlm.quant.affine import QuantizedWeight, split_groups
+from optimum_qvlm.quant.entropy import Positions, Softness, soft_assignment
 from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
 
 
@@ -76,8 +77,26 @@ def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
     """Sum of absolute differences over the sum of absolute values of `wanted`, so that units cancel."""
-    difference = torch.linalg.vector_norm(found - wanted, ord=1, dtype=torch.float32)
-    return difference / torch.linalg.vector_norm(wanted, ord=1, dtype=torch.float32).clamp(min=1e-30)
+    difference: Tensor = torch.linalg.vector_norm(found - wanted, ord=1, dtype=torch.float32)
+    size: Tensor = torch.linalg.vector_norm(wanted, ord=1, dtype=torch.float32)
+    return difference / size.clamp(min=1e-30)
+
+
+def soft_dependency(first: Positions | None, second: Positions, softness: Softness = "step_squared") -> Tensor:
+    """`optimum_qvlm.quant.entropy.conditional_entropy` of the joint table as a differentiable fp32 scalar.
+
+    Without `first`, the entropy of `second` alone.
+    """
+    later = soft_assignment(second, softness)
+    if first is None:
+        return -_self_information(later.mean(dim=0))
+    table = soft_assignment(first, softness).T @ later / later.shape[0]
+    return _self_information(table.sum(dim=1)) - _self_information(table)
+
+
+def _self_information(shares: Tensor) -> Tensor:
+    """Sum of p log p; shares that are nearly zero count as zero, and have no gradient."""
+    return torch.where(shares > 1e-12, shares * shares.clamp(min=1e-12).log(), 0.0).sum()
 
 
 def weighted_entropy(dependencies: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
