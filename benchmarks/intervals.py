@@ -33,13 +33,19 @@ def of_mean(values: Tensor, seed: int = 0) -> Interval:
     return Interval(float(values.mean()), float(means.quantile(0.025)), float(means.quantile(0.975)))
 
 
-def of_correlation(first: Tensor, second: Tensor, *, ranks: bool, seed: int = 0) -> Interval:
+def of_correlation(
+    first: Tensor, second: Tensor, *, ranks: bool, clusters: Tensor | None = None, seed: int = 0
+) -> Interval:
     """Pearson's correlation of two [items], or Spearman's with `ranks`, resampled over the items.
 
-    Resamples in which one side is constant have no correlation and are left out.
+    Items of one number in `clusters` are drawn together, since they are not independent. Resamples in which one side
+    is constant have no correlation and are left out.
     """
     found = _correlation(first, second, ranks=ranks)
-    draws = [_correlation(first[drawn], second[drawn], ranks=ranks) for drawn in _draws(len(first), seed)]
+    names = torch.arange(len(first)) if clusters is None else clusters
+    members = [(names == name).nonzero().squeeze(1) for name in names.unique()]
+    chosen = (torch.cat([members[place] for place in drawn]) for drawn in _draws(len(members), seed).tolist())
+    draws = [_correlation(first[items], second[items], ranks=ranks) for items in chosen]
     valid = torch.tensor([draw for draw in draws if draw == draw], dtype=torch.float64)
     if len(valid) == 0:
         return Interval(found, float("nan"), float("nan"))

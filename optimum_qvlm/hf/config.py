@@ -149,10 +149,10 @@ class QVLMConfig(QuantizationConfigMixin):
         weight_clips: Sequence[float] | None = None,
         soft_assignment: Literal["step_squared", "step"] = "step_squared",
         encoder_epochs: int = 0,
-        encoder_lr: float = 1e-3,
+        encoder_lr: float = 1e-2,
         encoder_eta: float = 1.0,
-        encoder_l1: float = 0.01,
-        encoder_l2: float = 1.0,
+        encoder_l1: float = 1.0,
+        encoder_l2: float = 10.0,
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.scheme = scheme

@@ -139,6 +139,7 @@ class _Work:
         for part in self.plan.parts:
             values = [d.entropy for d in found[part.name]]
             blocks += partition(part.name, len(part.layers), values, threshold, options.max_block_depth)
+        blocks = blocks if options.blocks is None else list(options.blocks)
         self.plan = replace(self.plan, blocks=tuple(blocks), dependencies=dependencies, threshold=threshold)
 
     def _optimise_encoder(
@@ -166,6 +167,8 @@ class _Work:
         found = measure_part(self.model, part, Chain(runs, list(inputs), chain.sampler, self.device), entropy)
         values = [d.entropy for d in found]
         formed = partition(part.name, len(part.layers), values, plan.threshold, options.max_block_depth)
+        if options.blocks is not None:
+            formed = tuple(block for block in options.blocks if block.part == part.name)
         self.plan = plan.with_blocks(part.name, formed, tuple(found))
 
     def _forward(self) -> Callable[..., Any]:

@@ -233,7 +233,7 @@ class EncoderStep:
 
 
 class _Descent:
-    """Adam on the encoder's parameters, which ends at the best of what it passed."""
+    """Adam on the encoder's parameters, its rate falling to zero, which ends at the best of what it passed."""
 
     def __init__(
         self,
@@ -246,6 +246,8 @@ class _Descent:
         self.step, self.batches, self.labels = step, batches, labels
         self.parameters, self.bounded = parameters, bounded
         self.optimizer = torch.optim.Adam(parameters, lr=step.options.learning_rate)
+        steps = max(step.options.epochs * len(batches), 1)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda done: max(1 - done / steps, 0.0))
 
     def run(self) -> tuple[list[EncoderLoss], int]:
         """The loss before and after each epoch, and which of them the parameters are left at."""
@@ -286,11 +288,12 @@ class _Descent:
         loss = terms.total(self.step.options)
         if not bool(torch.isfinite(loss)):
             raise CalibrationError(
-                f"the loss of the encoder is {float(loss)} in calibration batch {number}; load the model in a wider dtype, "
-                "lower encoder_lr, or turn the optimisation off with encoder_epochs=0"
+                f"the loss of the encoder is {float(loss)} in calibration batch {number}; load the model in a wider "
+                "dtype, lower encoder_lr, or turn the optimisation off with encoder_epochs=0"
             )
         loss.backward()
         self.optimizer.step()
+        self.schedule.step()
         for module in self.bounded:
             module.keep_in_bounds()
 

@@ -10,6 +10,7 @@ from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.quant.entropy import Softness
 from optimum_qvlm.quant.spec import GroupSize, Scheme
 from optimum_qvlm.search.encoder import EncoderOptions
+from optimum_qvlm.search.plan import Block
 from optimum_qvlm.search.rounding import ClipGrids
 
 Method = Literal["qvlm", "layerwise", "rtn"]
@@ -43,6 +44,7 @@ class CalibrationOptions:
         max_block_depth: layers of a block at most.
         threshold: h0 of the partition, None for the median dependency of the model.
         softness: of the assignment that dependency is measured with.
+        blocks: to search in place of those that the measured dependency gives; every layer once, in order.
         encoder: how tower and projector are optimised after their search.
     """
 
@@ -57,6 +59,7 @@ class CalibrationOptions:
     max_block_depth: int = 3
     threshold: float | None = None
     softness: Softness = "step_squared"
+    blocks: tuple[Block, ...] | None = None
     encoder: EncoderOptions = field(default_factory=EncoderOptions)
 
 

@@ -31,9 +31,9 @@ class EncoderOptions:
     """
 
     epochs: int = 0
-    learning_rate: float = 1e-3
-    entropy_weight: float = 0.01
-    error_weight: float = 1.0
+    learning_rate: float = 1e-2
+    entropy_weight: float = 1.0
+    error_weight: float = 10.0
     final_share: float = 1.0
 
     def __post_init__(self) -> None:
