@@ -8,7 +8,7 @@ from dataclasses import dataclass
 Choice = tuple[int, ...]
 """One candidate's number per site."""
 
-EXHAUSTIVE_UP_TO = 32
+EXHAUSTIVE_UP_TO = 8
 """Combinations of candidates that are all tried; blocks with more are searched by coordinate descent."""
 
 MAX_SWEEPS = 3

@@ -57,7 +57,7 @@ def test_the_language_model_needs_a_scheme():
         QVLMConfig(None)
 
 
-@pytest.mark.parametrize("field", ["num_samples", "batch_size", "max_length", "search_tokens"])
+@pytest.mark.parametrize("field", ["num_samples", "batch_size", "max_length", "search_tokens", "max_block_depth"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, "64", None, True])
 def test_counts_must_be_positive_integers(field, value):
     with pytest.raises(ConfigError, match=f"{field} must be a positive integer, got {value!r}"):
@@ -327,3 +327,61 @@ def test_equality_is_of_settings():
     assert QVLMConfig("w4a8") == QVLMConfig("w4a8")
     assert QVLMConfig("w4a8") != QVLMConfig("w4a4")
     assert QVLMConfig("w4a8") != "w4a8"
+
+
+@pytest.mark.parametrize("value", [-0.1, "1", True, float("nan"), float("inf")])
+def test_thresholds_must_be_numbers_from_zero(value):
+    with pytest.raises(ConfigError, match="threshold must be None or a number of at least 0, got "):
+        QVLMConfig(threshold=value)
+
+
+@pytest.mark.parametrize("field", ["activation_clips", "weight_clips"])
+@pytest.mark.parametrize("value", [[], [0.9], [1.0, 0.0], [1.0, 1.1], [1.0, "0.9"], "1.0", 1.0, [1.0, None]])
+def test_grids_must_hold_clips_and_the_full_range(field, value):
+    """Without 1.0 there is no rounding to nearest to fall back to."""
+    with pytest.raises(ConfigError, match=f"{field} must be a list of numbers above 0 and up to 1, with 1.0 among"):
+        QVLMConfig(**{field: value})
+
+
+@pytest.mark.parametrize("field, allowed", [("activation_range", "dynamic, static"), ("soft_assignment", "step_squa")])
+@pytest.mark.parametrize("value", ["other", None, 1])
+def test_other_ranges_and_assignments_are_refused(field, allowed, value):
+    with pytest.raises(ConfigError, match=f"{field} must be one of {allowed}.*, got {value!r}"):
+        QVLMConfig(**{field: value})
+
+
+def test_static_ranges_without_data_are_refused():
+    with pytest.raises(ConfigError, match='activation_range="static" needs data, which method="rtn" does not use'):
+        QVLMConfig(activation_range="static", method="rtn")
+
+
+def test_settings_of_the_search_reach_the_options():
+    config = QVLMConfig(
+        "w4a4", max_block_depth=5, threshold=1.25, activation_clips=(1.0, 0.7), weight_clips=[1], soft_assignment="step"
+    )
+
+    options = QVLMConfig.from_dict(config.to_dict()).options()
+
+    assert (options.max_block_depth, options.threshold, options.softness) == (5, 1.25, "step")
+    assert options.grids.activation == (1.0, 0.7) and options.grids.weight == (1.0,)
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_the_papers_mode(bits):
+    """Quantiles 1.0 to 0.98 in steps of 0.005 as static bounds, three layers, 64 pairs, the tower at the same bits."""
+    config = QVLMConfig.paper(bits)
+
+    options = config.options()
+    assert config.num_samples == 64
+    assert options.max_block_depth == 3 and options.softness == "step"
+    for choice in (options.language, options.vision):
+        assert str(choice.scheme) == f"w{bits}a{bits}" and choice.static
+    assert options.grids.activation == (1.0, 0.995, 0.99, 0.985, 0.98)
+    assert options.grids.activation_margin == 0.0
+
+
+def test_the_papers_mode_takes_further_settings():
+    config = QVLMConfig.paper(overrides={"lm_head": "w8a8"}, vision_scheme=None, seed=3)
+
+    assert (config.scheme, config.vision_scheme, config.seed) == ("w4a4", None, 3)
+    assert config.options().overrides[0][1].static

@@ -291,3 +291,103 @@ def test_every_linear_is_still_a_linear_to_other_libraries(case):
     run(model, batches)
 
     assert all(isinstance(module, nn.Linear) for module in model.modules() if isinstance(module, QuantLinear))
+
+
+DEEP = {"text": {"num_hidden_layers": 5}, "vision": {"num_hidden_layers": 5}}
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("threshold", [None, 0.0, 100.0])
+def test_blocks_cover_every_layer_in_order(depth, threshold):
+    """None is the median: about half of the pairs exceed it. Whatever h0 is, no layer is lost or searched twice."""
+    model = tiny_llava(**DEEP)
+
+    result = run(model, LLAVA_BATCHES, "w4a4", max_block_depth=depth, threshold=threshold)
+
+    for part in result.plan.parts:
+        blocks = [block for block in result.plan.blocks if block.part == part.name]
+        assert [n for b in blocks for n in range(b.first, b.last + 1)] == list(range(len(part.layers)))
+        assert all(block.last - block.first < depth for block in blocks)
+        if threshold == 100.0:
+            assert len(blocks) == len(part.layers)
+        if threshold == 0.0:
+            assert len(blocks) <= -(-len(part.layers) // depth)
+    assert [error.layer for error in result.layers] == [x.name for part in result.plan.parts for x in part.layers]
+    assert [error.block for error in result.joint] == list(result.plan.blocks)
+
+
+def test_the_default_threshold_is_the_median_of_what_was_measured():
+    result = run(tiny_llava(**DEEP), LLAVA_BATCHES, "w4a4")
+
+    measured = sorted(dependency.entropy for dependency in result.plan.dependencies)
+    assert [(d.part, d.layer) for d in result.plan.dependencies] == [
+        *(("vision", n) for n in range(3)),
+        *(("language", n) for n in range(4)),
+    ]
+    assert result.plan.threshold == measured[3]
+    assert any(block.last > block.first for block in result.plan.blocks)
+    given = run(tiny_llava(**DEEP), LLAVA_BATCHES, "w4a4", threshold=1.5)
+    assert given.plan.threshold == 1.5 and given.plan.dependencies == result.plan.dependencies
+
+
+@pytest.mark.parametrize("scheme", ["w3a3", "w4a4", "w4a8"])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_no_block_ends_above_its_layer_wise_error(scheme, depth):
+    """The invariant of the joint search, on real blocks."""
+    result = run(tiny_llava(**DEEP), LLAVA_BATCHES, scheme, max_block_depth=depth, threshold=0.0)
+
+    assert all(0 <= error.after <= error.before and error.forwards >= 1 for error in result.joint)
+    if scheme == "w3a3":
+        assert any(error.after < error.before for error in result.joint)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_blocks_error_is_that_of_its_last_layer(depth):
+    """What the joint search measured is what the finished, packed layers give, where it saw all the data."""
+    result = run(tiny_llama(), LLAMA_BATCHES, "w3a3", max_block_depth=depth, threshold=0.0)
+
+    ends = [block.last for block in result.plan.blocks]
+    assert len(ends) == 2 // depth
+    for error, end in zip(result.joint, ends, strict=True):
+        assert error.share == 1.0
+        assert error.after == pytest.approx(result.layers[end].error, rel=1e-4)
+
+
+def test_sites_are_searched_alone_where_asked_for():
+    """The baseline that the joint search is compared with, on the same blocks of one layer."""
+    models = tiny_llava(), tiny_llava()
+    alone = run(models[0], LLAVA_BATCHES, "w3a3", method="layerwise")
+    jointly = run(models[1], LLAVA_BATCHES, "w3a3", max_block_depth=1)
+
+    assert alone.joint == [] and alone.plan.dependencies == () and alone.plan.threshold is None
+    assert all(error.chosen == error.found for error in alone.sites)
+    assert jointly.joint[0].before == pytest.approx(alone.layers[0].error, rel=1e-4)
+    assert any(error.chosen != error.found for error in jointly.sites)
+
+
+def test_a_bound_on_tokens_bounds_what_a_joint_search_runs():
+    few = run(tiny_llama(), LLAMA_BATCHES, "w4a4", search_tokens=5)
+
+    assert all(error.share < 1.0 for error in few.joint)
+
+
+@pytest.mark.parametrize("settings", [{}, {"soft_assignment": "step"}, {"activation_clips": [1.0, 0.98]}])
+def test_static_activations_get_one_scale(case, settings):
+    """Found once; no token's own range is looked at afterwards."""
+    model, batches = case
+
+    result = run(model, batches, "w4a4", activation_range="static", **settings)
+
+    assert all(entry.activation_static and entry.activation_group is None for entry in result.modules.values())
+    for site in result.plan.sites():
+        scales = [model.get_submodule(linear.path).input_scale for linear in site.linears]
+        assert all(scale.shape == (1,) and torch.equal(scale, scales[0]) for scale in scales)
+    assert all(error.found <= error.nearest for error in result.sites)
+    assert all(error.after <= error.before for error in result.joint)
+
+
+def test_joint_searches_need_candidates():
+    """Weight-only schemes have nothing to exchange yet: each block is run once, and stays as it is."""
+    result = run(tiny_llama(), LLAMA_BATCHES, "w4a16")
+
+    assert all(error.forwards == 1 and error.after == error.before for error in result.joint)

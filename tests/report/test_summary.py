@@ -87,3 +87,23 @@ def test_every_layer_site_and_module_is_listed(results):
     assert [layer["part"] for layer in report["layers"]] == ["vision"] * 3 + ["projector"] + ["language"] * 2
     assert len(report["modules"]) == 34
     assert {site["site"] for site in report["sites"]} == {module["site"] for module in report["modules"].values()}
+
+
+def test_blocks_are_listed_with_their_errors(results):
+    """Dependency, threshold, borders, and what the joint search did inside them."""
+    report = summary_of(results)
+
+    assert {entry["part"] for entry in report["dependency"]} == {"vision", "language"}
+    assert report["threshold"] > 0
+    layers = [n for block in report["blocks"] for n in range(block["first"], block["last"] + 1)]
+    assert len(layers) == len(report["layers"])
+    for block in report["blocks"]:
+        assert 0 <= block["after"] <= block["before"]
+        assert block["forwards"] >= 1 and 0 < block["share"] <= 1 and block["seconds"] >= 0
+
+
+def test_rounding_to_nearest_has_blocks_of_one_layer_and_no_search(results):
+    report = summary_of(results, "rtn")
+
+    assert report["threshold"] is None and report["dependency"] == []
+    assert all(set(block) == {"part", "first", "last"} for block in report["blocks"])

@@ -1,6 +1,7 @@
 """The search of one site: never worse than rounding to nearest, and clearly better where there is something to win."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optimum_qvlm.errors import SpecError
-from optimum_qvlm.kernels import fake_quantize_tokens
+from optimum_qvlm.kernels import fake_quantize_static, fake_quantize_tokens
 from optimum_qvlm.quant.affine import dequantize_weight, quantize_weight
+from optimum_qvlm.quant.observers import static_scale
 from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
+from optimum_qvlm.quant.transform import SiteTransform
 from optimum_qvlm.search import rounding
-from optimum_qvlm.search.rounding import ClipGrids, SiteChoice, SiteProblem, round_to_nearest, search_site
+from optimum_qvlm.search.rounding import ClipGrids, SiteChoice, SiteProblem, round_site, round_to_nearest, search_site
 
 ROUNDING_NOISE = 1e-4
 """Relative; the error is a sum over tokens and channels in fp32, taken here in another order and in fp64."""
@@ -292,3 +295,81 @@ def test_rounding_to_nearest_is_the_plain_rounding_of_every_weight(symmetric, sc
 def test_a_group_that_does_not_divide_is_refused():
     with pytest.raises(SpecError, match="group=48 does not divide in_features=64"):
         search_site(make_problem(group=48), ClipGrids())
+
+
+STATIC = ClipGrids(activation=(1.0, 0.995, 0.99, 0.985, 0.98), activation_margin=0.0)
+
+
+def static_problem(bits: int = 4, **changes) -> SiteProblem:
+    return replace(make_problem(**changes), activation=ActivationSpec(bits=bits, static=True))
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("seed", range(3))
+def test_static_bounds_are_quantiles_of_the_inputs(bits, seed):
+    """And never worse than the whole range."""
+    problem = static_problem(bits, inputs=heavy_tailed(60, 64, seed=seed), seed=seed)
+
+    choice = search_site(problem, STATIC)
+
+    assert choice.activation_clip in STATIC.activation
+    assert torch.equal(choice.input_scale, static_scale(problem.inputs, bits, choice.activation_clip))
+    assert choice.error <= choice.nearest_error
+    rounded = fake_quantize_static(problem.inputs, bits, choice.input_scale)
+    change = norm = 0.0
+    for name, weight in problem.weights.items():
+        wanted = problem.inputs.double() @ weight.double().T
+        change += float((rounded.double() @ dequantize_weight(choice.weights[name]).double().T - wanted).square().sum())
+        norm += float(wanted.square().sum())
+    assert choice.error == pytest.approx(change / norm, rel=ROUNDING_NOISE)
+
+
+def test_heavy_tails_make_static_bounds_worth_clipping():
+    choice = search_site(static_problem(4, inputs=heavy_tailed(60, 64)), STATIC)
+
+    assert choice.activation_clip < 1.0
+    assert choice.error < 0.9 * choice.nearest_error
+
+
+def test_dynamic_choices_carry_no_scale():
+    assert search_site(make_problem(), ClipGrids()).input_scale is None
+
+
+@pytest.mark.parametrize("activation_bits", [None, 4, 8])
+def test_the_search_rounds_its_weights_as_a_site_with_that_clip(activation_bits):
+    """So the candidates of a joint search differ from the layer-wise optimum by their clip alone."""
+    problem = make_problem(bits=3, activation_bits=activation_bits)
+
+    choice = search_site(problem, ClipGrids())
+    again = round_site(problem, activation_clip=choice.activation_clip)
+
+    assert again.error == choice.error and again.weight_clips == choice.weight_clips
+    assert all(torch.equal(again.weights[name].codes, choice.weights[name].codes) for name in choice.weights)
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.7])
+@pytest.mark.parametrize("activation_bits", [None, 4, 8])
+def test_weights_are_rounded_for_the_clip_they_are_given(clip, activation_bits):
+    problem = make_problem(activation_bits=activation_bits)
+
+    choice = round_site(problem, activation_clip=clip)
+
+    assert choice.activation_clip == clip
+    assert choice.error == pytest.approx(output_error(problem, choice), rel=ROUNDING_NOISE)
+
+
+def test_a_transform_is_folded_into_the_weights():
+    """Outliers in a few channels are spread over their block, so fewer bits are lost on all others."""
+    inputs = normal(60, 64)
+    inputs[:, ::16] *= 30
+    problem = make_problem(activation_bits=4, group=None, bits=8, inputs=inputs)
+    transform = SiteTransform(rotation=64)
+
+    plain, rotated = (round_site(problem, activation_clip=1.0, transform=t) for t in (SiteTransform(), transform))
+
+    assert rotated.transform is transform
+    assert rotated.error < 0.7 * plain.error
+    x = fake_quantize_tokens(transform.tokens(inputs), 4, None, 1.0)
+    wanted = inputs @ problem.weights["q"].T
+    found = x @ dequantize_weight(rotated.weights["q"]).T
+    assert float((found - wanted).square().sum() / wanted.square().sum()) == pytest.approx(rotated.error, rel=0.3)
