@@ -18,7 +18,7 @@ from tests.plans import CPU, plan_for
 from tests.tiny_models import llama_batch, llava_batch, tiny_llama, tiny_llava
 
 RECIPE = Recipe(source="user", samples=8, seed=0, fingerprint="0")
-SETTINGS = {"vision_scheme": "w4a4", "encoder_lr": 1e-2}
+SETTINGS = {"vision_scheme": "w4a4"}
 
 
 def make_data(seeds=range(4), rows=4):
@@ -82,15 +82,16 @@ def test_the_loss_falls_on_the_calibration_set(learned):
     assert losses[result.encoder.chosen].total < losses[0].total
 
 
-def test_the_loss_falls_on_samples_that_it_never_saw(learned):
-    """With factors that count errors alone: those are what generalises in a model with random weights."""
+@pytest.mark.slow
+def test_the_loss_falls_on_samples_that_it_never_saw():
+    """With factors that let errors decide: the answers of a model with random weights cannot be learned."""
     model, before = tiny_llava(), tiny_llava()
-    data = make_data(range(8), rows=8)
-    settings = {"encoder_l2": 100.0, "encoder_l1": 0.1}
-    run(before, 0, data)
-    run(model, 6, data, **settings)
+    data = make_data(range(8), rows=32)
+    settings = {"encoder_lr": 2e-3, "encoder_l2": 100.0, "method": "layerwise"}
+    run(before, 0, data, **settings)
+    run(model, 3, data, **settings)
 
-    held_out = make_data(range(50, 54), rows=8)
+    held_out = make_data(range(50, 54), rows=32)
     assert held_out_loss(model, held_out, **settings) < held_out_loss(before, held_out, **settings)
 
 
@@ -216,10 +217,11 @@ def test_every_scheme_is_optimised(scheme, vision_scheme):
 def test_static_ranges_are_learned():
     """The paper's mode."""
     model, before = tiny_llava(), tiny_llava()
-    settings = {"activation_range": "static", "soft_assignment": "step"}
+    settings = {"activation_range": "static", "soft_assignment": "step", "encoder_lr": 2e-3, "encoder_l2": 100.0}
+    data = make_data(rows=16)
 
-    run(before, 0, **settings)
-    result = run(model, 3, **settings)
+    run(before, 0, data, **settings)
+    result = run(model, 3, data, **settings)
 
     old = vision_modules(before)
     assert result.encoder.chosen > 0
