@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -197,6 +198,18 @@ def test_the_depth_of_blocks_is_reported_before_and_after(learned):
     assert len(result.encoder.mean_depths) == 3
     assert result.encoder.mean_depths[-1] == result.plan.mean_depth("language")
     assert all(1 <= depth <= 2 for depth in result.encoder.mean_depths)
+
+
+def test_blocks_that_are_given_stay():
+    """Benchmarks compare partitions; forming them again would make all the same."""
+    model = tiny_llava()
+    plan = plan_for(model, "w4a4", **SETTINGS)
+    options = replace(QVLMConfig("w4a4", **SETTINGS, encoder_epochs=1).options(), blocks=plan.blocks)
+
+    result = calibrate(model, plan, options, make_data(range(1)), CPU)
+
+    assert result.plan.blocks == plan.blocks
+    assert result.encoder.mean_depths == (1.0, 1.0, 1.0)
 
 
 def test_without_blocks_there_is_no_depth():
