@@ -16,6 +16,7 @@ from optimum_qvlm.hf.migration import migrate
 from optimum_qvlm.pipeline.options import FAST_CLIPS, CalibrationOptions, Effort, LinearChoice, Method, site_options
 from optimum_qvlm.quant.entropy import SOFTNESS
 from optimum_qvlm.quant.spec import GroupSize, Scheme
+from optimum_qvlm.search.encoder import EncoderOptions
 from optimum_qvlm.search.plan import ModuleRecord
 from optimum_qvlm.search.rounding import ClipGrids
 from optimum_qvlm.search.transforms import KINDS
@@ -53,6 +54,11 @@ _SETTINGS = (
     "transforms",
     "error_feedback",
     "servable",
+    "encoder_epochs",
+    "encoder_lr",
+    "encoder_eta",
+    "encoder_l1",
+    "encoder_l2",
 )
 _RESULTS = ("modules", "blocks", "calibration", "manifest", "digest")
 
@@ -122,6 +128,12 @@ class QVLMConfig(QuantizationConfigMixin):
         error_feedback: let each channel of a weight make good what rounding the ones before it did wrong; False
             rounds each weight on its own.
         servable: leave out what other runtimes cannot do in a forward, which is every transform.
+        encoder_epochs: passes over the samples in which tower and projector are optimised by gradients through the
+            language model, after their search; 0 leaves that out.
+        encoder_lr: learning rate of that.
+        encoder_eta: share of the language model's final error beside the error of the encoder's output.
+        encoder_l1: factor of the weighted dependencies of layers in its loss.
+        encoder_l2: factor of the two errors in its loss.
 
     Raises:
         ConfigError, SpecError: a field is not valid.
@@ -163,6 +175,11 @@ class QVLMConfig(QuantizationConfigMixin):
         transforms: Literal["auto", "off", "equalize", "rotate", "both"] = "auto",
         error_feedback: bool = True,
         servable: bool = False,
+        encoder_epochs: int = 0,
+        encoder_lr: float = 1e-2,
+        encoder_eta: float = 1.0,
+        encoder_l1: float = 1.0,
+        encoder_l2: float = 10.0,
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.scheme = scheme
@@ -191,6 +208,11 @@ class QVLMConfig(QuantizationConfigMixin):
         self.transforms = transforms
         self.error_feedback = error_feedback
         self.servable = servable
+        self.encoder_epochs = encoder_epochs
+        self.encoder_lr = encoder_lr
+        self.encoder_eta = encoder_eta
+        self.encoder_l1 = encoder_l1
+        self.encoder_l2 = encoder_l2
         self.record: CalibrationRecord | None = None
         self._validate()
 
@@ -211,6 +233,7 @@ class QVLMConfig(QuantizationConfigMixin):
             "soft_assignment": "step",
             "transforms": "off",
             "error_feedback": False,
+            "encoder_epochs": 10,
         }
         return cls(**(mode | settings))
 
@@ -241,6 +264,13 @@ class QVLMConfig(QuantizationConfigMixin):
             max_block_depth=self.max_block_depth,
             threshold=self.threshold,
             softness=self.soft_assignment,
+            encoder=EncoderOptions(
+                epochs=self.encoder_epochs,
+                learning_rate=self.encoder_lr,
+                entropy_weight=self.encoder_l1,
+                error_weight=self.encoder_l2,
+                final_share=self.encoder_eta,
+            ),
         )
 
     def _grids(self, static: bool) -> ClipGrids:
@@ -372,6 +402,7 @@ class QVLMConfig(QuantizationConfigMixin):
                 f"servable=True leaves out transforms, which other runtimes cannot apply, but transforms="
                 f'{self.transforms!r} asks for one; use transforms="auto", or servable=False'
             )
+        self._check_encoder()
         _check_group(self.group_size, "group_size")
         keep: Any = self.modules_to_not_convert
         if keep is not None and not (_is_list(keep) and all(isinstance(p, str) for p in keep)):
@@ -387,6 +418,17 @@ class QVLMConfig(QuantizationConfigMixin):
             raise ConfigError(f"threshold must be None or a number of at least 0, got {self.threshold!r}")
         self.activation_clips = _read_clips(self.activation_clips, "activation_clips")
         self.weight_clips = _read_clips(self.weight_clips, "weight_clips")
+
+    def _check_encoder(self) -> None:
+        epochs: Any = self.encoder_epochs
+        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 0:
+            raise ConfigError(f"encoder_epochs must be an integer of at least 0, got {epochs!r}")
+        for name in ("encoder_lr", "encoder_eta", "encoder_l1", "encoder_l2"):
+            value = getattr(self, name)
+            if not (_is_number(value) and value >= 0):
+                raise ConfigError(f"{name} must be a number of at least 0, got {value!r}")
+        if self.encoder_lr == 0:
+            raise ConfigError("encoder_lr must be above 0, got 0; encoder_epochs=0 turns the optimisation off")
 
 
 def _read_clips(value: Any, name: str) -> list[float] | None:

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from transformers import AutoProcessor
 
-from optimum_qvlm.data.loader import Batch, LoaderOptions, fingerprint, make_batches, read_dataset
+from optimum_qvlm.data.loader import (
+    Batch,
+    LoaderOptions,
+    fingerprint,
+    make_batches,
+    make_labelled_batches,
+    read_dataset,
+)
 from optimum_qvlm.data.recipe import Recipe
 from optimum_qvlm.data.sample import Sample
 from optimum_qvlm.errors import CheckpointError, DataError
@@ -121,8 +128,10 @@ class _Loaded:
         return fill_answers(self.model, samples, self.processor, layers=layers, device=device, batch=batch)
 
     def render(self, samples: list[Sample]) -> list[Batch]:
-        """Batches of model inputs."""
-        return make_batches(samples, self.processor, self.options, self.image_tokens)
+        """Batches of model inputs, with labels where the encoder step will want them and all answers are known."""
+        labelled = self.config.encoder_epochs > 0 and all(s.answer is not None or s.text is not None for s in samples)
+        make = make_labelled_batches if labelled else make_batches
+        return make(samples, self.processor, self.options, self.image_tokens)
 
     def holds_image(self, batch: Batch) -> bool:
         """Whether a token of the batch stands for an image."""
@@ -135,13 +144,22 @@ class _Loaded:
                 f"no calibration input holds an image token ({', '.join(map(str, self.image_tokens))}); the "
                 "processor's chat template must place one for each image"
             )
+        labels = [batch.pop("labels") if "labels" in batch else self._text_labels(batch) for batch in batches]
         recipe = Recipe(
             source=self.origin,
             samples=sum(batch["input_ids"].shape[0] for batch in batches),
             seed=self.config.seed,
             fingerprint=fingerprint(batches),
         )
-        return CalibrationData(batches=batches, recipe=recipe)
+        return CalibrationData(batches=batches, recipe=recipe, labels=labels)
+
+    def _text_labels(self, batch: Batch) -> torch.Tensor:
+        """Ready model inputs do not say which tokens are the answer: all that are text then."""
+        ids = batch["input_ids"]
+        text = ~torch.isin(ids, torch.tensor(self.image_tokens, dtype=ids.dtype))
+        if "attention_mask" in batch and batch["attention_mask"].shape == ids.shape:
+            text &= batch["attention_mask"].bool()
+        return torch.where(text, ids, -100)
 
 
 def users_processor(config: QVLMConfig) -> Any:

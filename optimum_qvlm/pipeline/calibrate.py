@@ -18,6 +18,7 @@ from optimum_qvlm.pipeline.blocks import SiteCandidates, install, search_jointly
 from optimum_qvlm.pipeline.capture import Run, Tracer
 from optimum_qvlm.pipeline.chain import Chain
 from optimum_qvlm.pipeline.dependency import EntropyOptions, measure_part
+from optimum_qvlm.pipeline.encoder import EncoderResult, EncoderStep
 from optimum_qvlm.pipeline.options import CalibrationOptions
 from optimum_qvlm.pipeline.result import BlockError, CalibrationResult, LayerError, SiteError
 from optimum_qvlm.pipeline.streaming import resident
@@ -31,10 +32,14 @@ from optimum_qvlm.search.rounding import round_site, round_to_nearest, search_si
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationData:
-    """Batches of model inputs on the CPU, and the record of where they come from."""
+    """Batches of model inputs on the CPU, and the record of where they come from.
+
+    `labels` are needed where the encoder is optimised: per batch the token ids of the answers, -100 elsewhere.
+    """
 
     batches: Sequence[Mapping[str, Tensor]]
     recipe: Recipe
+    labels: Sequence[Tensor] = ()
 
 
 def calibrate(
@@ -60,7 +65,7 @@ def calibrate(
         if data is None:
             work.round_all(bar)
         else:
-            work.search_all(data.batches, bar)
+            work.search_all(data, bar)
     return CalibrationResult(
         plan=work.plan,
         modules=work.modules,
@@ -69,6 +74,7 @@ def calibrate(
         sites=work.sites,
         layers=work.layers,
         joint=work.joint,
+        encoder=work.encoder,
     )
 
 
@@ -82,6 +88,7 @@ class _Work:
     sites: list[SiteError] = field(default_factory=list)
     layers: list[LayerError] = field(default_factory=list)
     joint: list[BlockError] = field(default_factory=list)
+    encoder: EncoderResult | None = None
 
     def round_all(self, bar: Any) -> None:
         for part in self.plan.parts:
@@ -97,7 +104,8 @@ class _Work:
                 weights, specs = self._weights(site)
                 self._swap(site, round_to_nearest(weights, specs, self._scale_dtype(site)))
 
-    def search_all(self, batches: Sequence[Mapping[str, Tensor]], bar: Any) -> None:
+    def search_all(self, data: CalibrationData, bar: Any) -> None:
+        batches = data.batches
         tracer = Tracer.of(self.model, self.plan, self.device)
         bar.set_description("capturing inputs")
         captured = tracer.capture(batches)
@@ -110,8 +118,14 @@ class _Work:
         if self.options.joint:
             bar.set_description("measuring dependency")
             self._form_blocks(chains)
+        step = EncoderStep.of(self.model, self.plan, self.options, self.device)
+        if step is not None:
+            step.note(batches)
         for index, part in enumerate(self.plan.parts):
             chain = chains.pop(part.name)
+            if step is not None and self.encoder is None and not part.vision:
+                bar.set_description("optimising the encoder")
+                self._optimise_encoder(step, data, part, chain, tracer)
             if index > 0:
                 chain.enter(tracer.enter(part, batches, chain.runs))
             self._search_part(part, chain, bar)
@@ -134,7 +148,36 @@ class _Work:
         for part in self.plan.parts:
             values = [d.entropy for d in found[part.name]]
             blocks += partition(part.name, len(part.layers), values, threshold, options.max_block_depth)
+        blocks = blocks if options.blocks is None else list(options.blocks)
         self.plan = replace(self.plan, blocks=tuple(blocks), dependencies=dependencies, threshold=threshold)
+
+    def _optimise_encoder(
+        self, step: EncoderStep, data: CalibrationData, part: PlannedPart, chain: Chain, tracer: Tracer
+    ) -> None:
+        """Between the vision parts and `part`, whose blocks are formed again on the features that it gets now."""
+        depths: list[float] = []
+        if self.options.joint:
+            depths.append(self.plan.mean_depth(part.name))
+            self._form_blocks_again(part, chain, tracer.enter(part, data.batches, chain.runs))
+            depths.append(self.plan.mean_depth(part.name))
+        found = step.learn(data.batches, data.labels, self.modules)
+        self.modules |= found.records
+        if self.options.joint:
+            self._form_blocks_again(part, chain, tracer.enter(part, data.batches, chain.runs))
+            depths.append(self.plan.mean_depth(part.name))
+        self.encoder = replace(found, mean_depths=tuple(depths))
+
+    def _form_blocks_again(self, part: PlannedPart, chain: Chain, entering: list[Run]) -> None:
+        """The partition of one part on what enters it now, with the threshold as it is."""
+        options, plan = self.options, self.plan
+        assert plan.threshold is not None
+        entropy = EntropyOptions.of(plan, options.softness, options.search_tokens, options.seed)
+        found = measure_part(self.model, part, Chain.of(entering, chain.sampler, self.device), entropy)
+        values = [d.entropy for d in found]
+        formed = partition(part.name, len(part.layers), values, plan.threshold, options.max_block_depth)
+        if options.blocks is not None:
+            formed = tuple(block for block in options.blocks if block.part == part.name)
+        self.plan = plan.with_blocks(part.name, formed, tuple(found))
 
     def _search_part(self, part: PlannedPart, chain: Chain, bar: Any) -> None:
         for number, block in enumerate(self.plan.blocks, start=1):

@@ -91,15 +91,14 @@ def dependency(first: Tensor, second: Tensor, options: EntropyOptions) -> tuple[
     """
     order = torch.randperm(second.shape[1], generator=torch.Generator().manual_seed(options.seed))
     channels = order[:CHANNELS].sort().values.to(second.device)
-    later = _positions(second, options).columns(channels)
+    later = positions(second, options).columns(channels)
     if first.shape != second.shape:
         return marginal_entropy(later, options.softness), True
-    return conditional_entropy(
-        joint_table(_positions(first, options).columns(channels), later, options.softness)
-    ), False
+    return conditional_entropy(joint_table(positions(first, options).columns(channels), later, options.softness)), False
 
 
-def _positions(x: Tensor, options: EntropyOptions) -> Positions:
+def positions(x: Tensor, options: EntropyOptions) -> Positions:
+    """Where an output [tokens, channels] lies on the grid that dependency is measured on."""
     group = next((size for size in AUTO_GROUPS if x.shape[1] % size == 0), None)
     return grid_positions(x, options.bits, None if options.static else group, static=options.static)
 

@@ -9,6 +9,8 @@ from typing import Literal
 from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.quant.entropy import Softness
 from optimum_qvlm.quant.spec import GroupSize, Scheme
+from optimum_qvlm.search.encoder import EncoderOptions
+from optimum_qvlm.search.plan import Block
 from optimum_qvlm.search.rounding import ClipGrids, SiteOptions
 from optimum_qvlm.search.transforms import KINDS, Kind, TransformOptions
 from optimum_qvlm.search.weights import FeedbackOptions
@@ -53,6 +55,8 @@ class CalibrationOptions:
         softness: of the assignment that dependency is measured with.
         joint: search the sites of each block together, on blocks formed by dependency.
         search: what the search of a site may do.
+        blocks: to search in place of those that the measured dependency gives; every layer once, in order.
+        encoder: how tower and projector are optimised after their search.
     """
 
     language: LinearChoice
@@ -67,6 +71,8 @@ class CalibrationOptions:
     threshold: float | None = None
     softness: Softness = "step_squared"
     search: SiteOptions = field(default_factory=SiteOptions)
+    blocks: tuple[Block, ...] | None = None
+    encoder: EncoderOptions = field(default_factory=EncoderOptions)
 
 
 def site_options(clips: ClipGrids, effort: Effort, transforms: Transforms, *, error_feedback: bool) -> SiteOptions:

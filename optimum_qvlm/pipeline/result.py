@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from optimum_qvlm.data.recipe import Recipe
+from optimum_qvlm.pipeline.encoder import EncoderResult
 from optimum_qvlm.search.plan import Block, ModuleRecord, QuantPlan
 
 
@@ -68,6 +69,7 @@ class CalibrationResult:
     sites: list[SiteError] = field(default_factory=list)
     layers: list[LayerError] = field(default_factory=list)
     joint: list[BlockError] = field(default_factory=list)
+    encoder: EncoderResult | None = None
 
     def blocks(self) -> list[dict[str, Any]]:
         """The partition as plain JSON values."""

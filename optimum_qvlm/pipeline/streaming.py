@@ -34,7 +34,7 @@ def streamed(model: nn.Module, layers: Iterable[str], device: torch.device) -> I
         yield
         return
     with ExitStack() as stack:
-        for module in _units(model, set(layers)):
+        for module in units(model, set(layers)):
             before = module.register_forward_pre_hook(lambda m, _args: _move(m, device))
             after = module.register_forward_hook(lambda m, _args, _out: _move(m, torch.device("cpu")), always_call=True)
             stack.callback(before.remove)
@@ -45,14 +45,14 @@ def streamed(model: nn.Module, layers: Iterable[str], device: torch.device) -> I
         yield
 
 
-def _units(model: nn.Module, layers: set[str], prefix: str = "") -> Iterator[nn.Module]:
-    """Outermost modules that are a layer or hold none."""
+def units(model: nn.Module, layers: set[str], prefix: str = "") -> Iterator[nn.Module]:
+    """The modules that move as one: outermost modules of `model` that are one of `layers` or hold none of them."""
     for name, child in model.named_children():
         path = f"{prefix}{name}"
         if path in layers or not any(layer.startswith(f"{path}.") for layer in layers):
             yield child
         else:
-            yield from _units(child, layers, f"{path}.")
+            yield from units(child, layers, f"{path}.")
 
 
 def _holders(model: nn.Module, layers: set[str]) -> Iterator[nn.Module]:

@@ -47,6 +47,7 @@ def summarize(
         ],
         "blocks": _blocks(result),
         "layers": [{"part": e.part, "layer": e.layer, "error": e.error} for e in result.layers],
+        "encoder": None if result.encoder is None else result.encoder.to_dict(),
         "sites": [{"site": e.site, "nearest": e.nearest, "found": e.found, "chosen": e.chosen} for e in result.sites],
         "modules": {name: record.to_dict() for name, record in result.modules.items()},
     }

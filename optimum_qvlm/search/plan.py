@@ -1,7 +1,7 @@
 """What is going to be quantized, and what each linear got. Frozen values that can be printed and saved."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
@@ -95,6 +95,21 @@ class QuantPlan:
     dependencies: tuple[Dependency, ...] = ()
     threshold: float | None = None
     unused: tuple[PlannedLayer, ...] = ()
+
+    def with_blocks(self, part: str, blocks: tuple[Block, ...], dependencies: tuple[Dependency, ...]) -> "QuantPlan":
+        """Another partition of one part, and what it was formed by, in the order of the parts."""
+        names = [p.name for p in self.parts]
+        kept = [b for b in self.blocks if b.part != part], [d for d in self.dependencies if d.part != part]
+        return replace(
+            self,
+            blocks=tuple(sorted([*kept[0], *blocks], key=lambda b: (names.index(b.part), b.first))),
+            dependencies=tuple(sorted([*kept[1], *dependencies], key=lambda d: (names.index(d.part), d.layer))),
+        )
+
+    def mean_depth(self, part: str) -> float:
+        """Layers per block of a part."""
+        depths = [block.last - block.first + 1 for block in self.blocks if block.part == part]
+        return sum(depths) / len(depths)
 
     def sites(self) -> list[Site]:
         """All sites, those of the parts in execution order, then those of unused layers."""

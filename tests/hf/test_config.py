@@ -9,6 +9,7 @@ from optimum_qvlm import QVLMConfig, QVLMError
 from optimum_qvlm.errors import ConfigError, SpecError
 from optimum_qvlm.hf.config import FORMAT_VERSION, CalibrationRecord, config_digest, config_identity
 from optimum_qvlm.quant.spec import Scheme
+from optimum_qvlm.search.encoder import EncoderOptions
 from optimum_qvlm.search.plan import ModuleRecord
 
 OVERRIDES = {"lm_head": "w8a8", "layers.0": None, "*.down_proj": {"scheme": "w4a16", "group_size": 32}}
@@ -429,3 +430,42 @@ def test_the_papers_mode_takes_further_settings():
 
     assert (config.scheme, config.vision_scheme, config.seed) == ("w4a4", None, 3)
     assert config.options().overrides[0][1].static
+
+
+def test_encoder_settings_become_options():
+    config = QVLMConfig(encoder_epochs=3, encoder_lr=0.5, encoder_eta=0.25, encoder_l1=2, encoder_l2=0)
+
+    encoder = config.options().encoder
+
+    found = (encoder.epochs, encoder.learning_rate, encoder.final_share, encoder.entropy_weight, encoder.error_weight)
+    assert found == (3, 0.5, 0.25, 2, 0)
+    assert QVLMConfig.from_dict(config.to_dict()) == config
+
+
+def test_the_defaults_of_the_encoder_are_those_of_its_options():
+    """Two places that state them must not drift apart."""
+    assert QVLMConfig().options().encoder == EncoderOptions()
+
+
+def test_the_papers_mode_optimises_the_encoder():
+    assert QVLMConfig.paper().options().encoder.epochs == 10
+    assert QVLMConfig.paper(encoder_epochs=0).options().encoder.epochs == 0
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, "10", None])
+def test_epochs_that_are_no_number_of_passes_are_refused(value):
+    with pytest.raises(ConfigError, match="encoder_epochs must be an integer of at least 0, got"):
+        QVLMConfig(encoder_epochs=value)
+
+
+@pytest.mark.parametrize("field", ["encoder_lr", "encoder_eta", "encoder_l1", "encoder_l2"])
+@pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf"), "1", None, True])
+def test_factors_that_are_no_number_are_refused(field, value):
+    with pytest.raises(ConfigError, match=f"{field} must be a number of at least 0, got"):
+        QVLMConfig(**{field: value})
+
+
+def test_a_learning_rate_of_zero_is_refused():
+    """It would cost the time of the step and change nothing."""
+    with pytest.raises(ConfigError, match=r"encoder_lr must be above 0.*encoder_epochs=0 turns"):
+        QVLMConfig(encoder_lr=0)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoProcessor
 
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.data.loader import fingerprint
@@ -12,7 +14,7 @@ from optimum_qvlm.hf.source import Source
 from optimum_qvlm.models.registry import adapter_for
 from optimum_qvlm.pipeline.planner import make_plan
 from tests.jobs import load
-from tests.tiny_models import llama_batch, llava_batch, tiny_llama
+from tests.tiny_models import IMAGE_TOKEN, llama_batch, llava_batch, tiny_llama
 
 CPU = torch.device("cpu")
 
@@ -116,3 +118,35 @@ def test_a_named_processor_is_loaded(llama_folder, bundled_folder):
     data = prepare(llama_folder, dataset=["Hello"], processor=str(bundled_folder))
 
     assert data.batches[0]["input_ids"].shape[0] == 1
+
+
+def test_labels_mark_the_answers_where_the_encoder_learns_from_them(bundled_folder):
+    """Answers alone: the loss would else be that of guessing the questions."""
+    picture = Image.new("RGB", (48, 48), (200, 30, 30))
+    records = [{"image": picture, "question": "Is there a 4?", "answer": answer} for answer in ("yes", "no")]
+    tokenizer = AutoProcessor.from_pretrained(bundled_folder).tokenizer
+
+    data = prepare(bundled_folder, dataset=records, encoder_epochs=1)
+
+    texts = [tokenizer.decode(row[row != -100], skip_special_tokens=True).strip() for row in data.labels[0]]
+    assert texts == ["yes", "no"]
+
+
+def test_model_inputs_have_labels_where_they_have_text(llava_folder):
+    """They do not say what the answer is."""
+    batch = llava_batch(padding=2)
+
+    labels = prepare(llava_folder, dataset=[batch], encoder_epochs=1).labels[0]
+
+    text = (batch["input_ids"] != IMAGE_TOKEN) & batch["attention_mask"].bool()
+    assert torch.equal(labels, torch.where(text, batch["input_ids"], -100))
+
+
+def test_learning_from_answers_changes_no_batch(bundled_folder):
+    """The fingerprint says what data was used, not what for."""
+    records = [{"image": Image.new("RGB", (48, 48)), "question": "Is there a 4?", "answer": "no"}]
+
+    plain, learned = (prepare(bundled_folder, dataset=records, encoder_epochs=epochs) for epochs in (0, 1))
+
+    assert learned.recipe == plain.recipe
+    assert all("labels" not in batch for batch in learned.batches)

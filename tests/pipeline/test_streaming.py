@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from optimum_qvlm.models.registry import adapter_for
-from optimum_qvlm.pipeline.streaming import _holders, _units, resident, streamed
+from optimum_qvlm.pipeline.streaming import _holders, resident, streamed, units
 from tests.plans import CPU
 from tests.tiny_models import tiny_llama, tiny_llava
 
@@ -26,12 +26,12 @@ def paths_of(model, modules):
 
 
 def test_every_layer_is_a_unit(model):
-    assert layers_of(model) <= set(paths_of(model, _units(model, layers_of(model))))
+    assert layers_of(model) <= set(paths_of(model, units(model, layers_of(model))))
 
 
 def test_units_do_not_contain_each_other(model):
     """One would be taken from the device while the other still runs."""
-    paths = paths_of(model, _units(model, layers_of(model)))
+    paths = paths_of(model, units(model, layers_of(model)))
 
     assert len(paths) == len(set(paths))
     assert not [(a, b) for a in paths for b in paths if b.startswith(f"{a}.")]
@@ -40,8 +40,8 @@ def test_units_do_not_contain_each_other(model):
 def test_every_tensor_is_in_one_unit_or_held_for_the_whole_time(model):
     """A tensor that is nowhere would stay on the CPU and stop the forward."""
     layers = layers_of(model)
-    units = [module for unit in _units(model, layers) for module in unit.modules()]
-    moved = {id(t) for m in units for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}
+    modules = [module for unit in units(model, layers) for module in unit.modules()]
+    moved = {id(t) for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}
     held = {
         id(tensor)
         for holder in _holders(model, layers)
@@ -62,7 +62,7 @@ def test_holders_are_what_lies_above_layers(model):
 def test_without_layers_every_child_is_a_unit():
     model = tiny_llama()
 
-    assert paths_of(model, _units(model, set())) == ["model", "lm_head"]
+    assert paths_of(model, units(model, set())) == ["model", "lm_head"]
     assert paths_of(model, _holders(model, set())) == []
 
 

@@ -7,6 +7,7 @@ import pytest
 from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
 from optimum_qvlm.search.plan import (
     Block,
+    Dependency,
     ModuleRecord,
     PlannedLayer,
     PlannedLinear,
@@ -107,3 +108,44 @@ def test_fields_too_many_or_too_few_are_refused(change, message):
 
     with pytest.raises(TypeError, match=message):
         ModuleRecord.from_dict(values)
+
+
+def plan_in_blocks() -> QuantPlan:
+    parts = tuple(
+        PlannedPart(
+            name=name, layers=tuple(PlannedLayer(path=f"{name}.{n}", name=f"{name}.{n}", sites=()) for n in "abc")
+        )
+        for name in ("vision", "language")
+    )
+    return QuantPlan(
+        parts=parts,
+        blocks=tuple(Block(part=name, first=n, last=n) for name in ("vision", "language") for n in range(3)),
+        kept=(),
+        dependencies=tuple(
+            Dependency(part=name, layer=n, entropy=1.0) for name in ("vision", "language") for n in (0, 1)
+        ),
+        threshold=0.5,
+    )
+
+
+@pytest.mark.parametrize("part", ["vision", "language"])
+def test_the_blocks_of_one_part_are_exchanged_and_the_order_kept(part: str) -> None:
+    plan = plan_in_blocks()
+    formed = (Block(part=part, first=0, last=1), Block(part=part, first=2, last=2))
+    measured = tuple(Dependency(part=part, layer=n, entropy=2.0) for n in (0, 1))
+
+    changed = plan.with_blocks(part, formed, measured)
+
+    assert tuple(block for block in changed.blocks if block.part == part) == formed
+    assert [block.part for block in changed.blocks] == sorted((b.part for b in changed.blocks), reverse=True)
+    assert [d.entropy for d in changed.dependencies if d.part == part] == [2.0, 2.0]
+    assert sum(d.entropy == 1.0 for d in changed.dependencies) == 2
+    assert changed.threshold == plan.threshold
+
+
+def test_mean_depth_is_layers_per_block() -> None:
+    plan = plan_in_blocks()
+
+    assert plan.mean_depth("language") == 1.0
+    joined = plan.with_blocks("language", (Block(part="language", first=0, last=1), plan.blocks[-1]), ())
+    assert joined.mean_depth("language") == 1.5 and joined.mean_depth("vision") == 1.0

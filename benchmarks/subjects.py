@@ -1,0 +1,142 @@
+"""Models that the method is examined on: calibrated in memory, compared with full precision."""
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import smollm2
+import tiny_vlm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+from optimum_qvlm import QVLMConfig
+from optimum_qvlm.data.loader import Batch, LoaderOptions, make_labelled_batches
+from optimum_qvlm.data.recipe import Recipe
+from optimum_qvlm.data.sample import read_sample
+from optimum_qvlm.models.registry import adapter_for
+from optimum_qvlm.pipeline.calibrate import CalibrationData, calibrate
+from optimum_qvlm.pipeline.planner import make_plan
+from optimum_qvlm.pipeline.result import CalibrationResult
+from optimum_qvlm.report.fidelity import answer_logits, right_answers
+from optimum_qvlm.search.plan import Block, QuantPlan
+
+CPU = torch.device("cpu")
+NAMES = ("plain", "outlier", "smollm2")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """How much data is used. `batch` is samples per calibration batch, `chunk` tokens per text of SmolLM2."""
+
+    samples: int
+    questions: int
+    batch: int = 8
+    chunk: int = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantized:
+    """One calibrated model: what was reported, its processor seconds, and its answers to the held-out questions.
+
+    `kl` holds nats per held-out token, `right` one number per question.
+    """
+
+    model: nn.Module
+    result: CalibrationResult
+    seconds: float
+    kl: Tensor
+    right: Tensor
+
+    @property
+    def final_error(self) -> float:
+        """Relative squared error of the last layer; NaN where nothing was searched."""
+        return self.result.layers[-1].error if self.result.layers else float("nan")
+
+    def layer_forwards(self, part: str | None = None) -> float:
+        """Layers that the joint search ran, counted in passes over all tokens of a part."""
+        return sum(
+            error.forwards * error.share * (error.block.last - error.block.first + 1)
+            for error in self.result.joint
+            if part in (None, error.block.part)
+        )
+
+
+class Subject:
+    """One model in full precision, with calibration batches by seed and held-out questions."""
+
+    def __init__(self, name: str, scratch: Path, sizes: Sizes) -> None:
+        self.name, self.sizes = name, sizes
+        self.text = None
+        if name == "smollm2":
+            self.folder = smollm2.write_checkpoint(scratch / name)
+            self.full: Any = AutoModelForCausalLM.from_pretrained(self.folder)
+            self.text = smollm2.read_text(
+                self.folder,
+                calibration_chunks=sizes.samples,
+                held_out_chunks=max(sizes.questions // 64, 1),
+                tokens=sizes.chunk,
+            )
+            self.held_out: Sequence[Batch] = self.text.held_out
+        else:
+            self.folder = tiny_vlm.variant_folder(name, scratch)
+            self.full = AutoModelForImageTextToText.from_pretrained(self.folder)
+            self.held_out = tiny_vlm.held_out(tiny_vlm.make_samples("heldout", sizes.questions, 0), self.folder)
+        self.reference = answer_logits(self.full, self.held_out)
+
+    def data(self, seed: int = 0, batch: int | None = None) -> CalibrationData:
+        """Calibration batches; SmolLM2 has the same for every seed."""
+        recipe = Recipe(source="user", samples=self.sizes.samples, seed=seed, fingerprint="")
+        if self.text is not None:
+            batches = self.text.calibration
+            return CalibrationData(batches=batches, recipe=recipe, labels=[b["input_ids"] for b in batches])
+        size = self.sizes.batch if batch is None else batch
+        options = LoaderOptions(num_samples=self.sizes.samples, batch_size=size, max_length=2048, seed=seed)
+        records = [read_sample(s, "question") for s in tiny_vlm.make_samples("train", self.sizes.samples, seed)]
+        labelled = make_labelled_batches(records, AutoProcessor.from_pretrained(self.folder), options)
+        labels = [batch.pop("labels") for batch in labelled]
+        return CalibrationData(batches=labelled, recipe=recipe, labels=labels)
+
+    def plan(self, config: QVLMConfig) -> QuantPlan:
+        """The plan of the model under a configuration."""
+        names = {path: path for path, module in self.full.named_modules() if isinstance(module, nn.Linear)}
+        return make_plan(adapter_for(self.full), config.options(), names)
+
+    def calibrated(
+        self, config: QVLMConfig, data: CalibrationData | None, blocks: tuple[Block, ...] | None = None
+    ) -> tuple[nn.Module, CalibrationResult, float]:
+        """A quantized copy of the model, what was reported, and processor seconds. `blocks` fixes the partition."""
+        model = copy.deepcopy(self.full)
+        options = replace(config.options(), blocks=blocks)
+        started = time.process_time()
+        result = calibrate(model, self.plan(config), options, data, CPU)
+        return model, result, time.process_time() - started
+
+    def quantized(
+        self, config: QVLMConfig, data: CalibrationData | None, blocks: tuple[Block, ...] | None = None
+    ) -> Quantized:
+        """As `calibrated`, compared with full precision on the held-out questions."""
+        model, result, seconds = self.calibrated(config, data, blocks)
+        logits = answer_logits(model, self.held_out)
+        return Quantized(
+            model=model,
+            result=result,
+            seconds=seconds,
+            kl=torch.cat([divergence(a, b) for a, b in zip(self.reference, logits, strict=True)]),
+            right=torch.tensor(right_answers(logits, self.held_out)).double(),
+        )
+
+
+def config_for(scheme: str, **settings: Any) -> QVLMConfig:
+    """A configuration whose tower has the bits of the language model, as in the paper."""
+    return QVLMConfig(scheme, **({"vision_scheme": scheme} | settings))
+
+
+def divergence(wanted: Tensor, found: Tensor) -> Tensor:
+    """Kullback-Leibler divergence in nats of each token [tokens]."""
+    log_wanted, log_found = F.log_softmax(wanted.double(), dim=-1), F.log_softmax(found.double(), dim=-1)
+    return F.kl_div(log_found, log_wanted, reduction="none", log_target=True).sum(-1)
