@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from optimum_qvlm.errors import CheckpointError
-from optimum_qvlm.hf.config import CalibrationRecord, QVLMConfig
+from optimum_qvlm.hf.config import QVLMConfig
 from optimum_qvlm.hf.names import runtime_modules
+from optimum_qvlm.hf.record import CalibrationRecord
 from optimum_qvlm.hf.shards import Manifest, read_headers, read_tensor, require_manifest
 from optimum_qvlm.kernels import CHECKPOINT_LAYOUTS
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear

@@ -1,31 +1,26 @@
 """`QVLMConfig`: what the user asks for, and after calibration what every module got."""
 
 import copy
-import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self, get_args
+from dataclasses import replace
+from typing import Any, Literal, Self
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_qvlm.errors import ConfigError
-from optimum_qvlm.hf.entries import require_entries
 from optimum_qvlm.hf.migration import migrate
-from optimum_qvlm.pipeline.options import FAST_CLIPS, CalibrationOptions, Effort, LinearChoice, Method, site_options
-from optimum_qvlm.quant.entropy import SOFTNESS
+from optimum_qvlm.hf.record import CalibrationRecord, config_digest, config_identity, read_record
+from optimum_qvlm.hf.settings import LISTS, require_group, require_valid
+from optimum_qvlm.pipeline.options import FAST_CLIPS, CalibrationOptions, Effort, LinearChoice, site_options
 from optimum_qvlm.quant.spec import GroupSize, Scheme
 from optimum_qvlm.search.encoder import EncoderOptions
-from optimum_qvlm.search.plan import ModuleRecord
 from optimum_qvlm.search.rounding import ClipGrids
-from optimum_qvlm.search.transforms import KINDS
 
 QUANT_METHOD = "qvlm"
 FORMAT_VERSION = 1
 
 PAPER_QUANTILES = (1.0, 0.995, 0.99, 0.985, 0.98)
-RANGES = ("dynamic", "static")
 
 Override = str | None | Mapping[str, Any]
 
@@ -61,29 +56,6 @@ _SETTINGS = (
     "encoder_l2",
 )
 _RESULTS = ("modules", "blocks", "calibration", "manifest", "digest")
-
-
-@dataclass(slots=True, kw_only=True)
-class CalibrationRecord:
-    """The saved outcome of a calibration.
-
-    Attributes:
-        modules: what each quantized linear got, by the name of its tensors on disk.
-        blocks: the partition.
-        calibration: data fingerprint, sample count, seed, package versions.
-        manifest: name -> [dtype, shape] of every tensor as written; set when a checkpoint is saved.
-        digest: SHA-256 over the rest of the saved configuration; set when a checkpoint is saved.
-        found_digest: the same, computed over the configuration that was read.
-        found_identity: `config_identity` of the configuration that was read.
-    """
-
-    modules: dict[str, ModuleRecord]
-    blocks: list[dict[str, Any]] = field(default_factory=list)
-    calibration: dict[str, Any] = field(default_factory=dict)
-    manifest: dict[str, Any] | None = None
-    digest: str | None = None
-    found_digest: str | None = None
-    found_identity: str | None = None
 
 
 class QVLMConfig(QuantizationConfigMixin):
@@ -316,7 +288,7 @@ class QVLMConfig(QuantizationConfigMixin):
             raise ConfigError(f"unknown fields in quantization_config: {', '.join(sorted(map(str, unknown)))}")
         config = cls(**values)
         if results:
-            config.record = _read_record(results)
+            config.record = read_record(results)
             config.record.found_digest = config_digest(config_dict)
             config.record.found_identity = config_identity(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
@@ -335,7 +307,7 @@ class QVLMConfig(QuantizationConfigMixin):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__dict__.update(self.__dict__)
-        for name in ("modules_to_not_convert", "overrides", "activation_clips", "weight_clips"):
+        for name in ("overrides", *LISTS):
             value = getattr(self, name)
             setattr(copied, name, None if value is None else value.copy())
         copied.record = copy.deepcopy(self.record, memo)
@@ -359,7 +331,7 @@ class QVLMConfig(QuantizationConfigMixin):
                 f"got {value!r}"
             )
         group_size = value.get("group_size", "auto")
-        _check_group(group_size, f"overrides[{pattern!r}]: group_size")
+        require_group(group_size, f"overrides[{pattern!r}]: group_size")
         symmetric = value.get("symmetric", self.symmetric)
         if not isinstance(symmetric, bool):
             raise ConfigError(f"overrides[{pattern!r}]: symmetric must be True or False, got {symmetric!r}")
@@ -372,119 +344,8 @@ class QVLMConfig(QuantizationConfigMixin):
         )
 
     def _validate(self) -> None:
-        for name in ("num_samples", "batch_size", "max_length", "search_tokens", "max_block_depth"):
+        require_valid(vars(self))
+        for name in LISTS:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
-            raise ConfigError(f"seed must be an integer of at least 0, got {self.seed!r}")
-        few = self.decode_tokens
-        if not isinstance(few, int) or isinstance(few, bool) or few < 0:
-            raise ConfigError(f"decode_tokens must be an integer of at least 0, got {few!r}")
-        for name in ("symmetric", "error_feedback", "servable", "exact_decode"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        choices = {
-            "method": get_args(Method),
-            "effort": get_args(Effort),
-            "transforms": ("auto", *KINDS),
-            "activation_range": RANGES,
-            "soft_assignment": SOFTNESS,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.method == "rtn" and self.activation_range == "static":
-            raise ConfigError('activation_range="static" needs data, which method="rtn" does not use')
-        self._check_search()
-        if self.servable and self.transforms not in ("auto", "off"):
-            raise ConfigError(
-                f"servable=True leaves out transforms, which other runtimes cannot apply, but transforms="
-                f'{self.transforms!r} asks for one; use transforms="auto", or servable=False'
-            )
-        self._check_encoder()
-        _check_group(self.group_size, "group_size")
-        keep: Any = self.modules_to_not_convert
-        if keep is not None and not (_is_list(keep) and all(isinstance(p, str) for p in keep)):
-            raise ConfigError(f"modules_to_not_convert must be a list of name patterns, got {keep!r}")
-        self.modules_to_not_convert = None if keep is None else list(keep)
-        overrides: Any = self.overrides
-        if overrides is not None and not (isinstance(overrides, dict) and all(isinstance(p, str) for p in overrides)):
-            raise ConfigError(f"overrides must be a dict from name patterns to schemes, got {overrides!r}")
+            setattr(self, name, None if value is None else list(value))
         self.options()
-
-    def _check_search(self) -> None:
-        if self.threshold is not None and not (_is_number(self.threshold) and self.threshold >= 0):
-            raise ConfigError(f"threshold must be None or a number of at least 0, got {self.threshold!r}")
-        self.activation_clips = _read_clips(self.activation_clips, "activation_clips")
-        self.weight_clips = _read_clips(self.weight_clips, "weight_clips")
-
-    def _check_encoder(self) -> None:
-        epochs: Any = self.encoder_epochs
-        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 0:
-            raise ConfigError(f"encoder_epochs must be an integer of at least 0, got {epochs!r}")
-        for name in ("encoder_lr", "encoder_eta", "encoder_l1", "encoder_l2"):
-            value = getattr(self, name)
-            if not (_is_number(value) and value >= 0):
-                raise ConfigError(f"{name} must be a number of at least 0, got {value!r}")
-        if self.encoder_lr == 0:
-            raise ConfigError("encoder_lr must be above 0, got 0; encoder_epochs=0 turns the optimisation off")
-
-
-def _read_clips(value: Any, name: str) -> list[float] | None:
-    """A grid of clips as a list, whole.
-
-    Raises:
-        ConfigError: no list of numbers in (0, 1] with 1.0 among them.
-    """
-    if value is None:
-        return None
-    clips = list(value) if _is_list(value) else []
-    if 1.0 not in clips or not all(_is_number(clip) and 0 < clip <= 1 for clip in clips):
-        raise ConfigError(f"{name} must be a list of numbers above 0 and up to 1, with 1.0 among them, got {value!r}")
-    return [float(clip) for clip in clips]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def config_digest(values: Mapping[str, Any]) -> str:
-    """SHA-256 over a saved quantization_config without its own digest, in canonical JSON."""
-    return _sha256({name: value for name, value in values.items() if name != "digest"})
-
-
-def config_identity(values: Mapping[str, Any]) -> str:
-    """SHA-256 over settings and results alone: it stands beside the weights, so that files of two saves do not mix."""
-    return _sha256({name: value for name, value in values.items() if name not in ("digest", "manifest")})
-
-
-def _sha256(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, list | tuple | set | frozenset)
-
-
-def _check_group(value: object, where: str) -> None:
-    if value is None or value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-        return
-    raise ConfigError(f'{where} must be "auto", None or a positive integer, got {value!r}')
-
-
-def _read_record(values: Mapping[str, Any]) -> CalibrationRecord:
-    require_entries(values)
-    try:
-        modules = {name: ModuleRecord.from_dict(entry) for name, entry in values["modules"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"the modules of quantization_config are not whole ({error}); fetch the checkpoint again"
-        ) from error
-    return CalibrationRecord(
-        modules=modules,
-        blocks=list(values.get("blocks", [])),
-        calibration=dict(values.get("calibration", {})),
-        manifest=values.get("manifest"),
-        digest=values.get("digest"),
-    )

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
 
 from optimum_qvlm.errors import CheckpointError
-from optimum_qvlm.hf.config import CalibrationRecord, QVLMConfig, config_identity
+from optimum_qvlm.hf.config import QVLMConfig
+from optimum_qvlm.hf.record import CalibrationRecord, config_identity
 
 
 class QVLMQuantizer(HfQuantizer):

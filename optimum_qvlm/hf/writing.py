@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from optimum_qvlm.errors import CheckpointError
-from optimum_qvlm.hf.config import QVLMConfig, config_digest
+from optimum_qvlm.hf.config import QVLMConfig
+from optimum_qvlm.hf.record import config_digest
 from optimum_qvlm.hf.shards import read_headers
 from optimum_qvlm.hf.source import REPORT_FILE
 from optimum_qvlm.report.card import CARD_FILE, CardFacts, is_ours, render_card

@@ -17,7 +17,7 @@ from optimum_qvlm.hf.checkpoint import (
     stored_state,
     swap_in_quantized,
 )
-from optimum_qvlm.hf.config import config_digest
+from optimum_qvlm.hf.record import config_digest
 from optimum_qvlm.models.registry import adapter_for
 from optimum_qvlm.modules.qlinear import QuantLinear
 from optimum_qvlm.pipeline.planner import make_plan

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from optimum_qvlm.errors import QVLMError
 from optimum_qvlm.hf.checkpoint import GUARD, quantized_modules
-from optimum_qvlm.hf.config import config_digest, config_identity
 from optimum_qvlm.hf.inspection import inspect_checkpoint
+from optimum_qvlm.hf.record import config_digest, config_identity
 from tests.jobs import load, logits, make_batch, quantize
 
 pytestmark = pytest.mark.integration

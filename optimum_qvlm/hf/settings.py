@@ -1,0 +1,107 @@
+"""What the fields of `QVLMConfig` may be."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from optimum_qvlm.errors import ConfigError
+from optimum_qvlm.pipeline.options import Effort, Method
+from optimum_qvlm.quant.entropy import SOFTNESS
+from optimum_qvlm.search.transforms import KINDS
+
+LISTS = ("modules_to_not_convert", "activation_clips", "weight_clips")
+"""Fields that are None or a list; other sequences are accepted and become lists."""
+
+_POSITIVE = ("num_samples", "batch_size", "max_length", "search_tokens", "max_block_depth")
+_COUNTS = ("seed", "decode_tokens", "encoder_epochs")
+_SWITCHES = ("symmetric", "error_feedback", "servable", "exact_decode")
+_FACTORS = ("encoder_lr", "encoder_eta", "encoder_l1", "encoder_l2")
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "method": get_args(Method),
+    "effort": get_args(Effort),
+    "transforms": ("auto", *KINDS),
+    "activation_range": ("dynamic", "static"),
+    "soft_assignment": SOFTNESS,
+}
+
+
+def require_valid(values: Mapping[str, Any]) -> None:
+    """Refuse fields of the wrong type or range, and those that contradict each other.
+
+    Schemes and overrides are read elsewhere.
+
+    Raises:
+        ConfigError: names the field, its value and what it may be.
+    """
+    for name in _POSITIVE:
+        if not (_is_int(values[name]) and values[name] >= 1):
+            raise ConfigError(f"{name} must be a positive integer, got {values[name]!r}")
+    for name in _COUNTS:
+        if not (_is_int(values[name]) and values[name] >= 0):
+            raise ConfigError(f"{name} must be an integer of at least 0, got {values[name]!r}")
+    for name in _SWITCHES:
+        if not isinstance(values[name], bool):
+            raise ConfigError(f"{name} must be True or False, got {values[name]!r}")
+    for name in _FACTORS:
+        if not (_is_number(values[name]) and values[name] >= 0):
+            raise ConfigError(f"{name} must be a number of at least 0, got {values[name]!r}")
+    for name, allowed in _CHOICES.items():
+        if values[name] not in allowed:
+            raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {values[name]!r}")
+    if values["threshold"] is not None and not (_is_number(values["threshold"]) and values["threshold"] >= 0):
+        raise ConfigError(f"threshold must be None or a number of at least 0, got {values['threshold']!r}")
+    require_group(values["group_size"], "group_size")
+    _require_names(values["modules_to_not_convert"], values["overrides"])
+    for name in ("activation_clips", "weight_clips"):
+        _require_clips(values[name], name)
+    _require_agreement(values)
+
+
+def require_group(value: object, where: str) -> None:
+    """Refuse what is no group size.
+
+    Raises:
+        ConfigError: with `where` it stands.
+    """
+    if value is None or value == "auto" or (_is_int(value) and value > 0):  # type: ignore[operator]
+        return
+    raise ConfigError(f'{where} must be "auto", None or a positive integer, got {value!r}')
+
+
+def _require_names(keep: Any, overrides: Any) -> None:
+    if keep is not None and not (_is_list(keep) and all(isinstance(pattern, str) for pattern in keep)):
+        raise ConfigError(f"modules_to_not_convert must be a list of name patterns, got {keep!r}")
+    if overrides is not None and not (isinstance(overrides, dict) and all(isinstance(p, str) for p in overrides)):
+        raise ConfigError(f"overrides must be a dict from name patterns to schemes, got {overrides!r}")
+
+
+def _require_clips(value: Any, name: str) -> None:
+    if value is None:
+        return
+    clips = list(value) if _is_list(value) else []
+    if 1.0 not in clips or not all(_is_number(clip) and 0 < clip <= 1 for clip in clips):
+        raise ConfigError(f"{name} must be a list of numbers above 0 and up to 1, with 1.0 among them, got {value!r}")
+
+
+def _require_agreement(values: Mapping[str, Any]) -> None:
+    if values["method"] == "rtn" and values["activation_range"] == "static":
+        raise ConfigError('activation_range="static" needs data, which method="rtn" does not use')
+    if values["servable"] and values["transforms"] not in ("auto", "off"):
+        raise ConfigError(
+            f"servable=True leaves out transforms, which other runtimes cannot apply, but transforms="
+            f'{values["transforms"]!r} asks for one; use transforms="auto", or servable=False'
+        )
+    if values["encoder_lr"] == 0:
+        raise ConfigError("encoder_lr must be above 0, got 0; encoder_epochs=0 turns the optimisation off")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple | set | frozenset)
