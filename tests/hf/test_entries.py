@@ -72,8 +72,6 @@ def test_fields_of_a_linear_have_their_type_and_range(field, value, expected):
 @pytest.mark.parametrize(
     "field, value, expected",
     [
-        ("modules", None, "a dict of linears"),
-        ("modules", {"x": 5}, "a dict"),
         ("blocks", {}, "a list of dicts"),
         ("blocks", [1], "a list of dicts"),
         ("calibration", [], "a dict"),

@@ -58,6 +58,7 @@ def finish(words, environment):
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200)
 
 
+@pytest.mark.timeout(900)  # four processes, one after the other
 def test_export_push_info_load_and_offline(hub, environment, tmp_path):
     words = ["--model", "org/base", "--method", "rtn", "--device", "cpu", "--push-to-hub", REPO, "--private", "--json"]
     done = finish(command("export", "qvlm", *words, tmp_path / "out"), environment)
