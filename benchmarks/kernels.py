@@ -1,112 +1,236 @@
-"""Time of one quantized linear of each scheme against a dense one, by number of tokens.
+"""Time of each operation against `F.linear` in bf16 and fp32, per number of tokens.
 
-Weights rotate among several sets, so that a device's cache holds none of them; the dense product is compiled bf16.
+Several sets of weights take turns, so that they come from memory as in a model, and the operations take turns, so that
+whatever else the machine does hits all of them. Ratios are medians over pairs.
+
+    python benchmarks/kernels.py --device cpu --json kernels.json
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from optimum_qvlm.kernels import NOTHING, Rounding, dispatch
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
+from optimum_qvlm.quant.affine import quantize_weight
 from optimum_qvlm.quant.spec import NAMED_SCHEMES, Scheme
 
-COLD_BYTES = 200 * 2**20
-"""What the weight sets of a GPU's run hold together: four times the largest cache."""
+TOKENS = (1, 4, 16, 64, 256, 600)
+Call = Callable[[int], Any]
+
+
+@dataclass(slots=True, kw_only=True)
+class Timing:
+    """One operation at one number of tokens."""
+
+    operation: str
+    tokens: int
+    milliseconds: float
+    against_bf16: float
+    against_fp32: float
+    megabytes: float
+    copy_fraction: float
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--schemes", nargs="+", default=list(NAMED_SCHEMES))
-    parser.add_argument("--shapes", nargs="+", default=["4096x4096", "15360x5120", "5120x13824"], help="OUTxIN")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64, 600])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--sets", type=int, help="weight sets; by default as many as leave the cache cold")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--size", type=int, default=4096, help="in_features and out_features")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--schemes", nargs="+", default=NAMED_SCHEMES)
+    parser.add_argument("--dtype", default="float32", help="dtype of the activations of quantized operations")
+    parser.add_argument("--sets", type=int, default=3, help="sets of weights that take turns")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true", help="time of the process, for a machine that is shared")
+    parser.add_argument("--peers", action="store_true", help="torchao's int8 weights, where it is installed")
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    lines = []
-    for shape in arguments.shapes:
-        rows, channels = map(int, shape.split("x"))
-        lines += measure(rows, channels, arguments)
-    print(f"{'out x in':>14} {'tokens':>6} {'bf16 us':>9}  scheme us (against bf16)")
-    print("\n".join(lines))
-
-
-def measure(rows: int, channels: int, arguments: argparse.Namespace) -> list[str]:
-    """One line for each number of tokens."""
-    device = torch.device(arguments.device)
-    sets = arguments.sets or max(2, -(-COLD_BYTES // (rows * channels // 2)))
-    dense = [torch.randn(rows, channels, device=device).to(torch.bfloat16) / 64 for _ in range(max(2, sets // 4))]
-    product = torch.compile(F.linear) if device.type == "cuda" else F.linear
-    modules = {
-        scheme: [make_linear(scheme, rows, channels, device) for _ in range(sets)] for scheme in arguments.schemes
-    }
-    lines = []
+    torch.set_num_threads(arguments.threads)
+    clock = clock_of(arguments)
+    bandwidth = copy_bandwidth(arguments, clock)
+    calls, sizes = operations(arguments)
+    found: list[Timing] = []
+    print(f"copy {bandwidth / 1e9:.1f} GB/s; {arguments.size} x {arguments.size}, {arguments.threads} threads")
+    print(f"{'operation':18} {'tokens':>6} {'ms':>9} {'bf16':>7} {'fp32':>7} {'MB':>7} {'of copy':>8}")
     for tokens in arguments.tokens:
-        x = torch.randn(tokens, channels, device=device).to(torch.bfloat16)
-        base = microseconds([_call(product, x, weight) for weight in dense], arguments.rounds, device)
-        cells = []
-        for scheme, linears in modules.items():
-            found = microseconds([_call(linear, x) for linear in linears], arguments.rounds, device)
-            cells.append(f"{scheme} {found:.1f} ({base / found:.2f}x)")
-        lines.append(f"{f'{rows} x {channels}':>14} {tokens:6} {base:9.1f}  {', '.join(cells)}")
-    return lines
+        x = torch.randn(tokens, arguments.size, device=arguments.device)
+        ready = {name: make(x) for name, make in calls.items()}
+        for timing in compare(ready, sizes, tokens, clock, bandwidth, arguments):
+            found.append(timing)
+            print(
+                f"{timing.operation:18} {timing.tokens:6} {timing.milliseconds:9.3f} {timing.against_bf16:6.2f}x "
+                f"{timing.against_fp32:6.2f}x {timing.megabytes:7.1f} {timing.copy_fraction:8.2f}",
+                flush=True,
+            )
+    if arguments.json is not None:
+        settings = {name: str(value) for name, value in vars(arguments).items()}
+        machine = {"torch": torch.__version__, "cpu": torch.cpu.get_capabilities().get("cpu_name"), "copy": bandwidth}
+        content = {"settings": settings, "machine": machine, "timings": [asdict(timing) for timing in found]}
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def make_linear(scheme: str, rows: int, channels: int, device: torch.device) -> QuantLinear:
-    """A quantized linear with random codes, in the layout of its device."""
-    parsed = Scheme.parse(scheme)
-    spec = parsed.weight_spec(channels, "auto", symmetric=True)
-    format = LinearFormat(weight=spec, activation=parsed.activation_spec(spec))
-    module = QuantLinear(channels, rows, format, bias=False, scale_dtype=torch.bfloat16, device=device)
-    module.weight_packed.data.random_(-(2**31), 2**31 - 1)
-    module.weight_scale.data.fill_(0.01)
-    module.decode_tokens = 16 if scheme != "w8a8" else 0
-    return module.prepare()
+def operations(arguments: argparse.Namespace) -> tuple[dict[str, Callable[[Tensor], Call]], dict[str, int]]:
+    """What makes a call for given activations, and the bytes of one weight, by name. Baselines come first."""
+    size, device = arguments.size, arguments.device
+    generator = torch.Generator(device).manual_seed(0)
+    dense = [torch.randn(size, size, device=device, generator=generator) * 0.02 for _ in range(arguments.sets)]
+    made: dict[str, Callable[[Tensor], Call]] = {}
+    sizes: dict[str, int] = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        weights = [weight.to(dtype) for weight in dense]
+        made[name], sizes[name] = plain_calls(weights, dtype), weights[0].nbytes
+    dtype = getattr(torch, arguments.dtype)
+    for text in arguments.schemes:
+        modules = [quantized(weight, text) for weight in dense]
+        bytes_of_weight = sum(parameter.nbytes for parameter in modules[0].parameters())
+        made[f"{text} op"], made[f"{text} module"] = op_calls(modules, dtype), module_calls(modules, dtype)
+        sizes[f"{text} op"] = sizes[f"{text} module"] = bytes_of_weight
+        rotated = [quantized(weight, text, rotation=64) for weight in dense]
+        made[f"{text} rotated"], sizes[f"{text} rotated"] = module_calls(rotated, dtype), bytes_of_weight
+    if arguments.peers:
+        made |= peer_calls(dense, sizes)
+    return made, sizes
 
 
-def microseconds(calls: list[Callable[[], Tensor]], rounds: int, device: torch.device) -> float:
-    """Median over rounds of the mean time of a call; on a GPU the calls of a round are one replayed CUDA graph."""
+def quantized(weight: Tensor, text: str, rotation: int | None = None) -> QuantLinear:
+    """A module in the layout of its device, that rounds activations at every number of tokens."""
+    scheme = Scheme.parse(text)
+    spec = scheme.weight_spec(weight.shape[1], "auto", symmetric=True)
+    format = LinearFormat(weight=spec, activation=scheme.activation_spec(spec), rotation=rotation)
+    return QuantLinear.from_quantized(quantize_weight(weight, spec), None, format).prepare()
+
+
+def plain_calls(weights: list[Tensor], dtype: torch.dtype) -> Callable[[Tensor], Call]:
+    """`F.linear`."""
+
+    def make(x: Tensor) -> Call:
+        cast = x.to(dtype)
+        return lambda turn: F.linear(cast, weights[turn % len(weights)])
+
+    return make
+
+
+def module_calls(modules: list[QuantLinear], dtype: torch.dtype) -> Callable[[Tensor], Call]:
+    """The whole module."""
+
+    def make(x: Tensor) -> Call:
+        cast = x.to(dtype)
+        return lambda turn: modules[turn % len(modules)](cast)
+
+    return make
+
+
+def op_calls(modules: list[QuantLinear], dtype: torch.dtype) -> Callable[[Tensor], Call]:
+    """The product alone, in the arithmetic of the scheme, without transform and module."""
+    stored = [module._stored() for module in modules]
+    grid = modules[0].grid
+    bits, group = grid.activation_bits, grid.activation_group
+    rounding = NOTHING if bits == 16 else Rounding(bits=bits, group=group)
+
+    def make(x: Tensor) -> Call:
+        cast = x.to(dtype)
+        return lambda turn: dispatch.linear(cast, stored[turn % len(stored)], None, rounding, grid)
+
+    return make
+
+
+def peer_calls(dense: list[Tensor], sizes: dict[str, int]) -> dict[str, Callable[[Tensor], Call]]:
+    """torchao's weight-only int8 linear in bf16."""
+    if find_spec("torchao") is None:
+        print("torchao is not installed, so it is not compared")
+        return {}
+    quantization: Any = import_module("torchao.quantization")
+    name = f"torchao {metadata.version('torchao')}"
+    layers = []
+    for weight in dense:
+        layer = torch.nn.Linear(*weight.T.shape, bias=False, dtype=torch.bfloat16, device=weight.device)
+        layer.weight.data.copy_(weight)
+        quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
+        layers.append(layer)
+    sizes[name] = dense[0].numel()
+
+    def make(x: Tensor) -> Call:
+        cast = x.bfloat16()
+        return lambda turn: layers[turn % len(layers)](cast)
+
+    return {name: make}
+
+
+def compare(
+    calls: dict[str, Call],
+    sizes: dict[str, int],
+    tokens: int,
+    clock: Callable[[], float],
+    bandwidth: float,
+    arguments: argparse.Namespace,
+) -> list[Timing]:
+    """Medians over turns."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
-        for call in calls[:2]:
-            call()
-        run = _captured(calls) if device.type == "cuda" else lambda: [call() for call in calls]
-        times = []
-        for _ in range(rounds + 1):
-            _wait(device)
-            started = time.perf_counter()
-            run()
-            _wait(device)
-            times.append((time.perf_counter() - started) / len(calls) * 1e6)
-    return statistics.median(times[1:])
+        for turn in range(arguments.repeats + 1):
+            for name, call in calls.items():
+                started = clock()
+                call(turn)
+                if turn > 0:
+                    taken[name].append(clock() - started)
+    found = []
+    for name, seconds in taken.items():
+        median = statistics.median(seconds)
+        element = 2 if name == "bf16" or arguments.dtype != "float32" else 4
+        moved = sizes[name] + 2 * tokens * arguments.size * element
+        timing = Timing(
+            operation=name,
+            tokens=tokens,
+            milliseconds=1e3 * median,
+            against_bf16=ratio(taken["bf16"], seconds),
+            against_fp32=ratio(taken["fp32"], seconds),
+            megabytes=moved / 1e6,
+            copy_fraction=moved / median / bandwidth,
+        )
+        found.append(timing)
+    return found
 
 
-def _captured(calls: list[Callable[[], Tensor]]) -> Callable[[], object]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph.replay
+def ratio(slow: list[float], fast: list[float]) -> float:
+    """Median of the ratios of pairs."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
-def _call(function: Callable[..., Tensor] | nn.Module, *arguments: Tensor) -> Callable[[], Tensor]:
-    return lambda: function(*arguments)
+def copy_bandwidth(arguments: argparse.Namespace, clock: Callable[[], float]) -> float:
+    """Bytes read and written per second when 128 MB are copied."""
+    source = torch.zeros(2**25, device=arguments.device)
+    target = torch.empty_like(source)
+    taken = []
+    for _ in range(7):
+        started = clock()
+        target.copy_(source)
+        taken.append(clock() - started)
+    return 2 * source.nbytes / statistics.median(taken)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
+def clock_of(arguments: argparse.Namespace) -> Callable[[], float]:
+    """Seconds; on a CUDA device once it has done what it was asked."""
+
+    def synchronized() -> float:
         torch.cuda.synchronize()
+        return time.perf_counter()
+
+    if arguments.device.startswith("cuda"):
+        return synchronized
+    return time.process_time if arguments.cpu_time else time.perf_counter
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from optimum_qvlm.kernels.reference import (
 )
 from optimum_qvlm.kernels.weights import (
     CHECKPOINT_LAYOUTS,
+    NOTHING,
     PACKED,
     TRANSIENT,
     CodedWeight,
@@ -25,6 +26,7 @@ from optimum_qvlm.kernels.weights import (
 __all__ = [
     "CHECKPOINT_LAYOUTS",
     "FULL_BITS",
+    "NOTHING",
     "PACKED",
     "TRANSIENT",
     "CodedWeight",

@@ -40,6 +40,7 @@ def require_same_device(x: Tensor, **others: Tensor | None) -> None:
     Raises:
         SpecError: names the tensor and both devices.
     """
+    device = x.device
     for name, tensor in others.items():
-        if tensor is not None and tensor.device != x.device:
-            raise SpecError(f"{name} is on {tensor.device}, the activation on {x.device}; move the module with .to()")
+        if tensor is not None and tensor.device != device:
+            raise SpecError(f"{name} is on {tensor.device}, the activation on {device}; move the module with .to()")

@@ -11,12 +11,14 @@ its bytes holds the f-th part of the channels of a block, so that it unpacks wit
 [blocks, groups, D] lie in the order in which the operators return channels.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from optimum_qvlm.kernels import reference
-from optimum_qvlm.kernels.weights import CodedWeight, Rounding, StoredWeight, WeightGrid
+from optimum_qvlm.kernels.weights import NOTHING, CodedWeight, Rounding, StoredWeight, WeightGrid
 
 LAYOUT = "table"
 
@@ -63,41 +65,59 @@ def restore(stored: StoredWeight, grid: WeightGrid) -> CodedWeight:
 
 def linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: WeightGrid) -> Tensor:
     """Product in fp32 by bags or by dequantized slices, whichever is faster for the number of tokens."""
-    rounded = reference.round_tokens(x, rounding).reshape(-1, grid.in_features)
-    multiply = _bags if rounded.shape[0] <= BAG_TOKENS else _slices
-    product = multiply(rounded, stored, grid)
-    if product.shape[1] != grid.out_features:
-        product = product[:, : grid.out_features]
-    return reference.finish(product, bias, x.dtype).reshape(*x.shape[:-1], grid.out_features)
-
-
-def _bags(x: Tensor, stored: StoredWeight, grid: WeightGrid) -> Tensor:
-    """fp32 [tokens, padded out_features] from a few tokens."""
-    blocks, groups, size = stored.scale.shape
-    tokens, channels = x.shape
+    rounded = x if x.dtype == torch.float32 and rounding is NOTHING else reference.round_tokens(x, rounding)
+    tokens = x.numel() // grid.in_features
     if tokens == 0:
-        return x.new_zeros(0, blocks * size)
-    rows = torch.arange(blocks * channels, dtype=torch.int32)
-    if tokens > 1:
-        rows = rows.view(blocks, 1, channels).expand(blocks, tokens, channels).reshape(-1)
-    factors = x.expand(blocks, tokens, channels).reshape(-1)
-    starts = torch.arange(0, blocks * tokens * channels, channels // groups, dtype=torch.int32)
-    sums = None
-    for bits, table in _tables(stored, grid, size):
+        return x.new_empty((*x.shape[:-1], grid.out_features))
+    product = _bags(rounded, tokens, stored, grid) if tokens <= BAG_TOKENS else _slices(rounded, stored, grid)
+    padded = product.shape[1] != grid.out_features
+    product = product[:, : grid.out_features] if padded else product
+    return reference.finish(product, bias, x.dtype).view(*x.shape[:-1], grid.out_features)
+
+
+def _bags(x: Tensor, tokens: int, stored: StoredWeight, grid: WeightGrid) -> Tensor:
+    """fp32 [tokens, padded out_features] from a few tokens.
+
+    A call takes a few microseconds, which is much beside the product of a small layer: no more of them than needed.
+    """
+    scale = stored.scale
+    blocks, groups, size = scale.shape
+    channels, fields = grid.in_features, _fields(grid)
+    rows, starts = _bag_indices(blocks, tokens, channels, channels // groups)
+    factors = x.reshape(tokens, channels).expand(blocks, tokens, channels).reshape(-1)
+    sums: Tensor | None = None
+    for bits, table in _tables(stored, grid):
         part = _BAGS[bits](table, rows, starts, False, 0, False, factors, None, False)
         sums = part if sums is None else sums.add_(part)
     assert sums is not None
-    sums = sums.view(blocks, tokens, groups, size)
-    if stored.zero_point is not None:
-        sums -= stored.zero_point.unsqueeze(1) * x.view(tokens, groups, -1).sum(dim=-1, keepdim=True)
-    scaled = sums.mul_(stored.scale.unsqueeze(1))
-    whole = scaled.sum(dim=2) if groups > 1 else scaled.squeeze(2)
-    ordered: Tensor = _order(whole, grid).transpose(0, 1).reshape(tokens, blocks * size)
-    return ordered
+    if tokens > 1 or stored.zero_point is not None:
+        sums = sums.view(blocks, tokens, groups, size)
+        if stored.zero_point is not None:
+            sums -= stored.zero_point.unsqueeze(1) * x.reshape(tokens, groups, -1).sum(dim=-1, keepdim=True)
+        scale = scale.unsqueeze(1)
+    else:
+        sums = sums.view(scale.shape)
+    sums.mul_(scale)
+    if groups > 1:
+        sums = sums.sum(dim=-2)
+    if fields > 1:
+        sums = sums.view(blocks, tokens, size // fields, fields).permute(1, 0, 3, 2)
+    elif tokens > 1:
+        sums = sums.view(blocks, tokens, size).transpose(0, 1)
+    return sums.reshape(tokens, blocks * size)
+
+
+@lru_cache(maxsize=64)
+def _bag_indices(blocks: int, tokens: int, channels: int, group: int) -> tuple[Tensor, Tensor]:
+    """Row of every factor, and where the bags start: the same for all weights of a size, so made once."""
+    rows = torch.arange(blocks * channels, dtype=torch.int32).view(blocks, 1, channels)
+    starts = torch.arange(0, blocks * tokens * channels, group, dtype=torch.int32)
+    return rows.expand(blocks, tokens, channels).reshape(-1), starts
 
 
 def _slices(x: Tensor, stored: StoredWeight, grid: WeightGrid) -> Tensor:
     """fp32 [tokens, padded out_features] from many tokens."""
+    x = x.reshape(-1, grid.in_features)
     blocks, groups, size = stored.scale.shape
     scale = _order(stored.scale, grid).float().unsqueeze(2)
     zero = None if stored.zero_point is None else _order(stored.zero_point, grid).unsqueeze(2)
@@ -118,28 +138,30 @@ def _codes(stored: StoredWeight, grid: WeightGrid, first: int, last: int) -> Ten
     """int8 codes [last - first, in_features, D] of some blocks, channels in their order."""
     size, offset = stored.scale.shape[2], 2 ** (grid.bits - 1)
     if grid.bits == 8:
-        table = _tables(stored, grid, size)[0][1]
-        octets: Tensor = table.view(-1, grid.in_features, table.shape[1])[first:last, :, :size] ^ offset
-        return octets.view(torch.int8)
+        table: Tensor = _tables(stored, grid)[0][1]
+        signed: Tensor = table.view(-1, grid.in_features, table.shape[1])[first:last, :, :size] ^ offset
+        return signed.view(torch.int8)
     whole, shift = None, 0
-    for bits, table in _tables(stored, grid, size):
+    for bits, table in _tables(stored, grid):
         octets = table.view(-1, grid.in_features, table.shape[1])[first:last, :, : size * bits // 8]
         fields = [octets >> low & (2**bits - 1) for low in range(0, 8, bits)]
         plane = torch.cat(fields, dim=-1) if _fields(grid) > 1 else torch.stack(fields, dim=-1).flatten(-2)
         whole = plane if whole is None else whole | plane << shift
         shift += bits
     assert whole is not None
-    return whole.view(torch.int8) - offset
+    codes: Tensor = whole.view(torch.int8) - offset
+    return codes
 
 
-def _tables(stored: StoredWeight, grid: WeightGrid, size: int) -> list[tuple[int, Tensor]]:
+def _tables(stored: StoredWeight, grid: WeightGrid) -> list[tuple[int, Tensor]]:
     """Bits and uint8 [blocks * in_features, bytes of a row] of every plane."""
-    rows, first, found = stored.scale.shape[0] * grid.in_features, 0, []
-    for bits in PLANES[grid.bits]:
-        width = size * bits // 8 + (8 if bits == 8 else 4)
-        found.append((bits, stored.values[first : first + rows * width].view(rows, width)))
-        first += rows * width
-    return found
+    blocks, _, size = stored.scale.shape
+    rows, planes = blocks * grid.in_features, PLANES[grid.bits]
+    if len(planes) == 1:
+        return [(grid.bits, stored.values.view(rows, -1))]
+    widths = [size * bits // 8 + _TAIL_BYTES[bits] for bits in planes]
+    parts = stored.values.split([rows * width for width in widths])
+    return [(bits, part.view(rows, -1)) for bits, part in zip(planes, parts, strict=True)]
 
 
 def _tail(bits: int, scale: float, bias: float) -> Tensor:
@@ -188,14 +210,14 @@ def _interleave(blocks: Tensor, grid: WeightGrid) -> Tensor:
 def _order(blocks: Tensor, grid: WeightGrid) -> Tensor:
     """Undo `_interleave`."""
     fields = _fields(grid)
-    if fields == 1:
-        return blocks
-    ordered: Tensor = blocks.unflatten(-1, (-1, fields)).mT.flatten(-2)
-    return ordered
+    return blocks.view(*blocks.shape[:-1], -1, fields).mT.reshape(blocks.shape)
 
 
 _BAGS = {
-    2: torch.ops.quantized.embedding_bag_2bit_rowwise_offsets,
-    4: torch.ops.quantized.embedding_bag_4bit_rowwise_offsets,
-    8: torch.ops.quantized.embedding_bag_byte_rowwise_offsets,
+    2: torch.ops.quantized.embedding_bag_2bit_rowwise_offsets.default,
+    4: torch.ops.quantized.embedding_bag_4bit_rowwise_offsets.default,
+    8: torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default,
 }
+
+_TAIL_BYTES = {2: 4, 4: 4, 8: 8}
+"""Bytes after a row: two floats, fp32 in tables of bytes and fp16 in narrower ones."""

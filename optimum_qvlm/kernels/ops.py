@@ -3,14 +3,15 @@
 `torch.ops.optimum_qvlm.quantize` and `.linear`, so that `torch.compile`, CUDA graphs and export take each as one node.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from optimum_qvlm.kernels import dispatch
-from optimum_qvlm.kernels.checks import require_activations, require_rounding, require_same_device
-from optimum_qvlm.kernels.weights import Rounding, StoredWeight, WeightGrid
+from optimum_qvlm.kernels.checks import FULL_BITS, require_activations, require_rounding, require_same_device
+from optimum_qvlm.kernels.weights import NOTHING, Rounding, StoredWeight, WeightGrid
 
 LIBRARY = torch.library.Library("optimum_qvlm", "DEF")
 
@@ -92,13 +93,15 @@ def _quantize_fake(
 
 def _linear(
     x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, *rest: Any
-) -> Any:
+) -> Tensor:
     stored, rounding, grid = _read(weight, scale, zero_point, *rest)
     require_activations(x, grid.in_features)
-    require_rounding(x, rounding.bits, rounding.group, rounding.clip, rounding.rotation)
-    require_same_device(x, weight=weight, scale=scale, bias=bias, equalizer=rounding.equalizer)
     if x.numel() <= grid.decode_tokens * grid.in_features:
-        rounding = Rounding(equalizer=rounding.equalizer, rotation=rounding.rotation)
+        plain = rounding.equalizer is None and rounding.rotation is None
+        rounding = NOTHING if plain else Rounding(equalizer=rounding.equalizer, rotation=rounding.rotation)
+    if rounding is not NOTHING:
+        require_rounding(x, rounding.bits, rounding.group, rounding.clip, rounding.rotation)
+    require_same_device(x, weight=weight, scale=scale, bias=bias, equalizer=rounding.equalizer)
     return dispatch.linear(x, stored, bias, rounding, grid)
 
 
@@ -125,40 +128,74 @@ def _read(
 ) -> tuple[StoredWeight, Rounding, WeightGrid]:
     """The arguments after the schema's `bias` as values."""
     equalizer, input_scale, layout, in_features, out_features, bits, group, a_bits, a_group, clip, rotation, few = rest
-    grid = WeightGrid(
-        in_features=in_features,
-        out_features=out_features,
-        bits=bits,
-        group=group,
-        zero_point=zero_point is not None,
-        scale_dtype=scale.dtype,
-        activation_bits=a_bits,
-        activation_group=a_group,
-        decode_tokens=few,
-    )
+    grid = _grid(in_features, out_features, bits, group, zero_point is not None, scale.dtype, a_bits, a_group, few)
+    if a_bits == FULL_BITS and equalizer is None and rotation is None:
+        return StoredWeight(layout, weight, scale, zero_point), NOTHING, grid
     rounding = Rounding(
         bits=a_bits, group=a_group, clip=clip, scale=input_scale, equalizer=equalizer, rotation=rotation
     )
     return StoredWeight(layout, weight, scale, zero_point), rounding, grid
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Save the weight for the gradient, which does not depend on the input: rounding passes it straight through."""
-    _x, weight, scale, zero_point, bias, equalizer, input_scale, *rest = inputs
-    ctx.save_for_backward(weight, scale, zero_point, equalizer, input_scale)
-    ctx.rest, ctx.bias_dtype = rest, None if bias is None else bias.dtype
+@lru_cache(maxsize=1024)
+def _grid(
+    in_features: int,
+    out_features: int,
+    bits: int,
+    group: int | None,
+    zero_point: bool,
+    scale_dtype: torch.dtype,
+    activation_bits: int,
+    activation_group: int | None,
+    decode_tokens: int,
+) -> WeightGrid:
+    """A value for each format in use; made once, since every call of every linear reads it."""
+    return WeightGrid(
+        in_features=in_features,
+        out_features=out_features,
+        bits=bits,
+        group=group,
+        zero_point=zero_point,
+        scale_dtype=scale_dtype,
+        activation_bits=activation_bits,
+        activation_group=activation_group,
+        decode_tokens=decode_tokens,
+    )
 
 
-def _differentiate(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    weight, scale, zero_point, equalizer, input_scale = context.saved_tensors
-    to_input = to_bias = None
-    if context.needs_input_grad[0]:
-        to_input = torch.ops.optimum_qvlm.linear_backward(
-            gradient, weight, scale, zero_point, equalizer, input_scale, *context.rest
-        )
-    if context.needs_input_grad[4]:
-        to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(dim=0, dtype=torch.float32).to(context.bias_dtype)
-    return (to_input, None, None, None, to_bias, *[None] * (2 + len(context.rest)))
+class _Linear(torch.autograd.Function):
+    """The product, straight through the rounding: the gradient depends on the weight alone."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        _x, weight, scale, zero_point, bias, equalizer, input_scale, *rest = inputs
+        ctx.save_for_backward(weight, scale, zero_point, equalizer, input_scale)
+        ctx.rest, ctx.bias_dtype = rest, None if bias is None else bias.dtype
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.optimum_qvlm.linear.default(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gradient,) = gradients
+        weight, scale, zero_point, equalizer, input_scale = ctx.saved_tensors
+        to_input = to_bias = None
+        if ctx.needs_input_grad[0]:
+            to_input = torch.ops.optimum_qvlm.linear_backward(
+                gradient, weight, scale, zero_point, equalizer, input_scale, *ctx.rest
+            )
+        if ctx.needs_input_grad[4]:
+            to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
+        return (to_input, None, None, None, to_bias, *[None] * (2 + len(ctx.rest)))
+
+
+def _linear_tracking(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Any, *rest: Any) -> Any:
+    """Where autograd looks. Without gradients plain tensors skip a second way through the dispatcher."""
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Linear.apply(x, weight, scale, zero_point, bias, *rest)  # type: ignore[no-untyped-call]
+    if type(x) is Tensor and not torch.compiler.is_compiling():
+        return _linear(x, weight, scale, zero_point, bias, *rest)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.optimum_qvlm.linear.default(x, weight, scale, zero_point, bias, *rest)
 
 
 def _register() -> None:
@@ -169,7 +206,7 @@ def _register() -> None:
     torch.library.register_fake("optimum_qvlm::quantize", _quantize_fake, lib=LIBRARY)
     torch.library.register_fake("optimum_qvlm::linear", _linear_fake, lib=LIBRARY)
     torch.library.register_fake("optimum_qvlm::linear_backward", _backward_fake, lib=LIBRARY)
-    torch.library.register_autograd("optimum_qvlm::linear", _differentiate, setup_context=_keep, lib=LIBRARY)
+    LIBRARY.impl("linear", _linear_tracking, "Autograd")
 
 
 _register()

@@ -64,7 +64,7 @@ class StoredWeight:
     zero_point: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rounding:
     """What happens to activations [..., channels] before the product.
 
@@ -83,3 +83,7 @@ class Rounding:
     scale: Tensor | None = None
     equalizer: Tensor | None = None
     rotation: int | None = None
+
+
+NOTHING = Rounding()
+"""Activations as they are."""

@@ -189,7 +189,7 @@ class QuantLinear(nn.Linear):
         """Product of the rounded input [..., in_features] with the weight, plus bias, in the input's dtype."""
         format = self.format
         weight, activation = format.weight, format.activation
-        y: Tensor = torch.ops.optimum_qvlm.linear(
+        y: Tensor = torch.ops.optimum_qvlm.linear.default(
             input,
             self.weight_packed,
             self.weight_scale,
