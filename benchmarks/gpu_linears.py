@@ -1,6 +1,7 @@
 """Time of one quantized linear of each scheme against a compiled bf16 one on a GPU, by number of tokens.
 
-Weights rotate among several sets, so that a device's cache holds none of them, and calls are replayed as one CUDA graph: launches do not count.
+Weights rotate among several sets, so that a device's cache holds none of them, and calls are replayed as one CUDA
+graph: launches do not count.
 """
 
 import argparse
