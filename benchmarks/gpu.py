@@ -49,7 +49,7 @@ def main() -> None:
 def make_stages(device: str) -> list[Stage]:
     """In the order in which a lack of time hurts least."""
     python, small = sys.executable, device == "cpu"
-    kernels = ["benchmarks/kernels.py", "--device", device]
+    kernels = ["benchmarks/gpu_linears.py", "--device", device]
     if small:
         kernels += ["--shapes", "256x256", "--tokens", "1", "17", "--rounds", "2", "--sets", "2"]
     stages = [
