@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
 
 from optimum_qvlm.errors import CalibrationError
@@ -193,7 +194,9 @@ class EncoderStep:
         for part, layers in seen.samples.items():
             for place in range(1, len(layers)):
                 pairs = list(zip(layers[place - 1], layers[place], strict=True))
-                dependencies.append(torch.stack([self.dependency(a, b) for a, b in pairs]).mean())
+                # Assignments of all layers at once would take more memory than a layer: they are computed twice.
+                found = [checkpoint(self.dependency, a, b, use_reentrant=False) for a, b in pairs]
+                dependencies.append(torch.stack(found).mean())
                 factors.append(weights[part][place])
         return weighted_entropy(dependencies, factors).to(self.device)
 
