@@ -44,6 +44,11 @@ class SiteOptions:
     transforms: TransformOptions | None = field(default_factory=TransformOptions)
     feedback: FeedbackOptions | None = field(default_factory=FeedbackOptions)
 
+    @property
+    def activation_margin(self) -> float:
+        """The share by which a clip must lower the error, which depends on what can be made good."""
+        return self.clips.activation_margin if self.feedback is None else self.feedback.activation_margin
+
 
 def round_to_nearest(
     weights: Mapping[str, Tensor], specs: Mapping[str, WeightSpec], scale_dtype: torch.dtype
@@ -66,7 +71,7 @@ def search_site(problem: SiteProblem, options: SiteOptions) -> SiteChoice:
     if options.transforms is not None:
         damping = None if options.feedback is None else options.feedback.damping
         transform = choose_transform(problem, options.transforms, damping=damping)
-    clip = search_activation_clip(problem, options.clips, transform)
+    clip = search_activation_clip(problem, options.clips, transform, margin=options.activation_margin)
     found = round_site(problem, options, activation_clip=clip, transform=transform)
     best = found if found.error <= nearest.error else nearest
     return replace(best, nearest_error=nearest.error)
@@ -93,7 +98,7 @@ def round_site(
     return _measured(problem, choice, rounding)
 
 
-def search_activation_clip(problem: SiteProblem, grids: ClipGrids, transform: SiteTransform) -> float:
+def search_activation_clip(problem: SiteProblem, grids: ClipGrids, transform: SiteTransform, *, margin: float) -> float:
     """The ratio that minimises what rounding the activations alone does to the outputs, if it gains the margin."""
     if problem.activation is None:
         return 1.0
@@ -108,7 +113,7 @@ def search_activation_clip(problem: SiteProblem, grids: ClipGrids, transform: Si
 
     errors = {clip: error(clip) for clip in grids.activation}
     best = min(errors, key=errors.__getitem__)
-    return best if errors[best] <= (1 - grids.activation_margin) * errors.get(1.0, float("inf")) else 1.0
+    return best if errors[best] <= (1 - margin) * errors.get(1.0, float("inf")) else 1.0
 
 
 def _round_alone(

@@ -27,11 +27,13 @@ class FeedbackOptions:
         damping: added to the diagonal of the Hessian, as a share of its mean.
         asymmetry: share of the difference between full-precision and quantized inputs that the target makes good,
             0..1. The difference that rounding this site's own inputs makes is always made good.
+        activation_margin: takes the place of that of the clips, since the target makes good what clipping shrinks.
         ordered: channels with the largest second moment first: whole groups, and the channels in each.
     """
 
     damping: float = 0.01
     asymmetry: float = 1.0
+    activation_margin: float = 0.02
     ordered: bool = True
 
 

@@ -405,3 +405,15 @@ def test_linears_with_different_grids_share_the_transform():
     assert choice.transform.rotation == 32
     assert choice.weights["q"].scale.shape == (24, 2) and choice.weights["k"].scale.shape == (8, 1)
     assert list(choice.weights) == ["q", "k"]
+
+
+def test_small_gains_of_clips_are_taken_only_where_they_are_made_good():
+    """Clipping shrinks every output a little; the corrected target takes that back."""
+    problem = make_problem(activation_bits=4, group=32, inputs=normal(2000, 64))
+
+    alone, fed = (
+        search_site(problem, SiteOptions(transforms=None, feedback=feedback)) for feedback in (None, FeedbackOptions())
+    )
+
+    assert alone.activation_clip == 1.0
+    assert 0.8 <= fed.activation_clip < 1.0
