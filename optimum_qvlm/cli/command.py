@@ -92,6 +92,15 @@ def group_size(text: str) -> int | str | None:
         raise argparse.ArgumentTypeError(message) from None
 
 
+def clips(text: str) -> list[float]:
+    """Numbers with commas between them. Whether they are clips is not checked here."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        message = f"must be numbers with commas between them, as in 1,0.95,0.9, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+
+
 def optional_scheme(text: str) -> str | None:
     """A scheme's name, or `none` for full precision. Whether the scheme exists is not checked here."""
     return None if text == "none" else text
@@ -205,9 +214,9 @@ def add_scheme_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--method",
-        choices=("qvlm", "rtn"),
+        choices=("qvlm", "layerwise", "rtn"),
         default="qvlm",
-        help="qvlm calibrates; rtn rounds to nearest without data, in seconds (%(default)s)",
+        help="qvlm searches blocks, layerwise each layer alone; rtn rounds to nearest without data (%(default)s)",
     )
     group.add_argument(
         "--modules-to-not-convert",
@@ -225,6 +234,114 @@ def add_scheme_options(parser: argparse.ArgumentParser) -> None:
             "scheme of the modules whose names match, or none, or a JSON object with any of scheme, group_size and "
             "symmetric; of several given, the first match decides"
         ),
+    )
+
+
+def add_search_options(parser: argparse.ArgumentParser) -> None:
+    """How roundings are searched."""
+    group = parser.add_argument_group("search")
+    group.add_argument(
+        "--effort",
+        choices=("balanced", "fast"),
+        default="balanced",
+        help="fast tries fewer candidates and searches no blocks jointly (%(default)s)",
+    )
+    group.add_argument(
+        "--paper",
+        type=positive_int,
+        nargs="?",
+        const=4,
+        metavar="BITS",
+        help="the mode of the Q-VLM paper at so many bits (4 if none are given); other options adjust it",
+    )
+    group.add_argument(
+        "--transforms",
+        choices=("auto", "off", "equalize", "rotate", "both"),
+        default="auto",
+        help="what is done to activations before they are rounded; auto chooses per input (%(default)s)",
+    )
+    group.add_argument(
+        "--error-feedback",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let channels of a weight make good what rounding others did",
+    )
+    group.add_argument(
+        "--servable", action="store_true", help="leave out what other runtimes cannot do in a forward: all transforms"
+    )
+    group.add_argument(
+        "--search-tokens",
+        type=positive_int,
+        default=2048,
+        metavar="N",
+        help="tokens on which candidates are compared (%(default)s)",
+    )
+    group.add_argument(
+        "--max-block-depth",
+        type=positive_int,
+        default=3,
+        metavar="N",
+        help="layers searched together at most (%(default)s)",
+    )
+    group.add_argument(
+        "--threshold",
+        type=float,
+        metavar="NATS",
+        help="dependency of layers above which they share a block (default: the model's median)",
+    )
+    group.add_argument(
+        "--soft-assignment",
+        choices=("step_squared", "step"),
+        default="step_squared",
+        help="what squared distances are divided by where dependency is measured (%(default)s)",
+    )
+    group.add_argument(
+        "--activation-range",
+        choices=("dynamic", "static"),
+        default="dynamic",
+        help="take ranges of activations from each input, or fix them in calibration (%(default)s)",
+    )
+    for name in ("activation", "weight"):
+        group.add_argument(
+            f"--{name}-clips",
+            type=clips,
+            metavar="RATIO,...",
+            help=f"candidates for clips of {name}s, 1 among them (default: a grid that suits the range)",
+        )
+
+
+def add_encoder_options(parser: argparse.ArgumentParser) -> None:
+    """How tower and projector are optimised."""
+    group = parser.add_argument_group("visual encoder")
+    group.add_argument(
+        "--encoder-epochs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="passes that optimise its rounding through the language model; 0 leaves that out (%(default)s)",
+    )
+    factors = {
+        "lr": (1e-2, "learning rate of that"),
+        "eta": (1.0, "share of the final error in its loss"),
+        "l1": (1.0, "factor of the dependencies in its loss"),
+        "l2": (10.0, "factor of the errors in its loss"),
+    }
+    for name, (default, shown) in factors.items():
+        group.add_argument(f"--encoder-{name}", type=float, default=default, metavar="X", help=f"{shown} (%(default)s)")
+
+
+def add_runtime_options(parser: argparse.ArgumentParser) -> None:
+    """What the saved model computes."""
+    group = parser.add_argument_group("at run time")
+    group.add_argument(
+        "--decode-tokens",
+        type=int,
+        default=16,
+        metavar="N",
+        help="up to this many tokens in one call activations are not rounded (%(default)s)",
+    )
+    group.add_argument(
+        "--exact-decode", action="store_true", help="round activations at every number of tokens, as the scheme says"
     )
 
 
@@ -262,13 +379,6 @@ def add_calibration_options(parser: argparse.ArgumentParser) -> None:
         help="tokens a sample at most (%(default)s)",
     )
     group.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
-    group.add_argument(
-        "--search-tokens",
-        type=positive_int,
-        default=2048,
-        metavar="N",
-        help="tokens per site that the search looks at (%(default)s)",
-    )
 
 
 def add_sharing_options(parser: argparse.ArgumentParser) -> None:
@@ -317,6 +427,9 @@ class QVLMExportCommand(Command):
         describe(parser, "Quantize a vision-language model with Q-VLM and save it.", EXPORT_EPILOG)
         add_model_options(parser)
         add_scheme_options(parser)
+        add_search_options(parser)
+        add_encoder_options(parser)
+        add_runtime_options(parser)
         add_calibration_options(parser)
         add_sharing_options(parser)
 

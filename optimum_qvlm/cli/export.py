@@ -32,10 +32,9 @@ def export(args: Namespace) -> None:
     check_output(args.output, args.model)
     arguments = config_arguments(args)
 
-    from optimum_qvlm import QVLMConfig
     from optimum_qvlm.hf.pushing import require_access
 
-    config = QVLMConfig(**arguments)
+    config = make_config(args.paper, arguments)
     if args.dry_run:
         tried = try_out(args, config)
         if args.json:
@@ -85,6 +84,17 @@ def try_out(args: Namespace, config: Any) -> Any:
     folder = next(parent for parent in (output, *output.parents) if parent.is_dir())
     auto_class, options = how_to_load(args)
     return dry_run(args.model, config, model_class=auto_class, folder=folder, **options)
+
+
+def make_config(paper: int | None, arguments: dict[str, Any]) -> Any:
+    """The configuration; with `paper` bits the paper's mode, changed by the arguments that are not defaults."""
+    from optimum_qvlm import QVLMConfig
+
+    if paper is None:
+        return QVLMConfig(**arguments)
+    parameters = signature(QVLMConfig).parameters
+    changed = {name: value for name, value in arguments.items() if value != parameters[name].default}
+    return QVLMConfig.paper(paper, **changed)
 
 
 def outcome(args: Namespace, seconds: float) -> dict[str, Any]:

@@ -234,3 +234,19 @@ def test_run_returns_when_all_went_well(parser, monkeypatch):
     args.func(args).run()
 
     assert seen == [args]
+
+
+@pytest.mark.parametrize(
+    "given, paper", [([], None), (["--paper"], 4), (["--paper", "6"], 6)], ids=["not asked for", "bare", "with bits"]
+)
+def test_the_papers_mode_has_four_bits_unless_told(parser, given, paper):
+    assert parser.parse_args([*COMMAND, "out", *given]).paper == paper
+
+
+def test_clips_are_numbers_with_commas(parser, capsys):
+    args = parser.parse_args([*COMMAND, "out", "--activation-clips", "1,0.95"])
+    assert args.activation_clips == [1.0, 0.95] and args.weight_clips is None
+
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args([*COMMAND, "out", "--weight-clips", "1;0.9"])
+    assert "must be numbers with commas between them" in capsys.readouterr().err

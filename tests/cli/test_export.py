@@ -121,3 +121,13 @@ def test_the_models_own_folder_is_refused_as_output(args, capsys):
 
     assert export.main(args) == 2
     assert "is the folder of the full-precision model" in capsys.readouterr().err
+
+
+def test_the_papers_mode_takes_what_differs_from_defaults():
+    """So that `--paper 6 --seed 1` is the paper's mode at 6 bits with another seed."""
+    from optimum_qvlm import QVLMConfig
+
+    given = {"scheme": "w4a8", "vision_scheme": "w8a8", "seed": 1, "dataset": None}
+
+    assert export.make_config(6, given) == QVLMConfig.paper(6, seed=1)
+    assert export.make_config(None, given) == QVLMConfig(seed=1)
