@@ -57,6 +57,26 @@ def test_the_language_model_needs_a_scheme():
         QVLMConfig(None)
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"decode_tokens": -1}, "decode_tokens must be an integer of at least 0, got -1"),
+        ({"decode_tokens": True}, "decode_tokens must be an integer of at least 0, got True"),
+        ({"exact_decode": 1}, "exact_decode must be True or False, got 1"),
+    ],
+)
+def test_token_thresholds_that_mean_nothing_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        QVLMConfig(**settings)
+
+
+def test_exact_decode_is_a_threshold_of_none():
+    """It is recorded, since it decides what a saved model computes."""
+    assert QVLMConfig(decode_tokens=5).weight_only_tokens() == 5
+    assert QVLMConfig(decode_tokens=5, exact_decode=True).weight_only_tokens() == 0
+    assert QVLMConfig.from_dict(QVLMConfig(exact_decode=True, decode_tokens=5).to_dict()).exact_decode is True
+
+
 @pytest.mark.parametrize("field", ["num_samples", "batch_size", "max_length", "search_tokens"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, "64", None, True])
 def test_counts_must_be_positive_integers(field, value):

@@ -392,3 +392,16 @@ def test_a_repository_in_the_cache_is_quantized_without_network(bundled_folder, 
     assert ran.returncode == 0, ran.stderr
     assert {"tokenizer.json", "processor_config.json", "chat_template.jinja"} <= set(contents(tmp_path / "out"))
     assert quantized_modules(AutoModelForImageTextToText.from_pretrained(Path(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_token_threshold_is_saved_with_the_model(llama_folder, tmp_path, exact):
+    """What is decoded must not depend on where the model was loaded."""
+    model = quantize(llama_folder, "w4a4", exact_decode=exact, decode_tokens=5)
+    model.save_pretrained(tmp_path / "out")
+
+    again = load(tmp_path / "out")
+
+    assert {module.decode_tokens for module in quantized_modules(again).values()} == {0 if exact else 5}
+    few = {"input_ids": torch.tensor([[3, 4, 5]])}
+    assert torch.equal(logits(again, few), logits(model, few))
