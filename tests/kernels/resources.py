@@ -34,7 +34,8 @@ DTYPES = {"fp16": tl.float16, "bf16": tl.bfloat16, "i8": tl.int8}
 class Case:
     """One kernel, its tile and the matrix instructions that it has to use.
 
-    `weights` counts the weights of one step of its loop, None where that says nothing.
+    `weights` counts the weights of one step of its loop, None where that says nothing; `load_bits` is how wide the
+    widest load has to be then.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Case:
     stages: int
     matrix: tuple[str, ...]
     weights: int | None = None
+    load_bits: int = 128
 
     def resources(self) -> Resources:
         """Compile and read."""
@@ -65,7 +67,7 @@ class Case:
             faults.append(f"{found.shared_bytes} bytes of shared memory")
         if self.matrix and not any(name.startswith(self.matrix) for name in found.matrix):
             faults.append(f"{dict(found.matrix)} instead of {self.matrix}")
-        if self.weights is not None and max(found.load_bits, default=0) < 128:
+        if self.weights is not None and max(found.load_bits, default=0) < self.load_bits:
             faults.append(f"loads of {found.load_bits} bits")
         return faults
 
@@ -121,6 +123,7 @@ def prefill_case(
         stages=tile.stages,
         matrix=_matrix(architecture, integer=integer),
         weights=tile.rows * 128,
+        load_bits=64 if group == 16 else 128,
     )
 
 
