@@ -10,7 +10,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import smollm2
 import tiny_vlm
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 from optimum_qvlm import QVLMConfig
@@ -49,6 +49,7 @@ class Subject:
     dataset: list[Any]
     calibration: Sequence[dict[str, Tensor]]
     held_out: Sequence[dict[str, Tensor]]
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def main() -> None:
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=1000, help="held out, tiny VLM")
     parser.add_argument("--chunks", type=int, default=16, help="to calibrate on, and as many held out, SmolLM2")
     parser.add_argument("--tokens", type=int, default=512, help="of a chunk")
+    parser.add_argument("--layers", type=int, help="quantize only the first so many, SmolLM2; default: all")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     print(HEADER)
@@ -76,9 +78,12 @@ def subject(name: str, scratch: Path, arguments: argparse.Namespace) -> Subject:
         text = smollm2.read_text(
             folder, calibration_chunks=arguments.chunks, held_out_chunks=arguments.chunks, tokens=arguments.tokens
         )
+        layers = AutoConfig.from_pretrained(folder).num_hidden_layers
+        kept = [] if arguments.layers is None else [f"layers.{number}" for number in range(arguments.layers, layers)]
         return Subject(
             name=name,
             folder=folder,
+            settings={"modules_to_not_convert": kept},
             load=AutoModelForCausalLM.from_pretrained,
             dataset=text.calibration,
             calibration=text.calibration,
@@ -106,7 +111,7 @@ def compare_searches(subject: Subject, arguments: argparse.Namespace) -> None:
     print(f"{subject.name}: one full-precision pass over the calibration set takes {one_pass:.2f} s", flush=True)
     for scheme in arguments.schemes:
         for name in arguments.searches:
-            config = config_of(scheme, name, subject.dataset, paper=arguments.paper)
+            config = config_of(scheme, name, subject, paper=arguments.paper)
             if config is None:
                 continue
             started = time.process_time()
@@ -124,9 +129,10 @@ def compare_searches(subject: Subject, arguments: argparse.Namespace) -> None:
             )
 
 
-def config_of(scheme: str, search: str, dataset: list[Any], *, paper: bool) -> QVLMConfig | None:
+def config_of(scheme: str, search: str, subject: Subject, *, paper: bool) -> QVLMConfig | None:
     """The configuration of one run, None where the paper's mode has no such search."""
-    settings = SEARCHES[search] | {"dataset": dataset, "num_samples": len(dataset)}
+    data = {"dataset": subject.dataset, "num_samples": len(subject.dataset)}
+    settings = SEARCHES[search] | subject.settings | data
     if not paper:
         return QVLMConfig(scheme, **settings)
     return None if search == "rtn" else QVLMConfig.paper(int(scheme[-1]), **settings)

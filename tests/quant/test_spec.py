@@ -152,3 +152,17 @@ def test_a_static_activation_has_one_scale():
     assert ActivationSpec(bits=4, static=True).static
     with pytest.raises(SpecError, match="a static activation has one scale, got group=32"):
         ActivationSpec(bits=4, group=32, static=True)
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("group", [None, 32])
+def test_static_activations_share_one_scale_whatever_the_weight_groups(bits, group):
+    scheme = Scheme(4, bits)
+
+    assert scheme.activation_spec(WeightSpec(bits=4, group=group), static=True) == ActivationSpec(
+        bits=bits, static=True
+    )
+
+
+def test_activations_in_floating_point_have_no_static_range_either():
+    assert Scheme(4, None).activation_spec(WeightSpec(bits=4), static=True) is None
