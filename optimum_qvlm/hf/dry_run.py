@@ -81,8 +81,9 @@ def try_out(
     else:
         tried = try_data(model, plan, config, source, device)
         rehearsal = rehearse(model, plan, options, tried.workload, device)
-        rest = calibrate(model, rehearsal.plan, options, None, device)
+        rest = calibrate(model, rehearsal.rest, options, None, device)
         modules = rehearsal.modules | rest.modules
+        plan = rehearsal.plan
         result = CalibrationResult(plan=plan, modules=modules, recipe=tried.recipe, seconds=rest.seconds)
         cost = rehearsal.cost
     after = {linear.name: packed_bytes(model.get_submodule(linear.path)) for linear in plan.linears()}

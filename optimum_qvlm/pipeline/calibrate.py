@@ -17,14 +17,12 @@ from optimum_qvlm.pipeline import checks
 from optimum_qvlm.pipeline.blocks import SiteCandidates, install, search_jointly
 from optimum_qvlm.pipeline.capture import Run, Tracer
 from optimum_qvlm.pipeline.chain import Chain
-from optimum_qvlm.pipeline.dependency import EntropyOptions, measure_part
 from optimum_qvlm.pipeline.encoder import EncoderResult, EncoderStep
 from optimum_qvlm.pipeline.options import CalibrationOptions
+from optimum_qvlm.pipeline.partitioning import form_blocks, form_blocks_of, make_chain
 from optimum_qvlm.pipeline.result import BlockError, CalibrationResult, LayerError, SiteError
 from optimum_qvlm.pipeline.streaming import resident
-from optimum_qvlm.pipeline.tokens import TokenSampler
 from optimum_qvlm.search.joint import Choice, near_clips
-from optimum_qvlm.search.partition import default_threshold, partition
 from optimum_qvlm.search.plan import Block, ModuleRecord, PlannedLayer, PlannedPart, QuantPlan, Site
 from optimum_qvlm.search.problem import SiteChoice, SiteProblem
 from optimum_qvlm.search.rounding import round_site, round_to_nearest, search_site
@@ -114,10 +112,13 @@ class _Work:
             for number, layer in enumerate(part.layers):
                 checks.require_shared_inputs(self.model, layer, captured[part.name][0], number, self.device)
         checks.require_unused(tracer, self.plan.unused, captured, batches)
-        chains = {part.name: self._chain(part, captured.pop(part.name), batches) for part in self.plan.parts}
+        chains = {
+            part.name: make_chain(part, captured.pop(part.name), batches, self.options, self.device)
+            for part in self.plan.parts
+        }
         if self.options.joint:
             bar.set_description("measuring dependency")
-            self._form_blocks(chains)
+            self.plan = form_blocks(self.model, self.plan, chains, self.options)
         step = EncoderStep.of(self.model, self.plan, self.options, self.device)
         if step is not None:
             step.note(batches)
@@ -131,25 +132,6 @@ class _Work:
             self._search_part(part, chain, bar)
         for layer in self.plan.unused:
             self._round(layer)
-
-    def _chain(self, part: PlannedPart, runs: list[Run], batches: Sequence[Mapping[str, Tensor]]) -> Chain:
-        masks = [None if part.vision else batches[run.batch].get("attention_mask") for run in runs]
-        sampler = TokenSampler(masks, self.options.search_tokens, self.options.seed)
-        return Chain.of(runs, sampler, self.device)
-
-    def _form_blocks(self, chains: Mapping[str, Chain]) -> None:
-        """Replace the plan's blocks by those that the measured dependency gives."""
-        options = self.options
-        entropy = EntropyOptions.of(self.plan, options.softness, options.search_tokens, options.seed)
-        found = {part.name: measure_part(self.model, part, chains[part.name], entropy) for part in self.plan.parts}
-        dependencies = tuple(d for part in self.plan.parts for d in found[part.name])
-        threshold = default_threshold(dependencies) if options.threshold is None else options.threshold
-        blocks: list[Block] = []
-        for part in self.plan.parts:
-            values = [d.entropy for d in found[part.name]]
-            blocks += partition(part.name, len(part.layers), values, threshold, options.max_block_depth)
-        blocks = blocks if options.blocks is None else list(options.blocks)
-        self.plan = replace(self.plan, blocks=tuple(blocks), dependencies=dependencies, threshold=threshold)
 
     def _optimise_encoder(
         self, step: EncoderStep, data: CalibrationData, part: PlannedPart, chain: Chain, tracer: Tracer
@@ -169,15 +151,8 @@ class _Work:
 
     def _form_blocks_again(self, part: PlannedPart, chain: Chain, entering: list[Run]) -> None:
         """The partition of one part on what enters it now, with the threshold as it is."""
-        options, plan = self.options, self.plan
-        assert plan.threshold is not None
-        entropy = EntropyOptions.of(plan, options.softness, options.search_tokens, options.seed)
-        found = measure_part(self.model, part, Chain.of(entering, chain.sampler, self.device), entropy)
-        values = [d.entropy for d in found]
-        formed = partition(part.name, len(part.layers), values, plan.threshold, options.max_block_depth)
-        if options.blocks is not None:
-            formed = tuple(block for block in options.blocks if block.part == part.name)
-        self.plan = plan.with_blocks(part.name, formed, tuple(found))
+        now = Chain.of(entering, chain.sampler, self.device)
+        self.plan = form_blocks_of(self.model, self.plan, part, now, self.options)
 
     def _search_part(self, part: PlannedPart, chain: Chain, bar: Any) -> None:
         for number, block in enumerate(self.plan.blocks, start=1):

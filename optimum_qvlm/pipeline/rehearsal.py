@@ -12,6 +12,8 @@ from optimum_qvlm.pipeline import checks
 from optimum_qvlm.pipeline.calibrate import CalibrationData, calibrate
 from optimum_qvlm.pipeline.capture import Run, Tracer
 from optimum_qvlm.pipeline.options import CalibrationOptions
+from optimum_qvlm.pipeline.partitioning import form_blocks, make_chain
+from optimum_qvlm.search.encoder import EncoderOptions
 from optimum_qvlm.search.plan import Block, ModuleRecord, PlannedPart, QuantPlan
 
 COPIES = 4
@@ -45,13 +47,15 @@ class Rehearsal:
     Attributes:
         chain: relative difference of the layers, run alone on one sample, to the real forward, by part.
         modules: records of the linears that were searched, by disk name.
-        plan: the plan with the layers that were searched left without sites, to round the rest to nearest.
+        plan: the plan with the blocks that this one sample gives; all samples may give others.
+        rest: the same with the layers that were searched left without sites, to round the rest to nearest.
         cost: of the whole calibration.
     """
 
     chain: dict[str, float]
     modules: dict[str, ModuleRecord]
     plan: QuantPlan
+    rest: QuantPlan
     cost: Cost
 
 
@@ -94,8 +98,13 @@ def rehearse(
         for number, layer in enumerate(part.layers):
             checks.require_shared_inputs(model, layer, captured[part.name][0], number, device)
     checks.require_unused(tracer, plan.unused, captured, [workload.sample])
+    if options.joint:
+        batches = [workload.sample]
+        chains = {p.name: make_chain(p, captured[p.name], batches, options, device) for p in plan.parts}
+        plan = form_blocks(model, plan, chains, options)
     host_bytes = _held(captured.values()) * workload.times + _bytes(model)
-    device_bytes = max(_layer_bytes(model, part, workload, options) for part in plan.parts)
+    depth = max(block.last - block.first + 1 for block in plan.blocks)
+    device_bytes = max(_layer_bytes(model, part, workload, options, depth) for part in plan.parts)
 
     first = _first_blocks(plan)
     tokens = workload.sample["input_ids"].numel()
@@ -103,13 +112,16 @@ def rehearse(
     data = CalibrationData(
         batches=[workload.sample] * copies, recipe=Recipe(source="", samples=0, seed=0, fingerprint="")
     )
-    result = calibrate(model, first, options, data, device)
+    searching = replace(options, blocks=first.blocks, encoder=EncoderOptions(epochs=0))
+    result = calibrate(model, first, searching, data, device)
     seconds = result.seconds * _elements(plan) / max(1, _elements(first))
     seconds += max(0.0, workload.times - copies) * forward_seconds * _passes(plan)
+    seconds += workload.times * forward_seconds * _encoder_passes(options.encoder)
     return Rehearsal(
         chain=chain,
         modules=result.modules,
-        plan=_without(plan, set(result.modules)),
+        plan=plan,
+        rest=_without(plan, set(result.modules)),
         cost=Cost(
             seconds=seconds + workload.answer_seconds,
             answer_seconds=workload.answer_seconds,
@@ -157,6 +169,12 @@ def _passes(plan: QuantPlan) -> float:
     return 3 + (sites / 2 + entered) / layers
 
 
+def _encoder_passes(options: EncoderOptions) -> int:
+    """Forwards that optimising the encoder costs: an epoch steps (a forward, a recomputation, a backward that counts
+    for two) and evaluates; before the first, targets are noted, slopes measured and the start evaluated."""
+    return 0 if options.epochs == 0 else 5 * options.epochs + 6
+
+
 def _held(parts: Iterable[Sequence[Run]]) -> int:
     """Bytes of what a sample leaves on the CPU: arguments once, hidden states for both chains."""
     tensors: dict[int, Tensor] = {}
@@ -179,13 +197,16 @@ def _collect(value: object, found: dict[int, Tensor]) -> None:
             _collect(item, found)
 
 
-def _layer_bytes(model: nn.Module, part: PlannedPart, workload: Workload, options: CalibrationOptions) -> int:
-    """The part's largest layer, the hidden states of the largest batch in it, and the workspace of a site.
+def _layer_bytes(
+    model: nn.Module, part: PlannedPart, workload: Workload, options: CalibrationOptions, depth: int
+) -> int:
+    """The part's largest layer as often as a block has layers, the hidden states of the largest batch in it, and the
+    workspace of a site.
 
     That are fp32 copies: of the sampled inputs as they are, rounded, and their difference; of the outputs, wanted
     and found; of the weight as it is, rounded, and their difference.
     """
-    weights = max(_bytes(model.get_submodule(layer.path)) for layer in part.layers)
+    weights = depth * max(_bytes(model.get_submodule(layer.path)) for layer in part.layers)
     rows = max((batch["input_ids"].numel() for batch in workload.batches), default=workload.sample["input_ids"].numel())
     linears = [linear for layer in part.layers for site in layer.sites for linear in site.linears]
     widest = max((linear.in_features + linear.out_features for linear in linears), default=0)

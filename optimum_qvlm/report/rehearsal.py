@@ -16,7 +16,8 @@ class ModuleRow:
     Attributes:
         name: its disk name.
         part: the chain that it belongs to; "unused" where nothing reads its layer.
-        block: number of its block, from 1; None in an unused layer.
+        block: number of its block, from 1, formed on one sample: all of them may give other blocks; None in an unused
+            layer.
         scheme: its effective bits, as in "w4a8".
         group: input channels that share a weight scale; None for the whole row.
         site: disk name of the site's first linear.
