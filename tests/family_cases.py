@@ -37,11 +37,14 @@ class Seen:
 
 
 def examine(family: Family, folder: Path, scheme: str = "w4a8", **settings: Any) -> Seen:
-    """Quantize the family's tiny model, save it below `folder`, reload it, and compare."""
+    """Quantize the family's tiny model, save it below `folder`, reload it, and compare.
+
+    Parts of these models see fewer tokens than `decode_tokens`, so arithmetic is that of the scheme at every size.
+    """
     full = family.build()
     full.save_pretrained(folder / "full")
     batches = [family.batch(seed=0, padding=2), family.batch(rows=3, seed=1)]
-    config = QVLMConfig(scheme, **({"dataset": batches} | settings))
+    config = QVLMConfig(scheme, **({"dataset": batches, "exact_decode": True} | settings))
 
     model = family.auto_class.from_pretrained(folder / "full", quantization_config=config)
     model.save_pretrained(folder / "quantized")

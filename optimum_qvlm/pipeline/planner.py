@@ -129,7 +129,8 @@ class _Planner:
         assert isinstance(module, nn.Linear)
         try:
             weight = choice.scheme.weight_spec(module.in_features, choice.group_size, symmetric=choice.symmetric)
-            activation = choice.scheme.activation_spec(weight, static=choice.static)
+            unseen = any(path.startswith(f"{layer}.") for layer in part.unused)  # nothing is measured there
+            activation = choice.scheme.activation_spec(weight, static=choice.static and not unseen)
         except SpecError as error:
             raise SpecError(f"{name}: {error}") from error
         linear = PlannedLinear(
