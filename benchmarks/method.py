@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="calibration seeds 0..N-1")
     parser.add_argument("--draws", type=int, default=3, help="random partitions per seed")
     parser.add_argument("--chunk", type=int, default=128, help="tokens of a sample of SmolLM2")
+    parser.add_argument("--layers", type=int, help="quantize only the first so many of SmolLM2; default: all")
     parser.add_argument("--epochs", type=int, default=10, help="of the encoder step")
     parser.add_argument("--lr", type=float, help="of the encoder step; default: that of QVLMConfig")
     parser.add_argument("--output", type=Path, help="folder for records and scatter plots")
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen.samples, chosen.questions, chosen.seeds, chosen.draws, chosen.epochs = 2, 8, 1, 1, 1
         chosen.chunk = min(chosen.chunk, 32)
     logging.disable_progress_bar()
-    sizes = Sizes(samples=chosen.samples, questions=chosen.questions, chunk=chosen.chunk)
+    sizes = Sizes(samples=chosen.samples, questions=chosen.questions, chunk=chosen.chunk, layers=chosen.layers)
     with tempfile.TemporaryDirectory() as scratch:
         for name in chosen.models:
             subject = Subject(name, Path(scratch), sizes)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from intervals import of_correlation, of_mean
 from proxies import all_proxies
-from subjects import CPU, Quantized, Subject, config_for
+from subjects import CPU, Quantized, Subject
 from torch import Tensor, nn
 
 from optimum_qvlm.pipeline.calibrate import CalibrationData, calibrate
@@ -38,7 +38,7 @@ class Pair:
 
 def measure_pairs(subject: Subject, scheme: str, samples: int) -> list[Pair]:
     """Every pair of layers on every sample alone, both the search and the proxies."""
-    config = config_for(scheme)
+    config = subject.config(scheme)
     plan = subject.plan(config)
     nearest = copy.deepcopy(subject.full)
     calibrate(nearest, plan, replace(config.options(), method="rtn"), None, CPU)
@@ -147,7 +147,7 @@ def partition_table(subject: Subject, scheme: str, seeds: int, draws: int, recor
     for seed in range(seeds):
         data = subject.data(seed)
         for name, blocks, depth in partitions(subject, scheme, data, seed, draws):
-            config = config_for(scheme, max_block_depth=depth, seed=seed)
+            config = subject.config(scheme, max_block_depth=depth, seed=seed)
             runs.setdefault(name, []).append(subject.quantized(config, data, blocks))
     base = torch.stack([run.kl for run in runs["entropy 3"]]).mean(0)
     for name, found in runs.items():
@@ -173,10 +173,10 @@ def partitions(
     """Name, blocks (None where dependency forms them) and depth of each partition that is compared."""
     for depth in (1, 2, 3, 4):
         yield f"entropy {depth}", None, depth
-    config = config_for(scheme, seed=seed)
+    config = subject.config(scheme, seed=seed)
     plan = subject.plan(config)
     _, by_entropy, _ = subject.calibrated(config, data)
-    _, alone, _ = subject.calibrated(config_for(scheme, method="layerwise", seed=seed), data)
+    _, alone, _ = subject.calibrated(subject.config(scheme, method="layerwise", seed=seed), data)
     errors = {part.name: [e.error for e in alone.layers if e.part == part.name] for part in plan.parts}
     yield "error", by_error(plan.parts, errors), 3
     for draw in range(draws):
@@ -230,7 +230,8 @@ def ablation_table(subject: Subject, scheme: str, seeds: int, encoder: dict[str,
     base: dict[str, Tensor] = {}
     for name, settings in rows.items():
         runs = [
-            subject.quantized(config_for(scheme, seed=seed, **settings), subject.data(seed)) for seed in range(seeds)
+            subject.quantized(subject.config(scheme, seed=seed, **settings), subject.data(seed))
+            for seed in range(seeds)
         ]
         right = 100 * torch.stack([run.right for run in runs]).mean(0)
         kl = torch.stack([run.kl for run in runs]).mean(0)

@@ -31,12 +31,17 @@ NAMES = ("plain", "outlier", "smollm2")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """How much data is used. `batch` is samples per calibration batch, `chunk` tokens per text of SmolLM2."""
+    """How much data is used.
+
+    `batch` is samples per calibration batch, `chunk` tokens per text of SmolLM2, `layers` how many layers of it are
+    quantized, None for all.
+    """
 
     samples: int
     questions: int
     batch: int = 8
     chunk: int = 512
+    layers: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +93,12 @@ class Subject:
             self.held_out = tiny_vlm.held_out(tiny_vlm.make_samples("heldout", sizes.questions, 0), self.folder)
         self.reference = answer_logits(self.full, self.held_out)
 
+    def config(self, scheme: str, **settings: Any) -> QVLMConfig:
+        """A configuration whose tower has the bits of the language model, as in the paper."""
+        count = 0 if self.text is None or self.sizes.layers is None else self.full.config.num_hidden_layers
+        kept = [f"layers.{number}" for number in range(self.sizes.layers or 0, count)]
+        return QVLMConfig(scheme, **({"vision_scheme": scheme, "modules_to_not_convert": kept or None} | settings))
+
     def data(self, seed: int = 0, batch: int | None = None) -> CalibrationData:
         """Calibration batches; SmolLM2 has the same for every seed."""
         recipe = Recipe(source="user", samples=self.sizes.samples, seed=seed, fingerprint="")
@@ -129,11 +140,6 @@ class Subject:
             kl=torch.cat([divergence(a, b) for a, b in zip(self.reference, logits, strict=True)]),
             right=torch.tensor(right_answers(logits, self.held_out)).double(),
         )
-
-
-def config_for(scheme: str, **settings: Any) -> QVLMConfig:
-    """A configuration whose tower has the bits of the language model, as in the paper."""
-    return QVLMConfig(scheme, **({"vision_scheme": scheme} | settings))
 
 
 def divergence(wanted: Tensor, found: Tensor) -> Tensor:

@@ -282,7 +282,9 @@ def test_weights_of_another_calibration_are_refused(saved, job):
     """Same model, same names; a mixed download."""
     shutil.copy(job("llava", "w6a6", symmetric=True).folder / WEIGHTS, saved / WEIGHTS)
 
-    message = "has dtype I32 and shape .* but was written with dtype I32|not in its manifest|missing from the checkpoint"
+    message = (
+        "has dtype I32 and shape .* but was written with dtype I32|not in its manifest|missing from the checkpoint"
+    )
     load_refused(CheckpointError, message, saved)
 
 
