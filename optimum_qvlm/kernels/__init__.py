@@ -10,6 +10,7 @@ from optimum_qvlm.kernels.reference import (
     quantize_static,
     quantize_tokens,
     quantized_linear,
+    round_tokens,
     transform_tokens,
 )
 from optimum_qvlm.kernels.weights import (
@@ -41,5 +42,6 @@ __all__ = [
     "quantize_static",
     "quantize_tokens",
     "quantized_linear",
+    "round_tokens",
     "transform_tokens",
 ]

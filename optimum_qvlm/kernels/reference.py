@@ -103,9 +103,9 @@ def hadamard(size: int, device: torch.device | None = None) -> Tensor:
     return matrix
 
 
-def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Product of (already rounded) activations [..., in] with a dequantized weight [out, in]."""
-    return F.linear(x, weight.to(x.dtype), bias)
+def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rounding: Rounding) -> Tensor:
+    """As `linear`, over a weight [out, in] that is dequantized already, in fp32."""
+    return finish(F.linear(round_tokens(x, rounding), weight), bias, x.dtype)
 
 
 def _round(x: Tensor, bits: int, group: int | None, clip: float) -> tuple[Tensor, Tensor]:

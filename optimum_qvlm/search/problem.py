@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from optimum_qvlm.kernels import fake_quantize_static, fake_quantize_tokens
+from optimum_qvlm.kernels import Rounding, round_tokens
 from optimum_qvlm.quant.affine import QuantizedWeight
 from optimum_qvlm.quant.observers import static_scale
 from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
@@ -16,25 +16,18 @@ FEW_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Rounding:
+class SiteRounding:
     """Transform and rounding of the activations of a site: a function of tokens [tokens, in_features].
 
-    `scale` is the fp32 [1] of a static activation; others round to the ratio `clip` of the peak.
+    `grid` is what the product's definition calls it.
     """
 
-    spec: ActivationSpec | None
-    clip: float
     transform: SiteTransform
-    scale: Tensor | None = None
+    grid: Rounding
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """In the dtype of the tokens, in which the linear computes."""
-        moved = self.transform.tokens(tokens)
-        if self.spec is not None and self.scale is not None:
-            moved = fake_quantize_static(moved, self.spec.bits, self.scale)
-        elif self.spec is not None:
-            moved = fake_quantize_tokens(moved, self.spec.bits, self.spec.group, self.clip)
-        return moved.to(tokens.dtype)
+        """The values that enter the product, fp32."""
+        return round_tokens(tokens, self.grid)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,12 +73,22 @@ class SiteProblem:
         for found, wanted in zip(inputs, references, strict=True):
             yield found.to(self.inputs.device), wanted.to(self.inputs.device)
 
-    def rounding(self, clip: float, transform: SiteTransform) -> "Rounding":
+    def rounding(self, clip: float, transform: SiteTransform) -> SiteRounding:
         """What happens to activations; a static scale is that of the sample's quantile `clip`, after the transform."""
         spec = self.activation
-        static = spec is not None and spec.static
-        scale = static_scale(transform.tokens(self.inputs), spec.bits, clip) if spec is not None and static else None
-        return Rounding(spec, clip, transform, scale)
+        if spec is None:
+            grid = Rounding(equalizer=transform.equalizer, rotation=transform.rotation)
+            return SiteRounding(transform, grid)
+        scale = static_scale(transform.tokens(self.inputs), spec.bits, clip) if spec.static else None
+        grid = Rounding(
+            bits=spec.bits,
+            group=spec.group,
+            clip=clip,
+            scale=scale,
+            equalizer=transform.equalizer,
+            rotation=transform.rotation,
+        )
+        return SiteRounding(transform, grid)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight, quantize_weight
 from optimum_qvlm.quant.spec import WeightSpec
 from optimum_qvlm.quant.transform import SiteTransform
-from optimum_qvlm.search.problem import Rounding, SiteChoice, SiteProblem
+from optimum_qvlm.search.problem import SiteChoice, SiteProblem, SiteRounding
 from optimum_qvlm.search.transforms import TransformOptions, choose_transform
 from optimum_qvlm.search.weights import (
     ROWS_AT_ONCE,
@@ -108,7 +108,7 @@ def search_activation_clip(problem: SiteProblem, grids: ClipGrids, transform: Si
     exact = transform.tokens(tokens).float()
 
     def error(clip: float) -> float:
-        change = problem.rounding(clip, transform)(tokens).float() - exact
+        change = problem.rounding(clip, transform)(tokens) - exact
         return float(((change @ gram) * change).sum())
 
     errors = {clip: error(clip) for clip in grids.activation}
@@ -117,10 +117,10 @@ def search_activation_clip(problem: SiteProblem, grids: ClipGrids, transform: Si
 
 
 def _round_alone(
-    problem: SiteProblem, options: SiteOptions, rounding: Rounding
+    problem: SiteProblem, options: SiteOptions, rounding: SiteRounding
 ) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
     """Plain rounding, each row and group with the clip whose error at the output is least."""
-    inputs = rounding(problem.inputs).float()
+    inputs = rounding(problem.inputs)
     weights, ratios = {}, {}
     for name, weight in problem.weights.items():
         spec, folded = problem.specs[name], rounding.transform.fold(weight)
@@ -136,7 +136,7 @@ def _round_alone(
 
 
 def _round_together(
-    problem: SiteProblem, options: SiteOptions, feedback: FeedbackOptions, rounding: Rounding
+    problem: SiteProblem, options: SiteOptions, feedback: FeedbackOptions, rounding: SiteRounding
 ) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
     """Error feedback against full-precision outputs. Linears with one grid are rounded as one."""
     halves = site_moments(problem, rounding, feedback.asymmetry)
@@ -160,12 +160,12 @@ def _round_together(
     return weights, ratios
 
 
-def _measured(problem: SiteProblem, choice: SiteChoice, rounding: Rounding) -> SiteChoice:
+def _measured(problem: SiteProblem, choice: SiteChoice, rounding: SiteRounding) -> SiteChoice:
     """The choice with its static scale, and the relative error of the site's outputs."""
-    rounded = rounding(problem.inputs).float()
+    rounded = rounding(problem.inputs)
     error = norm = 0.0
     for name, weight in problem.weights.items():
         wanted = problem.wanted_inputs.float() @ weight.float().T
         error += float((wanted - rounded @ dequantize_weight(choice.weights[name]).T).square().sum())
         norm += float(wanted.square().sum())
-    return replace(choice, error=error / max(norm, 1e-30), input_scale=rounding.scale)
+    return replace(choice, error=error / max(norm, 1e-30), input_scale=rounding.grid.scale)

@@ -119,7 +119,7 @@ class _Judge:
         if self.problem.activation is None:
             return 0.0
         exact = transform.tokens(self.tokens).float()
-        change = self.problem.rounding(1.0, transform)(self.tokens).float() - exact
+        change = self.problem.rounding(1.0, transform)(self.tokens) - exact
         gram = transform.fold(transform.fold(self.gram).T)
         return float(((change @ gram) * change).sum()) / len(self.tokens)
 

@@ -1,4 +1,4 @@
-"""Rounding of weights with error feedback: what rounding one channel does wrong, the channels after it make good.
+"""SiteRounding of weights with error feedback: what rounding one channel does wrong, the channels after it make good.
 
 The recursion is GPTQ's (Frantar et al., arXiv 2210.17323) on the second moment of the transformed, rounded inputs.
 The target is the least-squares answer to full-precision outputs, as in GPTAQ (Li et al., arXiv 2504.02692).
@@ -12,7 +12,7 @@ from torch import Tensor
 from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight, quantize_weight, split_groups
 from optimum_qvlm.quant.spec import WeightSpec
 from optimum_qvlm.quant.transform import SiteTransform
-from optimum_qvlm.search.problem import Rounding, SiteProblem
+from optimum_qvlm.search.problem import SiteProblem, SiteRounding
 
 ROWS_AT_ONCE = 1024
 BLOCK = 128
@@ -48,14 +48,14 @@ class Moments:
     cross: Tensor
 
 
-def site_moments(problem: SiteProblem, rounding: Rounding, asymmetry: float) -> tuple[Moments, Moments]:
+def site_moments(problem: SiteProblem, rounding: SiteRounding, asymmetry: float) -> tuple[Moments, Moments]:
     """Second moments over all calibration tokens of the problem: of the first half of each piece, and of the second."""
     channels, device = problem.inputs.shape[1], problem.inputs.device
     halves = tuple(Moments(*(torch.zeros(channels, channels, device=device) for _ in range(2))) for _ in range(2))
     for found, wanted in problem.pieces():
         middle = -(-len(found) // 2)
         for half, part in zip(halves, (slice(middle), slice(middle, None)), strict=True):
-            rounded = rounding(found[part]).float()
+            rounded = rounding(found[part])
             half.hessian.addmm_(rounded.T, rounded)
             half.cross.addmm_(torch.lerp(found[part].float(), wanted[part].float(), asymmetry).T, rounded)
     return halves[0], halves[1]

@@ -50,7 +50,7 @@ def test_parts_blocks_and_modules_are_shown(run, saved):
     assert sum(int(line[1]) for line in language if line[2] == "w4a8") == 13
     assert [line[1] for line in language if line[2] == "w6a6"] == ["1"]
     assert ["multi_modal_projector", "2", "w8a8", "row"] in [line[:4] for line in lines]
-    assert "blocks      vision 0, 1, 2; projector 0; language 0, 1" in text
+    assert "blocks      vision 0, 1; projector 0; language 0" in text
 
 
 def test_equal_modules_of_all_layers_share_a_line(run, saved):

@@ -94,7 +94,7 @@ def test_a_fresh_process_gets_the_same_logits(job, family, tmp_path):
 @GRIDS
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_packed_linears_take_the_bytes_that_their_bits_promise(job, family, scheme, symmetric):
-    """codes: rows of whole words; scales: per row and group; zero points: packed along the rows; a factor per channel."""
+    """codes: rows of whole words; scales: per row and group; zero points: packed by rows; a factor per channel."""
     for module in quantized_modules(job(family, scheme, symmetric=symmetric).model).values():
         bits, groups = module.format.weight.bits, module.format.weight.groups(module.in_features)
         expected = 4 * module.out_features * math.ceil(module.in_features * bits / 32)

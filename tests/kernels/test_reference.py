@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from optimum_qvlm.errors import SpecError
-from optimum_qvlm.kernels import dequantize_tokens, fake_quantize_tokens, quantize_tokens, quantized_linear
+from optimum_qvlm.kernels import Rounding, dequantize_tokens, fake_quantize_tokens, quantize_tokens, quantized_linear
 
 BITS = range(2, 9)
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -217,12 +217,14 @@ def test_gradients_pass_straight_through(bits, group, clip):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(32,), (3, 32), (2, 3, 32), (0, 32)], ids=str)
-def test_quantized_linear_computes_in_the_input_dtype(dtype, bias, shape):
+def test_quantized_linear_rounds_once_to_the_input_dtype(dtype, bias, shape):
+    """Products and sums are fp32, over activations that were rounded to their grid in fp32."""
     x = activations(*shape, dtype=dtype)
     weight = activations(8, 32, seed=1)
     shift = activations(8, seed=2, dtype=dtype) if bias else None
 
-    y = quantized_linear(x, weight, shift)
+    y = quantized_linear(x, weight, shift, Rounding(bits=4, group=16, clip=0.9))
 
     assert y.dtype == dtype and y.shape == (*shape[:-1], 8)
-    assert torch.equal(y, F.linear(x, weight.to(dtype), shift))
+    product = F.linear(fake_quantize_tokens(x.float(), 4, 16, 0.9), weight)
+    assert torch.equal(y, (product if shift is None else product + shift.float()).to(dtype))
