@@ -2,7 +2,6 @@
 
 from typing import Self
 
-import torch
 from torch import Tensor, nn
 
 from optimum_qvlm.kernels import FULL_BITS, NOTHING, Rounding, quantized_linear
@@ -12,19 +11,20 @@ from optimum_qvlm.quant.transform import SiteTransform
 
 
 class TrialLinear(nn.Linear):
-    """`y = Q(x T) dequantize(W)^T + b` with the weight kept dequantized, in fp32 and on its own device.
+    """`y = Q(x T) dequantize(W)^T + b` with the weight kept dequantized, on its own device.
 
     Gives exactly what a packed `QuantLinear` of the same rounding function gives. The bias is shared with the linear
-    that it stands in for.
+    that it stands in for, and `weight` has its dtype; products take the fp32 values in `dense`.
     """
 
+    dense: Tensor
     activation: ActivationSpec | None
     rounding: Rounding
 
     @classmethod
     def of(cls, linear: nn.Linear, activation: ActivationSpec | None) -> Self:
         """A stand-in for `linear`, which takes its first rounding function from `set_rounding`."""
-        trial = cls(linear.in_features, linear.out_features, bias=False, device="meta", dtype=torch.float32)
+        trial = cls(linear.in_features, linear.out_features, bias=False, device="meta", dtype=linear.weight.dtype)
         trial.bias = linear.bias
         trial.activation, trial.rounding = activation, NOTHING
         return trial
@@ -35,7 +35,8 @@ class TrialLinear(nn.Linear):
         """Round as told from now on. `weight` has the inverse of `transform` folded in."""
         spec = self.activation
         assert spec is None or spec.static == (input_scale is not None)
-        self.weight = nn.Parameter(dequantize_weight(weight), requires_grad=False)
+        self.dense = dequantize_weight(weight)
+        self.weight = nn.Parameter(self.dense.to(self.weight.dtype), requires_grad=False)
         self.rounding = Rounding(
             bits=FULL_BITS if spec is None else spec.bits,
             group=None if spec is None else spec.group,
@@ -47,4 +48,4 @@ class TrialLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Product of the rounded input [..., in_features] with the weight, plus bias, in the input's dtype."""
-        return quantized_linear(input, self.weight, self.bias, self.rounding)
+        return quantized_linear(input, self.dense, self.bias, self.rounding)

@@ -392,8 +392,11 @@ def test_static_activations_get_one_scale(case, settings):
 
     result = run(model, batches, "w4a4", activation_range="static", **settings)
 
-    assert all(entry.activation_static and entry.activation_group is None for entry in result.modules.values())
-    for site in result.plan.sites():
+    unused = {linear.name for layer in result.plan.unused for site in layer.sites for linear in site.linears}
+    for name, entry in result.modules.items():
+        assert entry.activation_static == (name not in unused), "nothing is measured where nothing reads"
+        assert entry.activation_group is None or name in unused
+    for site in (site for part in result.plan.parts for layer in part.layers for site in layer.sites):
         scales = [model.get_submodule(linear.path).input_scale for linear in site.linears]
         assert all(scale.shape == (1,) and torch.equal(scale, scales[0]) for scale in scales)
     assert all(error.found <= error.nearest for error in result.sites)

@@ -10,7 +10,6 @@ from optimum_qvlm.errors import CalibrationError, UnsupportedModelError
 from optimum_qvlm.modules.qlinear import QuantLinear
 from optimum_qvlm.pipeline.calibrate import calibrate
 from optimum_qvlm.pipeline.rehearsal import Workload, rehearse
-from optimum_qvlm.search.plan import Block
 from tests.plans import CPU, plan_for
 from tests.tiny_families import FAMILIES
 from tests.tiny_models import llava_batch, tiny_llava
@@ -31,7 +30,7 @@ def searched(model):
 def test_the_first_block_of_each_part_is_searched_for_real():
     model = tiny_llava()
 
-    found = rehearsed(model)
+    found = rehearsed(model, max_block_depth=1)
 
     first = ("vision_tower.encoder.layers.0.", "multi_modal_projector.", "language_model.layers.0.")
     assert len(found.modules) == len(searched(model)) == 6 + 2 + 7
@@ -39,12 +38,11 @@ def test_the_first_block_of_each_part_is_searched_for_real():
 
 
 def test_blocks_of_several_layers_are_searched_whole():
-    """Their depth is the partition's business."""
-    model = tiny_llava()
-    plan = plan_for(model)
-    deep = replace(plan, blocks=(Block(part="vision", first=0, last=1), *plan.blocks[2:]))
+    """Formed on the sample: at a threshold of zero every pair of layers shares a block."""
+    found = rehearsed(tiny_llava(), threshold=0.0)
 
-    assert len(rehearsed(model, deep).modules) == 12 + 2 + 7
+    assert found.plan.blocks[0] == Block(part="vision", first=0, last=1)
+    assert len(found.modules) == 12 + 2 + 14
 
 
 def test_the_rest_can_be_rounded_so_that_the_model_is_whole():
@@ -52,7 +50,7 @@ def test_the_rest_can_be_rounded_so_that_the_model_is_whole():
     plan = plan_for(model)
 
     found = rehearsed(model, plan)
-    rest = calibrate(model, found.plan, QVLMConfig().options(), None, CPU)
+    rest = calibrate(model, found.rest, QVLMConfig().options(), None, CPU)
 
     assert not set(found.modules) & set(rest.modules)
     assert {*found.modules, *rest.modules} == {linear.name for linear in plan.linears()}
