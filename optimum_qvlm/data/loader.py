@@ -42,19 +42,28 @@ def read_dataset(dataset: Any, options: LoaderOptions, *, wants_images: bool) ->
     source, records = _records(dataset, wants_images=wants_images)
     if len(records) == 0:
         raise DataError("the calibration dataset is empty; pass at least one sample, or None for the packaged set")
-    places = list(range(len(records)))
-    if len(records) > options.num_samples:
-        places = sorted(random.Random(options.seed).sample(places, options.num_samples))
-    chosen = [(place, records[place]) for place in places]
+    chosen = [(place, records[place]) for place in _places(len(records), options)]
     if _is_model_input(chosen[0][1]):
         return source, list(_ready(chosen, options.num_samples))
-    samples = [r if isinstance(r, Sample) else read_sample(r, f"dataset[{place}]") for place, r in chosen]
+    samples = [_sample(place, record) for place, record in chosen]
     if wants_images and not any(sample.has_image for sample in samples):
         raise DataError(
             f"none of the {len(samples)} calibration samples has an image, but the model has a vision tower; "
             'give the records an "image", or pass dataset=None for the packaged set'
         )
     return source, list(samples)
+
+
+def read_held_out(dataset: Any, options: LoaderOptions, *, wants_images: bool, count: int) -> list[Sample | Batch]:
+    """At most `count` of the samples that `read_dataset` leaves out, drawn with the seed; none where it takes all."""
+    _, records = _records(dataset, wants_images=wants_images)
+    taken = set(_places(len(records), options))
+    left = [place for place in range(len(records)) if place not in taken]
+    places = sorted(random.Random(options.seed).sample(left, min(count, len(left))))
+    chosen = [(place, records[place]) for place in places]
+    if chosen and _is_model_input(chosen[0][1]):
+        return list(_ready(chosen, count))
+    return [_sample(place, record) for place, record in chosen]
 
 
 def make_batches(
@@ -130,6 +139,18 @@ def _records(dataset: Any, *, wants_images: bool) -> tuple[str, Sequence[Any]]:
             f"got {type(dataset).__name__}; choose one split of a DatasetDict, and make a stream a list"
         )
     return "user", dataset
+
+
+def _places(count: int, options: LoaderOptions) -> list[int]:
+    """Which of `count` records are calibrated on."""
+    places = list(range(count))
+    if count <= options.num_samples:
+        return places
+    return sorted(random.Random(options.seed).sample(places, options.num_samples))
+
+
+def _sample(place: int, record: Any) -> Sample:
+    return record if isinstance(record, Sample) else read_sample(record, f"dataset[{place}]")
 
 
 def _download(preset: Preset) -> list[Any]:

@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from optimum_qvlm.data.loader import (
     make_batches,
     make_labelled_batches,
     read_dataset,
+    read_held_out,
 )
 from optimum_qvlm.data.recipe import Recipe
 from optimum_qvlm.data.sample import Sample
@@ -26,7 +27,14 @@ from optimum_qvlm.models.registry import adapter_for
 from optimum_qvlm.pipeline.answers import fill_answers
 from optimum_qvlm.pipeline.calibrate import CalibrationData
 from optimum_qvlm.pipeline.rehearsal import Workload
+from optimum_qvlm.report.fidelity import IGNORED
 from optimum_qvlm.search.plan import QuantPlan
+
+HELD_OUT = 8
+"""Samples beyond those of the calibration that fidelity is measured on."""
+
+LABELS_PER_SAMPLE = 32
+"""Tokens of each of them at most."""
 
 
 def require_all_loaded(model: Any) -> None:
@@ -55,7 +63,7 @@ def require_all_loaded(model: Any) -> None:
 def prepare_data(
     model: Any, plan: QuantPlan, config: QVLMConfig, source: Source, device: torch.device
 ) -> CalibrationData:
-    """Batches of model inputs from whatever dataset the user passed.
+    """Batches of model inputs from whatever dataset the user passed, and some of what it holds beyond them.
 
     Raises:
         DataError: data or processor are missing or do not fit the model.
@@ -65,7 +73,7 @@ def prepare_data(
     if loaded.conversations:
         answered = loaded.answered(loaded.conversations, plan, device, batch=config.batch_size)
         batches = loaded.render(answered)
-    return loaded.data(batches)
+    return replace(loaded.data(batches), held_out=_held_out(loaded, plan, device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +125,9 @@ class _Loaded:
         )
         self.image_tokens = adapter_for(model).image_tokens()
         self.origin, samples = read_dataset(config.dataset, self.options, wants_images=bool(self.image_tokens))
+        self.held_out = read_held_out(
+            config.dataset, self.options, wants_images=bool(self.image_tokens), count=HELD_OUT
+        )
         self.conversations = [sample for sample in samples if isinstance(sample, Sample)]
         self.ready = [sample for sample in samples if not isinstance(sample, Sample)]
         own = users_processor(config) if self.conversations else None
@@ -144,7 +155,7 @@ class _Loaded:
                 f"no calibration input holds an image token ({', '.join(map(str, self.image_tokens))}); the "
                 "processor's chat template must place one for each image"
             )
-        labels = [batch.pop("labels") if "labels" in batch else self._text_labels(batch) for batch in batches]
+        labels = [batch.pop("labels") if "labels" in batch else self.text_labels(batch) for batch in batches]
         recipe = Recipe(
             source=self.origin,
             samples=sum(batch["input_ids"].shape[0] for batch in batches),
@@ -153,13 +164,34 @@ class _Loaded:
         )
         return CalibrationData(batches=batches, recipe=recipe, labels=labels)
 
-    def _text_labels(self, batch: Batch) -> torch.Tensor:
-        """Ready model inputs do not say which tokens are the answer: all that are text then."""
+    def text_labels(self, batch: Batch) -> torch.Tensor:
+        """Labels of a batch that does not say which tokens are the answer: all that are text."""
         ids = batch["input_ids"]
         text = ~torch.isin(ids, torch.tensor(self.image_tokens, dtype=ids.dtype))
         if "attention_mask" in batch and batch["attention_mask"].shape == ids.shape:
             text &= batch["attention_mask"].bool()
         return torch.where(text, ids, -100)
+
+
+def _held_out(loaded: _Loaded, plan: QuantPlan, device: torch.device) -> list[Batch]:
+    """Batches with labels, the first `LABELS_PER_SAMPLE` of each sample, since logits are kept for each."""
+    samples = [sample for sample in loaded.held_out if isinstance(sample, Sample)]
+    batches = [sample for sample in loaded.held_out if not isinstance(sample, Sample)]
+    if samples:
+        answered = loaded.answered(samples, plan, device, batch=loaded.options.batch_size)
+        plain = [sample for sample in answered if sample.text is not None]
+        talks = [sample for sample in answered if sample.text is None]
+        batches += make_batches(plain, loaded.processor, loaded.options, loaded.image_tokens)
+        batches += make_labelled_batches(talks, loaded.processor, loaded.options, loaded.image_tokens)
+    labelled = [{**batch, "labels": _first_labels(batch.get("labels"), loaded.text_labels(batch))} for batch in batches]
+    return [batch for batch in labelled if bool((batch["labels"] != IGNORED).any())]
+
+
+def _first_labels(labels: torch.Tensor | None, text: torch.Tensor) -> torch.Tensor:
+    """The first labels of each row; the first token of a row is predicted by nothing."""
+    wanted = (text if labels is None else labels)[:, 1:]
+    kept = torch.where((wanted != IGNORED).cumsum(1) <= LABELS_PER_SAMPLE, wanted, IGNORED)
+    return torch.nn.functional.pad(kept, (1, 0), value=IGNORED)
 
 
 def users_processor(config: QVLMConfig) -> Any:

@@ -2,6 +2,7 @@
 
 import copy
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class QVLMQuantizer(HfQuantizer):
         self._placement: Any = None
         self._plan: Any = None
         self._model: Any = None
+        self._reference: Any = None
 
     @property
     def config(self) -> QVLMConfig:
@@ -92,6 +94,8 @@ class QVLMQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self._calibrate(model)
         prepare_modules(model, self.config.weight_only_tokens())
+        if self._reference is not None:
+            self._compare(model)
         wrap_saving(model)
         return model
 
@@ -147,6 +151,7 @@ class QVLMQuantizer(HfQuantizer):
             data = None
             if self.config.method != "rtn":
                 data = prepare_data(model, self._plan, self.config, self.source, device)
+                self._note_reference(model, data.held_out, device)
             result = calibrate(model, self._plan, self.config.options(), data, device)
         if self.config.processor is not None:
             self._keep_processor(self.config.processor)
@@ -157,6 +162,25 @@ class QVLMQuantizer(HfQuantizer):
         )
         self.config.drop_data()
         self._placement.apply(model)
+
+    def _note_reference(self, model: Any, held_out: Any, device: torch.device) -> None:
+        """Full-precision logits on held-out samples, where the dataset has more than are calibrated on."""
+        from optimum_qvlm.pipeline.streaming import streamed
+        from optimum_qvlm.report.fidelity import answer_logits
+
+        if held_out:
+            layers = [layer.path for part in self._plan.parts for layer in part.layers]
+            with streamed(model, layers, device):
+                self._reference = held_out, answer_logits(model, held_out, device)
+
+    def _compare(self, model: Any) -> None:
+        """Fidelity of the finished model on the held-out samples."""
+        from optimum_qvlm.report.fidelity import answer_logits, compare
+
+        assert self.report is not None
+        batches, wanted = self._reference
+        self.report["fidelity"] = asdict(compare(wanted, answer_logits(model, batches)))
+        self._reference = None
 
     def _keep_processor(self, processor: Any) -> None:
         """Hold the files of the user's own processor, which the source may lack, for saving."""

@@ -33,11 +33,13 @@ class CalibrationData:
     """Batches of model inputs on the CPU, and the record of where they come from.
 
     `labels` are needed where the encoder is optimised: per batch the token ids of the answers, -100 elsewhere.
+    `held_out` are batches with such labels of samples that are not calibrated on, for whoever measures afterwards.
     """
 
     batches: Sequence[Mapping[str, Tensor]]
     recipe: Recipe
     labels: Sequence[Tensor] = ()
+    held_out: Sequence[Mapping[str, Tensor]] = ()
 
 
 def calibrate(

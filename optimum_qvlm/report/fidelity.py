@@ -28,15 +28,20 @@ class Fidelity:
     top1_agreement: float
 
 
-def answer_logits(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+def answer_logits(
+    model: Any, batches: Sequence[Mapping[str, Tensor]], device: torch.device | None = None
+) -> list[Tensor]:
     """Logits [answer tokens, vocabulary] in fp32 at the positions that predict labelled tokens, per batch.
+
+    `device` is where inputs go, by default where the model is.
 
     Raises:
         DataError: a batch has no labels, or none that marks an answer.
     """
     logits = []
-    placed = [parameter.device for parameter in model.parameters() if parameter.device.type != "meta"]
-    device = next((device for device in placed if device.type != "cpu"), torch.device("cpu"))
+    if device is None:
+        placed = [parameter.device for parameter in model.parameters() if parameter.device.type != "meta"]
+        device = next((device for device in placed if device.type != "cpu"), torch.device("cpu"))
     for number, batch in enumerate(batches):
         if "labels" not in batch or not bool((batch["labels"][:, 1:] != IGNORED).any()):
             raise DataError(f"batch {number} has no labelled answer tokens to compare on")

@@ -17,8 +17,8 @@ def summarize(
 ) -> dict[str, Any]:
     """Everything a reader needs to judge a calibration, as plain JSON values.
 
-    `settings` is the configuration's own dict, of which only the settings are kept; `bytes_*` count all
-    parameters and buffers in memory.
+    `settings` is the configuration's own dict, of which only the settings are kept; `bytes_*` count all parameters and
+    buffers in memory. `fidelity` stays None: it can be measured once the model is whole.
     """
     schemes = Counter(scheme_of(module) for module in result.modules.values())
     recipe = {} if result.recipe is None else result.recipe.to_dict()
@@ -40,6 +40,7 @@ def summarize(
             "after": bytes_after,
             "ratio": round(bytes_before / bytes_after, 3),
         },
+        "fidelity": None,
         "threshold": result.plan.threshold,
         "dependency": [
             {"part": d.part, "layer": d.layer, "entropy": d.entropy, "marginal": d.marginal}

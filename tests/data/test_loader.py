@@ -19,6 +19,7 @@ from optimum_qvlm.data.loader import (
     make_labelled_batches,
     make_prompts,
     read_dataset,
+    read_held_out,
     tokenizer_of,
 )
 from optimum_qvlm.data.recipe import Preset
@@ -47,6 +48,29 @@ def image_sample(question: str = "hi", answer: str | None = "yes", images: int =
 
 def texts(count: int) -> list[str]:
     return [f"text {number}" for number in range(count)]
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+@pytest.mark.parametrize("records, taken, held", [(20, 12, 8), (20, 18, 2), (20, 20, 0), (20, 64, 0), (1, 1, 0)])
+def test_what_is_held_out_is_not_calibrated_on(records, taken, held, seed):
+    """Or figures on it would flatter."""
+    data = [{"text": text} for text in texts(records)]
+    options = make_options(num_samples=taken, seed=seed)
+
+    left = [sample.text for sample in read_held_out(data, options, wants_images=False, count=8)]
+
+    used = [sample.text for sample in read_dataset(data, options, wants_images=False)[1]]
+    assert len(left) == len(set(left)) == held
+    assert not set(left) & set(used) and set(left) <= set(texts(records))
+
+
+def test_ready_inputs_are_held_out_as_they_are():
+    data = [llama_batch(rows=1, seed=seed) for seed in range(6)]
+
+    left = read_held_out(data, make_options(num_samples=4), wants_images=False, count=8)
+
+    assert len(left) == 2
+    assert all(any(torch.equal(batch["input_ids"], other["input_ids"]) for other in data) for batch in left)
 
 
 class TestReadDataset:

@@ -3,7 +3,9 @@
 import copy
 import json
 import math
+import random
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.hf.checkpoint import GUARD, packed_bytes, quantized_modules
 from optimum_qvlm.modules.qlinear import QuantLinear
+from optimum_qvlm.report.fidelity import answer_logits, compare
 from tests.integration.conftest import SCHEMES
 from tests.jobs import contents, load, logits, make_batch, model_type, quantize, run_python
+from tests.tiny_models import IMAGE_TOKEN
 
 pytestmark = pytest.mark.integration
 
@@ -177,6 +181,22 @@ def test_a_report_lies_beside_the_weights(job, family):
     assert report["bytes"]["before"] == packed_bytes(load(done.source))
     assert report["bytes"]["before"] > 2 * report["bytes"]["after"]
     assert all(math.isfinite(layer["error"]) for layer in report["layers"])
+
+
+def test_fidelity_is_measured_on_what_was_left_out(llava_folder):
+    """A figure on calibration samples would flatter; without others there is none."""
+    data = [make_batch(llava_folder, seed=seed, rows=1) for seed in range(6)]
+
+    model = quantize(llava_folder, "w4a4", dataset=data, num_samples=4, exact_decode=True)
+
+    found = model.hf_quantizer.report["fidelity"]
+    taken = random.Random(0).sample(range(6), 4)
+    left = [data[place] for place in range(6) if place not in taken]
+    labels = [{**b, "labels": torch.where(b["input_ids"] == IMAGE_TOKEN, -100, b["input_ids"])} for b in left]
+    wanted = compare(answer_logits(load(llava_folder), labels), answer_logits(model, labels))
+    assert found == pytest.approx(asdict(wanted), rel=1e-5)
+    assert 0 < found["mean_kl"] and found["tokens"] == sum(int((b["labels"][:, 1:] != -100).sum()) for b in labels)
+    assert quantize(llava_folder, "w4a4", dataset=data).hf_quantizer.report["fidelity"] is None
 
 
 def test_the_folder_of_a_whole_model_is_whole(bundled, bundled_folder):
