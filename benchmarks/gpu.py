@@ -67,7 +67,7 @@ def make_stages(device: str) -> list[Stage]:
         command += ["--prompt", "8", "--tokens", "2", "--rounds", "1"] if small else ["--image", "--compile"]
         schemes = ["w4a8"] if small else ["w4a16", "w4a8", "w8a8"]
         stages.append(Stage(name=shape, command=(*command, "--schemes", *schemes), limit_seconds=580))
-    calibration = (python, "benchmarks/tiny_vlm.py", "--device", device, "--schemes", "w4a8")
+    calibration = (python, "benchmarks/quality.py", "--device", device, "--schemes", "w4a8")
     few = ("--seeds", "1", "--questions", "40") if small else ("--seeds", "1", "--questions", "400")
     stages.append(Stage(name="calibration", command=(*calibration, *few), limit_seconds=580))
     return stages

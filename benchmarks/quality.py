@@ -8,7 +8,6 @@ multiple of one full-precision pass over the calibration set, on as many threads
 """
 
 import argparse
-import inspect
 import json
 import resource
 import sys
@@ -16,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -35,9 +35,9 @@ TINY = HERE.parent / "examples" / "tiny_vlm"
 sys.path[:0] = [str(HERE), str(TINY)]
 
 import smollm2  # noqa: E402
+from intervals import of_mean  # noqa: E402
 from outliers import add_outliers  # noqa: E402
 from questions import make_samples  # noqa: E402
-from tiny_vlm import interval  # noqa: E402
 
 SAMPLES = 16
 ROWS = 8
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="calibration seeds")
     parser.add_argument("--first-seed", type=int, default=0, help="tune on other seeds than are reported")
     parser.add_argument("--questions", type=int, default=4000, help="held-out questions of the tiny model")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="file for all single results")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
@@ -116,8 +117,6 @@ def method_settings(method: str) -> dict[str, Any]:
     if without and without not in WITHOUT:
         raise SystemExit(f"{method}: {without!r} is no ingredient; use one of {', '.join(WITHOUT)}")
     if name == "paper":
-        if not hasattr(QVLMConfig, "paper"):
-            raise SystemExit("paper: this release has no QVLMConfig.paper; use rtn and qvlm")
         return {"preset": "paper"} | WITHOUT.get(without, {})
     if name not in ("rtn", "qvlm"):
         raise SystemExit(f"{method}: unknown method; use rtn, paper or qvlm")
@@ -133,7 +132,7 @@ def prepare(arguments: argparse.Namespace, scratch: Path) -> Callable[[int], Cas
             text = smollm2.read_text(folder, calibration_chunks=SAMPLES, held_out_chunks=SAMPLES, seed=seed)
             batches = [stacked(text.calibration[i : i + ROWS]) for i in range(0, SAMPLES, ROWS)]
             settings = {"group_size": 64, "num_samples": SAMPLES}
-            load = AutoModelForCausalLM.from_pretrained
+            load = partial(AutoModelForCausalLM.from_pretrained, device_map=arguments.device)
             return Case("smollm2", folder, load, batches, text.held_out, batches, settings)
 
         return text_case
@@ -146,7 +145,7 @@ def prepare(arguments: argparse.Namespace, scratch: Path) -> Callable[[int], Cas
 
     def image_case(seed: int) -> Case:
         samples = make_samples("train", 64, seed)
-        load = AutoModelForImageTextToText.from_pretrained
+        load = partial(AutoModelForImageTextToText.from_pretrained, device_map=arguments.device)
         return Case(arguments.model, folder, load, samples, held_out, labelled(samples, folder, ROWS), {})
 
     return image_case
@@ -212,11 +211,7 @@ def configure(scheme: str, settings: dict[str, Any], case: Case, seed: int) -> Q
     if settings.get("method") != "rtn":
         values["dataset"] = case.calibration
     if settings.get("preset") == "paper":
-        make = QVLMConfig.paper
-        accepted = inspect.signature(make).parameters
-        return make(
-            scheme, **{name: value for name, value in values.items() if name in accepted or "kwargs" in accepted}
-        )
+        return QVLMConfig.paper(**(values | {"scheme": scheme, "vision_scheme": scheme}))
     return QVLMConfig(scheme, **values)
 
 
@@ -236,7 +231,10 @@ def full_precision_pass(model: Any, batches: list[Batch]) -> float:
         started = time.perf_counter()
         with torch.inference_mode():
             for batch in batches:
-                model(**{name: tensor for name, tensor in batch.items() if name != "labels"}, use_cache=False)
+                model(
+                    **{name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"},
+                    use_cache=False,
+                )
         seconds = time.perf_counter() - started
     return seconds
 
@@ -254,7 +252,7 @@ def print_table(results: list[Result], right: dict[tuple[str, str], list[Tensor]
             accuracy = f"{100 * mean(float(r.accuracy or 0) for r in rows):.2f}%"
             if (scheme, "rtn") in right and method != "rtn":
                 difference = torch.stack(right[scheme, method]).mean(0) - torch.stack(right[scheme, "rtn"]).mean(0)
-                accuracy += " {:+.2f} ({:+.2f} .. {:+.2f})".format(*interval(100 * difference))
+                accuracy += f" {of_mean(100 * difference).text()}"
         print(
             f"{scheme:7} {method:18} {mean(ratios):8.4f}{spread:>8} {mean(r.kl for r in rows):9.5f} "
             f"{100 * mean(r.agreement for r in rows):9.2f}% {accuracy:>31} {mean(r.passes for r in rows):7.1f}"
