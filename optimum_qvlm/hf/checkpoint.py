@@ -204,6 +204,12 @@ def _require_fit(name: str, entry: ModuleRecord, manifest: Mapping[str, Any]) ->
                 f"{name}.{tensor_name} is {written}, but {entry.weight_bits} bits in groups of "
                 f"{entry.weight_group or 'a row'} need {expected}"
             )
+    for parameter in ("weight_zero_point", "input_equalizer", "input_scale"):
+        if f"{name}.{parameter}" in manifest and parameter not in module.state_dict():
+            raise CheckpointError(
+                f"{name}.{parameter} is in the checkpoint, but its entry in quantization_config says nothing of it; "
+                "the model would compute something else: fetch the checkpoint again"
+            )
 
 
 def _require_memory(model: Any, manifest: Mapping[str, Any]) -> None:

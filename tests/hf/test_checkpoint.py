@@ -136,6 +136,27 @@ def test_an_entry_that_does_not_fit_its_tensors_is_refused(quantized_folder, cha
 
 
 @pytest.mark.parametrize(
+    "settings, field, tensor",
+    [
+        ({"transforms": "equalize"}, "equalized", "input_equalizer"),
+        ({"symmetric": False}, "symmetric", "weight_zero_point"),
+        ({"transforms": "off", "activation_range": "static"}, "activation_static", "input_scale"),
+    ],
+    ids=["equalizer", "zero point", "static scale"],
+)
+def test_an_entry_that_forgets_a_tensor_is_refused(llama_folder, tmp_path, settings, field, tensor):
+    """Without that tensor the product means something else, and nothing would fail."""
+    quantize(llama_folder, "w4a4", **settings).save_pretrained(tmp_path)
+    name = next(n for n in read_config(tmp_path).record.manifest if n.endswith(tensor)).removesuffix(f".{tensor}")
+    modules = read_config(tmp_path).to_dict()["modules"]
+    modules[name][field] = field == "symmetric"
+    config = read_config(tmp_path, modules=modules)
+
+    with pytest.raises(CheckpointError, match=rf"{name}\.{tensor} is in the checkpoint, but its entry .* says nothing"):
+        require_checkpoint(config, files_of(tmp_path))
+
+
+@pytest.mark.parametrize(
     "changes",
     [{"weight_bits": 99}, {"weight_group": 0}],
     ids=["bits", "group"],
