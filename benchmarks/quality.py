@@ -31,13 +31,11 @@ from optimum_qvlm.data.sample import read_sample
 from optimum_qvlm.report.fidelity import answer_logits, compare, right_answers
 
 HERE = Path(__file__).parent
-TINY = HERE.parent / "examples" / "tiny_vlm"
-sys.path[:0] = [str(HERE), str(TINY)]
+sys.path.insert(0, str(HERE))
 
 import smollm2  # noqa: E402
 from intervals import of_mean  # noqa: E402
-from outliers import add_outliers  # noqa: E402
-from questions import make_samples  # noqa: E402
+from tiny_vlm import make_samples, variant_folder  # noqa: E402
 
 SAMPLES = 16
 ROWS = 8
@@ -136,11 +134,7 @@ def prepare(arguments: argparse.Namespace, scratch: Path) -> Callable[[int], Cas
             return Case("smollm2", folder, load, batches, text.held_out, batches, settings)
 
         return text_case
-    folder = TINY
-    if arguments.model == "tiny_vlm_outlier":
-        folder = scratch / "outlier"
-        add_outliers(AutoModelForImageTextToText.from_pretrained(TINY)).save_pretrained(folder)
-        AutoProcessor.from_pretrained(TINY).save_pretrained(folder)
+    folder = variant_folder("outlier" if arguments.model == "tiny_vlm_outlier" else "plain", scratch)
     held_out = labelled(make_samples("heldout", arguments.questions, 0), folder, 50)
 
     def image_case(seed: int) -> Case:
