@@ -38,6 +38,7 @@ class QVLMQuantizer(HfQuantizer):
         self._plan: Any = None
         self._model: Any = None
         self._reference: Any = None
+        self._dtypes: dict[str, torch.dtype] = {}
 
     @property
     def config(self) -> QVLMConfig:
@@ -83,6 +84,7 @@ class QVLMQuantizer(HfQuantizer):
         if self.pre_quantized:
             self.source.require_inside(map(Path, files))
             swap_in_quantized(model, require_checkpoint(self.config, files))
+            self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         else:
             self._prepare(model, files)
         return model
@@ -91,7 +93,9 @@ class QVLMQuantizer(HfQuantizer):
         from optimum_qvlm.hf.checkpoint import prepare_modules
         from optimum_qvlm.hf.saving import wrap_saving
 
-        if not self.pre_quantized:
+        if self.pre_quantized:
+            self._cast(model)
+        else:
             self._calibrate(model)
         prepare_modules(model, self.config.weight_only_tokens())
         if self._reference is not None:
@@ -162,6 +166,16 @@ class QVLMQuantizer(HfQuantizer):
         )
         self.config.drop_data()
         self._placement.apply(model)
+
+    def _cast(self, model: Any) -> None:
+        """Give parameters the dtype that the user asked for: of quantized checkpoints, older transformers keep
+        the stored one for every key that it renames."""
+        kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+        for name, parameter in model.named_parameters():
+            wanted = self._dtypes.get(name, parameter.dtype)
+            if parameter.is_meta or parameter.dtype == wanted or kept.intersection(name.split(".")):
+                continue
+            parameter.data = parameter.data.to(wanted)
 
     def _note_reference(self, model: Any, held_out: Any, device: torch.device) -> None:
         """Full-precision logits on held-out samples, where the dataset has more than are calibrated on."""
