@@ -1,5 +1,6 @@
 """One family under one configuration, from a full-precision folder to a reloaded model, and what was seen."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ class Seen:
         chain: relative difference of the layers, run alone, to the real forward; the largest of all parts.
         reported: error of the last decoder layer as calibration reports it, None where nothing was searched.
         real: the same error, computed from full forwards of the quantized and the full-precision model.
+        unsteady: relative change of `real` when parameters move in their last bit, the largest of four draws. Codes
+            that lie between two values flip then, so no two orders of summation agree better than this.
         report: the whole report.
     """
 
@@ -33,7 +36,14 @@ class Seen:
     chain: float
     reported: float | None
     real: float
+    unsteady: float
     report: dict[str, Any]
+
+    @property
+    def agreed(self) -> bool:
+        """Whether the reported error is the real one, to a thousandth or as far as the last bit decides it."""
+        tolerance = max(1e-3, self.unsteady)
+        return self.reported is not None and abs(self.reported - self.real) <= tolerance * self.real
 
 
 def examine(family: Family, folder: Path, scheme: str = "w4a8", **settings: Any) -> Seen:
@@ -52,13 +62,16 @@ def examine(family: Family, folder: Path, scheme: str = "w4a8", **settings: Any)
 
     report = model.hf_quantizer.report
     errors = {entry["part"]: entry["error"] for entry in report["layers"]}
+    real = _error(model, full, batches)
+    moved = [_error(_moved(model, seed), full, batches) for seed in range(4)]
     return Seen(
         model=model,
         reloaded=reloaded,
         reload_exact=_same(model, reloaded, family.batch(seed=9, padding=3)),
         chain=_chain(full, batches[0]),
         reported=errors.get("language"),
-        real=_error(model, full, batches),
+        real=real,
+        unsteady=max(abs(error - real) for error in moved) / real,
         report=report,
     )
 
@@ -86,6 +99,17 @@ def _error(model: Any, full: Any, batches: list[dict[str, Tensor]]) -> float:
         squared += float((found - wanted).square().sum())
         norm += float(wanted.square().sum())
     return squared / norm
+
+
+def _moved(model: Any, seed: int) -> Any:
+    """A copy whose floating-point parameters are off by about one unit in the last place of float32."""
+    torch.manual_seed(seed)
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            if parameter.is_floating_point():
+                parameter.mul_(1 + 2**-23 * torch.randn_like(parameter))
+    return moved
 
 
 def _last_hidden(model: Any, batch: dict[str, Tensor]) -> Tensor:
