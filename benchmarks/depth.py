@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=16, help="to calibrate on, and as many held out, SmolLM2")
     parser.add_argument("--tokens", type=int, default=512, help="of a chunk")
     parser.add_argument("--layers", type=int, help="quantize only the first so many, SmolLM2; default: all")
+    parser.add_argument("--tuning", action="store_true", help="compare on samples that nothing is reported on")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     print(HEADER)
@@ -76,7 +77,11 @@ def subject(name: str, scratch: Path, arguments: argparse.Namespace) -> Subject:
     if name == "smollm2":
         folder = smollm2.write_checkpoint(scratch / name)
         text = smollm2.read_text(
-            folder, calibration_chunks=arguments.chunks, held_out_chunks=arguments.chunks, tokens=arguments.tokens
+            folder,
+            calibration_chunks=arguments.chunks,
+            held_out_chunks=arguments.chunks,
+            tokens=arguments.tokens,
+            tuning=arguments.tuning,
         )
         layers = AutoConfig.from_pretrained(folder).num_hidden_layers
         kept = [] if arguments.layers is None else [f"layers.{number}" for number in range(arguments.layers, layers)]
@@ -91,6 +96,8 @@ def subject(name: str, scratch: Path, arguments: argparse.Namespace) -> Subject:
         )
     folder = tiny_vlm.variant_folder(name, scratch)
     samples = tiny_vlm.make_samples("train", 64, 0)
+    split, seed = ("train", 1000) if arguments.tuning else ("heldout", 0)
+    questions = tiny_vlm.make_samples(split, arguments.questions, seed)
     options = LoaderOptions(num_samples=64, batch_size=8, max_length=2048, seed=0)
     records = [read_sample(sample, "question") for sample in samples]
     return Subject(
@@ -99,7 +106,7 @@ def subject(name: str, scratch: Path, arguments: argparse.Namespace) -> Subject:
         load=AutoModelForImageTextToText.from_pretrained,
         dataset=samples,
         calibration=make_labelled_batches(records, AutoProcessor.from_pretrained(folder), options),
-        held_out=tiny_vlm.held_out(tiny_vlm.make_samples("heldout", arguments.questions, 0), folder),
+        held_out=tiny_vlm.held_out(questions, folder),
     )
 
 

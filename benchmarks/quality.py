@@ -4,7 +4,7 @@
 
 Every number is measured beside full precision in the same run, on samples that calibration did not see. A method may be
 followed by what it is to do without, as in `qvlm-transforms`, `qvlm-feedback` or `qvlm-effort`. Calibration time is a
-multiple of one full-precision pass over the calibration set, on as many threads.
+multiple of one full-precision pass over the calibration set, loading included.
 """
 
 import argparse
@@ -39,6 +39,7 @@ from tiny_vlm import make_samples, variant_folder  # noqa: E402
 
 SAMPLES = 16
 ROWS = 8
+CHUNK_ROWS = 4
 WITHOUT: dict[str, dict[str, Any]] = {
     "transforms": {"transforms": "off"},
     "equalization": {"transforms": "rotate"},
@@ -51,7 +52,11 @@ WITHOUT: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One scheme, method and calibration seed. `passes` is calibration time in full-precision passes."""
+    """One scheme, method and calibration seed.
+
+    `passes` is calibration time in full-precision passes: processor time of both on the CPU, where other programs may
+    run, the clock's elsewhere.
+    """
 
     model: str
     scheme: str
@@ -87,7 +92,8 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=["w4a8", "w4a4"])
     parser.add_argument("--methods", nargs="+", default=["rtn", "qvlm"], help="rtn, paper, qvlm or qvlm-INGREDIENT")
     parser.add_argument("--seeds", type=int, default=3, help="calibration seeds")
-    parser.add_argument("--first-seed", type=int, default=0, help="tune on other seeds than are reported")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--tuning", action="store_true", help="draw from the text that nothing is reported on, smollm2")
     parser.add_argument("--questions", type=int, default=4000, help="held-out questions of the tiny model")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="file for all single results")
@@ -127,8 +133,14 @@ def prepare(arguments: argparse.Namespace, scratch: Path) -> Callable[[int], Cas
         folder = smollm2.write_checkpoint(scratch / "smollm2")
 
         def text_case(seed: int) -> Case:
-            text = smollm2.read_text(folder, calibration_chunks=SAMPLES, held_out_chunks=SAMPLES, seed=seed)
-            batches = [stacked(text.calibration[i : i + ROWS]) for i in range(0, SAMPLES, ROWS)]
+            text = smollm2.read_text(
+                folder,
+                calibration_chunks=SAMPLES,
+                held_out_chunks=SAMPLES,
+                seed=seed,
+                tuning=arguments.tuning,
+            )
+            batches = [stacked(text.calibration[i : i + CHUNK_ROWS]) for i in range(0, SAMPLES, CHUNK_ROWS)]
             settings = {"group_size": 64, "num_samples": SAMPLES}
             load = partial(AutoModelForCausalLM.from_pretrained, device_map=arguments.device)
             return Case("smollm2", folder, load, batches, text.held_out, batches, settings)
@@ -174,12 +186,16 @@ def run_seed(
     print(f"{case.name} seed {seed}: full precision {wanted:.4f}, one pass {pass_seconds:.2f} s", flush=True)
     for scheme in schemes:
         for method, settings in methods.items():
-            model = case.load(case.folder, quantization_config=configure(scheme, settings, case, seed)).eval()
+            config = configure(scheme, settings, case, seed)
+            started = time.process_time()
+            model = case.load(case.folder, quantization_config=config).eval()
+            spent = time.process_time() - started
             logits = answer_logits(model, case.held_out)
             found = answer_perplexity(logits, case)
             close = compare(reference, logits)
             answers = right_answers(logits, case.held_out)
             seconds = model.hf_quantizer.report["seconds"]
+            on_cpu = model.device.type == "cpu"
             result = Result(
                 model=case.name,
                 scheme=scheme,
@@ -191,7 +207,7 @@ def run_seed(
                 agreement=close.top1_agreement,
                 accuracy=None if case.name == "smollm2" else sum(answers) / len(answers),
                 seconds=seconds,
-                passes=seconds / pass_seconds,
+                passes=(spent if on_cpu else seconds) / pass_seconds,
                 peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             )
             results.append(result)
@@ -220,16 +236,17 @@ def answer_perplexity(logits: list[Tensor], case: Case) -> float:
 
 
 def full_precision_pass(model: Any, batches: list[Batch]) -> float:
-    """Seconds of one forward over the calibration set, the second of two."""
+    """Seconds of one forward over the calibration set, the second of two; processor time on the CPU."""
+    clock = time.process_time if model.device.type == "cpu" else time.perf_counter
     for _ in range(2):
-        started = time.perf_counter()
+        started = clock()
         with torch.inference_mode():
             for batch in batches:
                 model(
                     **{name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"},
                     use_cache=False,
                 )
-        seconds = time.perf_counter() - started
+        seconds = clock() - started
     return seconds
 
 

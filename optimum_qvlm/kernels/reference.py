@@ -1,5 +1,7 @@
 """Torch definitions of the operations. Every faster backend must match these."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -88,19 +90,25 @@ def transform_tokens(x: Tensor, equalizer: Tensor | None, rotation: int | None) 
 
 
 def hadamard(size: int, device: torch.device | None = None) -> Tensor:
-    """Orthogonal, symmetric Hadamard matrix in Sylvester's order, fp32 [size, size].
+    """Orthogonal, symmetric Hadamard matrix in Sylvester's order, fp32 [size, size]; made once, not to be written to.
 
     Raises:
         SpecError: `size` is no power of two.
     """
     if size < 1 or size & (size - 1) != 0:
         raise SpecError(f"rotation={size} is no power of two")
-    index = torch.arange(size, device=device)
-    common = index.unsqueeze(0) & index.unsqueeze(1)
-    for shift in (8, 4, 2, 1):
-        common = common ^ (common >> shift)
-    matrix: Tensor = (1.0 - 2.0 * (common & 1)) * size**-0.5
-    return matrix
+    return _hadamard(size, torch.device("cpu") if device is None else device)
+
+
+@functools.lru_cache(maxsize=16)
+def _hadamard(size: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(mode=False):  # gradients may flow through it later, whoever asks first
+        index = torch.arange(size, device=device)
+        common = index.unsqueeze(0) & index.unsqueeze(1)
+        for shift in (8, 4, 2, 1):
+            common = common ^ (common >> shift)
+        matrix: Tensor = (1.0 - 2.0 * (common & 1)) * size**-0.5
+        return matrix
 
 
 def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rounding: Rounding) -> Tensor:
@@ -112,7 +120,7 @@ def _round(x: Tensor, bits: int, group: int | None, clip: float) -> tuple[Tensor
     """Codes [..., groups, channels of a group] as fp32 and scales [..., groups, 1]."""
     grouped = _split(x, group).float()
     qmax = 2 ** (bits - 1) - 1
-    peak = torch.linalg.vector_norm(grouped, ord=float("inf"), dim=-1, keepdim=True)
+    peak = torch.maximum(grouped.amax(-1, keepdim=True), -grouped.amin(-1, keepdim=True))  # no copy, and vectorised
     scale = peak * clip / qmax
     scale = torch.where(scale > 0, scale, 1.0)  # zeros, and peaks so small that their scale underflows
     return (grouped / scale).round_().clamp_(-qmax, qmax), scale
