@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from optimum_qvlm import QVLMConfig
-from tests.tiny_models import llama_batch, llava_batch
+from tests.tiny_families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,13 +24,12 @@ def model_type(folder: Path) -> str:
 
 def load(folder: Path, **options: Any) -> Any:
     """`from_pretrained` of the auto class that fits."""
-    auto_class = AutoModelForCausalLM if model_type(folder) == "llama" else AutoModelForImageTextToText
-    return auto_class.from_pretrained(folder, **options)
+    return FAMILIES[model_type(folder)].auto_class.from_pretrained(folder, **options)
 
 
 def make_batch(folder: Path, seed: int = 9, **shape: int) -> dict[str, Tensor]:
-    """Model inputs that fit the tiny model in `folder`; images go with LLaVA."""
-    return (llama_batch if model_type(folder) == "llama" else llava_batch)(seed=seed, **shape)
+    """Model inputs that fit the tiny model in `folder`, with images where its family takes them."""
+    return FAMILIES[model_type(folder)].batch(seed=seed, **shape)
 
 
 def quantize(folder: Path, scheme: str = "w4a8", *, options: dict[str, Any] | None = None, **settings: Any) -> Any:

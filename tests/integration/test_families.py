@@ -20,6 +20,18 @@ SETTINGS = {
     "first layer kept": {"modules_to_not_convert": ["layers.0"]},
     "override": {"overrides": {"layers.1.mlp.down_proj": {"scheme": "w3a8", "group_size": 32, "symmetric": False}}},
     "head": {"overrides": {"lm_head": "w8a8"}},
+    "no transforms": {"transforms": "off"},
+    "equalized": {"transforms": "equalize"},
+    "rotated": {"transforms": "rotate"},
+    "equalized and rotated": {"transforms": "both"},
+    "no feedback": {"error_feedback": False},
+    "fast": {"effort": "fast"},
+    "servable": {"servable": True},
+    "static ranges": {"activation_range": "static"},
+    "blocks of one": {"max_block_depth": 1, "threshold": 0.0},
+    "blocks of four": {"max_block_depth": 4, "threshold": 1e9, "soft_assignment": "step"},
+    "layer-wise": {"method": "layerwise"},
+    "own clips": {"activation_clips": [1.0, 0.9], "weight_clips": [1.0, 0.8]},
     "few tokens": {"search_tokens": 3, "seed": 5, "num_samples": 1, "batch_size": 1},
 }
 
