@@ -267,7 +267,7 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         help="let channels of a weight make good what rounding others did",
     )
     group.add_argument(
-        "--servable", action="store_true", help="leave out what other runtimes cannot do in a forward: all transforms"
+        "--servable", action="store_true", help="use only transforms that norms can take up, as other runtimes need"
     )
     group.add_argument(
         "--search-tokens",

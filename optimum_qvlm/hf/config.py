@@ -99,7 +99,8 @@ class QVLMConfig(QuantizationConfigMixin):
             "equalize", "rotate" and "both" decide for all sites.
         error_feedback: let each channel of a weight make good what rounding the ones before it did wrong; False
             rounds each weight on its own.
-        servable: leave out what other runtimes cannot do in a forward, which is every transform.
+        servable: leave out what other runtimes cannot do in a forward: of transforms, only equalizers that the norm
+            before a site can take up are used.
         encoder_epochs: passes over the samples in which tower and projector are optimised by gradients through the
             language model, after their search; 0 leaves that out.
         encoder_lr: learning rate of that.
@@ -229,9 +230,11 @@ class QVLMConfig(QuantizationConfigMixin):
             search=site_options(
                 self._grids(static),
                 self.effort,
-                "off" if self.servable else self.transforms,
+                self.transforms,
                 error_feedback=self.error_feedback,
+                fold=self.servable,
             ),
+            fold=self.servable,
             joint=self.method == "qvlm" and self.effort == "balanced",
             max_block_depth=self.max_block_depth,
             threshold=self.threshold,

@@ -88,8 +88,8 @@ def _require_agreement(values: Mapping[str, Any]) -> None:
         raise ConfigError('activation_range="static" needs data, which method="rtn" does not use')
     if values["servable"] and values["transforms"] not in ("auto", "off"):
         raise ConfigError(
-            f"servable=True leaves out transforms, which other runtimes cannot apply, but transforms="
-            f'{values["transforms"]!r} asks for one; use transforms="auto", or servable=False'
+            "servable=True leaves the choice of transforms open, since other runtimes can apply none in a forward, but "
+            f'transforms={values["transforms"]!r} asks for one; use transforms="auto", or servable=False'
         )
     if values["encoder_lr"] == 0:
         raise ConfigError("encoder_lr must be above 0, got 0; encoder_epochs=0 turns the optimisation off")

@@ -18,10 +18,12 @@ from optimum_qvlm.pipeline.blocks import SiteCandidates, install, search_jointly
 from optimum_qvlm.pipeline.capture import Run, Tracer
 from optimum_qvlm.pipeline.chain import Chain
 from optimum_qvlm.pipeline.encoder import EncoderResult, EncoderStep
+from optimum_qvlm.pipeline.folding import FoldingNorm, folding_norms
 from optimum_qvlm.pipeline.options import CalibrationOptions
 from optimum_qvlm.pipeline.partitioning import form_blocks, form_blocks_of, make_chain
 from optimum_qvlm.pipeline.result import BlockError, CalibrationResult, LayerError, SiteError
 from optimum_qvlm.pipeline.streaming import resident
+from optimum_qvlm.quant.transform import SiteTransform
 from optimum_qvlm.search.joint import Choice, near_clips
 from optimum_qvlm.search.plan import Block, ModuleRecord, PlannedLayer, PlannedPart, QuantPlan, Site
 from optimum_qvlm.search.problem import SiteChoice, SiteProblem
@@ -75,6 +77,7 @@ def calibrate(
         layers=work.layers,
         joint=work.joint,
         encoder=work.encoder,
+        folded=work.folded,
     )
 
 
@@ -89,6 +92,7 @@ class _Work:
     layers: list[LayerError] = field(default_factory=list)
     joint: list[BlockError] = field(default_factory=list)
     encoder: EncoderResult | None = None
+    folded: dict[str, str] = field(default_factory=dict)
 
     def round_all(self, bar: Any) -> None:
         for part in self.plan.parts:
@@ -174,9 +178,10 @@ class _Work:
         layers = [(number, part.layers[number]) for number in range(block.first, block.last + 1)]
         entering, sites, wanted = list(chain.quantized), [], []
         for number, layer in layers:
+            norms = self._folding_norms(part, layer, number, chain)
             wanted.append(chain.full_precision(self._module(layer), number, layer))
             for site in layer.sites:
-                choices = self._search_site(site, layer, number, chain)
+                choices = self._search_site(site, layer, number, chain, norms.get(site.name))
                 install(self.model, site, choices[0])
                 sites.append(SiteCandidates(site=site, layer=number, choices=choices))
             if number < block.last:
@@ -193,8 +198,18 @@ class _Work:
             chain.advance(self._module(layer), number, layer.name)
             self.layers.append(LayerError(part=part.name, layer=layer.name, error=chain.error(output)))
 
-    def _search_site(self, site: Site, layer: PlannedLayer, number: int, chain: Chain) -> list[SiteChoice]:
-        """Candidates for a site, the layer-wise optimum first."""
+    def _folding_norms(
+        self, part: PlannedPart, layer: PlannedLayer, number: int, chain: Chain
+    ) -> dict[str, FoldingNorm]:
+        """None where the encoder step will learn from the weights as they were before a fold."""
+        if not self.options.fold or (part.vision and self.options.encoder.epochs > 0):
+            return {}
+        return folding_norms(self.model, layer, chain.first_run(self._module(layer), number))
+
+    def _search_site(
+        self, site: Site, layer: PlannedLayer, number: int, chain: Chain, norm: FoldingNorm | None
+    ) -> list[SiteChoice]:
+        """Candidates for a site, the layer-wise optimum first. A norm that is given takes up the equalizer."""
         weights, specs = self._weights(site)
         inputs = chain.site_inputs(self._module(layer), number, site, layer.path)
         references = chain.references.pop(site.name)
@@ -207,14 +222,22 @@ class _Work:
             specs=specs,
             activation=site.activation,
             scale_dtype=self._scale_dtype(site),
+            snap=None if norm is None else norm.snap,
         )
         search = self.options.search
+        if self.options.fold and norm is None:
+            search = replace(search, transforms=None)
         best = search_site(problem, search)
-        if site.activation is None or not self.options.joint:
-            return [best]
-        clips = near_clips(search.clips.activation, best.activation_clip)
-        others = (round_site(problem, search, activation_clip=clip, transform=best.transform) for clip in clips)
-        return [best, *others]
+        choices = [best]
+        if site.activation is not None and self.options.joint:
+            clips = near_clips(search.clips.activation, best.activation_clip)
+            choices += [round_site(problem, search, activation_clip=c, transform=best.transform) for c in clips]
+        equalizer = best.transform.equalizer
+        if norm is None or equalizer is None:
+            return choices
+        norm.take_up(equalizer)
+        self.folded[site.name] = f"{layer.name}.{norm.path}"
+        return [replace(choice, transform=SiteTransform()) for choice in choices]
 
     def _finish_site(self, entry: SiteCandidates, number: int) -> None:
         first, choice = entry.choices[0], entry.choices[number]

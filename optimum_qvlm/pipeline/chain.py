@@ -56,6 +56,11 @@ class Chain:
                 self.references[name].append(seen[path].cpu())
         return [run.hidden for run in self.runs]
 
+    def first_run(self, module: nn.Module, number: int) -> Callable[[], Tensor]:
+        """The full-precision layer on the first run, whose hidden states stand in front of it."""
+        run = self.runs[0]
+        return _bind(run.calls[number], module, run.hidden.to(self.device), self.device)
+
     def site_inputs(self, module: nn.Module, number: int, site: Site, layer_path: str) -> list[Tensor]:
         """What reaches the site through the quantized prefix, run by run, on the CPU."""
         local = _local(site, layer_path)

@@ -22,6 +22,9 @@ Transforms = Literal["auto"] | Kind
 FAST_CLIPS = ClipGrids(activation=(1.0,), weight=(1.0, 0.9, 0.8))
 """What `effort="fast"` tries."""
 
+FOLDED: tuple[Kind, ...] = ("off", "equalize")
+"""Transforms among which a site chooses whose norm takes up the equalizer."""
+
 _FAST_EXPONENTS = (0.5,)
 
 
@@ -57,6 +60,7 @@ class CalibrationOptions:
         search: what the search of a site may do.
         blocks: to search in place of those that the measured dependency gives; every layer once, in order.
         encoder: how tower and projector are optimised after their search.
+        fold: let norms take up the equalizers; sites behind none get no transform.
     """
 
     language: LinearChoice
@@ -73,11 +77,17 @@ class CalibrationOptions:
     search: SiteOptions = field(default_factory=SiteOptions)
     blocks: tuple[Block, ...] | None = None
     encoder: EncoderOptions = field(default_factory=EncoderOptions)
+    fold: bool = False
 
 
-def site_options(clips: ClipGrids, effort: Effort, transforms: Transforms, *, error_feedback: bool) -> SiteOptions:
-    """What the search of a site may do with these clips. `"fast"` tries a single balance of equalisation."""
-    kinds = KINDS if transforms == "auto" else (transforms,)
+def site_options(
+    clips: ClipGrids, effort: Effort, transforms: Transforms, *, error_feedback: bool, fold: bool = False
+) -> SiteOptions:
+    """What the search of a site may do with these clips.
+
+    `"fast"` tries a single balance of equalisation. With `fold` there is no rotation, which no norm can take up.
+    """
+    kinds: tuple[Kind, ...] = (transforms,) if transforms != "auto" else FOLDED if fold else KINDS
     exponents = _FAST_EXPONENTS if effort == "fast" else TransformOptions().exponents
     return SiteOptions(
         clips=clips,

@@ -59,7 +59,8 @@ class BlockError:
 class CalibrationResult:
     """Plan with the blocks that were formed, records by disk name, errors and cost of one calibration.
 
-    `recipe` is None where no data was used. `seconds` is wall-clock time of the search, data excluded.
+    `recipe` is None where no data was used. `seconds` is wall-clock time of the search, data excluded. `folded` names
+    the norms that have taken up an equalizer, by the site behind them.
     """
 
     plan: QuantPlan
@@ -70,6 +71,7 @@ class CalibrationResult:
     layers: list[LayerError] = field(default_factory=list)
     joint: list[BlockError] = field(default_factory=list)
     encoder: EncoderResult | None = None
+    folded: dict[str, str] = field(default_factory=dict)
 
     def blocks(self) -> list[dict[str, Any]]:
         """The partition as plain JSON values."""

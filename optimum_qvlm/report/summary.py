@@ -35,6 +35,7 @@ def summarize(
         "linears_per_scheme": dict(schemes),
         "kept_in_full_precision": list(result.plan.kept),
         "unused": [layer.name for layer in result.plan.unused],
+        "folded_into_norms": result.folded,
         "bytes": {
             "before": bytes_before,
             "after": bytes_after,

@@ -1,6 +1,6 @@
 """What the search of a site looks at, and what it returns."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,6 +46,7 @@ class SiteProblem:
         all_inputs: every calibration token in pieces [some tokens, in_features], on any device, for the second
             moments of error feedback. Empty stands for `inputs` alone.
         all_references: the same at full precision, piece by piece; empty stands for `all_inputs`.
+        snap: what becomes of an equalizer [in_features] where something that cannot hold every value takes it up.
     """
 
     inputs: Tensor
@@ -56,6 +57,7 @@ class SiteProblem:
     references: Tensor | None = None
     all_inputs: Sequence[Tensor] = ()
     all_references: Sequence[Tensor] = ()
+    snap: Callable[[Tensor], Tensor] | None = None
 
     @property
     def wanted_inputs(self) -> Tensor:

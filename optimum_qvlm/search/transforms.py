@@ -59,7 +59,8 @@ def equalizer(problem: SiteProblem, exponent: float) -> Tensor:
     alive = (activations > 0) & (weights > 0)
     logs = torch.where(alive, (1 - exponent) * weights.log() - exponent * activations.log(), 0.0)
     logs = torch.where(alive, logs - logs.sum() / alive.sum().clamp(min=1), 0.0)
-    return logs.clamp(-20, 20).exp()
+    found = logs.clamp(-20, 20).exp()
+    return found if problem.snap is None else problem.snap(found)
 
 
 def candidates(problem: SiteProblem, options: TransformOptions) -> list[SiteTransform]:

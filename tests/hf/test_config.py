@@ -132,16 +132,18 @@ def test_switches_are_true_or_false(field, value):
 @pytest.mark.parametrize("transforms", ["equalize", "rotate", "both"])
 def test_a_servable_model_with_transforms_is_refused(transforms):
     """Otherwise one of the two wishes would be dropped in silence."""
-    with pytest.raises(ConfigError, match=f"servable=True leaves out transforms, .* transforms='{transforms}' asks"):
+    with pytest.raises(ConfigError, match=f"servable=True leaves the choice .* transforms='{transforms}' asks"):
         QVLMConfig(servable=True, transforms=transforms)
 
 
-@pytest.mark.parametrize("transforms", ["auto", "off"])
-def test_servable_searches_no_transform(transforms):
-    config = QVLMConfig(servable=True, transforms=transforms)
+def test_servable_searches_only_what_norms_can_take_up():
+    """No rotation, which no weight before a site can hold."""
+    options = QVLMConfig(servable=True).options()
 
-    assert config.options().search.transforms is None
-    assert through_json(config).servable is True
+    assert options.fold
+    assert options.search.transforms.kinds == ("off", "equalize")
+    assert QVLMConfig(servable=True, transforms="off").options().search.transforms is None
+    assert through_json(QVLMConfig(servable=True)).servable is True
 
 
 def test_effort_and_feedback_reach_the_search():

@@ -128,9 +128,47 @@ def test_every_setting_stays_closer_than_round_to_nearest(folder, settings):
     assert error(searched) < error(nearest)
 
 
-def test_a_servable_model_has_no_transform(folder):
-    """Runtimes that serve it cannot apply one."""
+def test_a_servable_model_has_no_transform_in_its_forward(folder, tmp_path):
+    """Runtimes that serve it cannot apply one. What norms took up is named, saved and reloaded."""
+    before, batch = load(folder).state_dict(), make_batch(folder)
     model = quantize(folder, "w4a4", servable=True)
+    model.save_pretrained(tmp_path / "saved")
 
     assert {kind_of(module) for module in quantized_linears(model).values()} == {"off"}
     assert not any("input_equalizer" in name for name in model.state_dict())
+    assert torch.equal(logits(load(tmp_path / "saved"), batch), logits(model, batch))
+    moved = {
+        name for name, tensor in model.state_dict().items() if name in before and bool((tensor != before[name]).any())
+    }
+    folded = model.hf_quantizer.report["folded_into_norms"].values()
+    assert {in_layer(name.removesuffix(".weight").removesuffix(".bias")) for name in moved} == set(
+        map(in_layer, folded)
+    )
+
+
+def in_layer(name: str) -> str:
+    """A name without what differs between disk and memory."""
+    return name.rpartition("layers.")[2].rpartition("blocks.")[2]
+
+
+def test_norms_take_up_what_outliers_need(tmp_path):
+    """Channels that a norm makes large and the linears behind it small again: what one calibration can undo alone."""
+    full = FAMILIES["llama"].build()
+    with torch.no_grad():
+        for layer in full.model.layers:
+            for norm, linears in (
+                (layer.input_layernorm, (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)),
+                (layer.post_attention_layernorm, (layer.mlp.gate_proj, layer.mlp.up_proj)),
+            ):
+                norm.weight[::9] *= 40
+                for linear in linears:
+                    linear.weight[:, ::9] /= 40
+    full.save_pretrained(tmp_path / "full")
+    batch = make_batch(tmp_path / "full")
+    wanted = logits(full, batch)
+
+    servable = quantize(tmp_path / "full", "w4a4", servable=True)
+    plain = quantize(tmp_path / "full", "w4a4", transforms="off")
+
+    assert len(servable.hf_quantizer.report["folded_into_norms"]) == 2 * len(full.model.layers)
+    assert change(logits(servable, batch), wanted) < 0.5 * change(logits(plain, batch), wanted)
