@@ -94,8 +94,13 @@ def one_shot(model: Any, recipe: Any, arguments: argparse.Namespace, calibration
     )
 
 
-def with_autoround(model: Any, arguments: argparse.Namespace, calibration: torch.Tensor) -> Any:
-    """AutoRound with its default 200 steps a layer."""
+def with_autoround_light(model: Any, arguments: argparse.Namespace, calibration: torch.Tensor) -> Any:
+    """AutoRound's own light recipe: a quarter of the steps, at a rate of its choice."""
+    return with_autoround(model, arguments, calibration, iters=50, lr=5e-3)
+
+
+def with_autoround(model: Any, arguments: argparse.Namespace, calibration: torch.Tensor, **settings: Any) -> Any:
+    """AutoRound, by default with 200 steps a layer."""
     from auto_round import AutoRound
     from torch.utils.data import DataLoader
 
@@ -110,6 +115,7 @@ def with_autoround(model: Any, arguments: argparse.Namespace, calibration: torch
         nsamples=len(calibration),
         seqlen=calibration.shape[1],
         device_map="cpu",
+        **settings,
     )
     quantized, _ = rounder.quantize()
     return quantized
@@ -137,6 +143,7 @@ PEERS: dict[str, tuple[str, Callable[[Any, argparse.Namespace, torch.Tensor], An
     "hqq": ("hqq", with_hqq),
     "awq": ("llmcompressor", with_awq),
     "gptq": ("llmcompressor", with_gptq),
+    "autoround-light": ("auto-round", with_autoround_light),
     "autoround": ("auto-round", with_autoround),
 }
 

@@ -5,7 +5,7 @@
 The peers are installed into an environment of their own (`--environment`, made where it is missing), since they ask
 for other releases of transformers than this project. The model is SmolLM2-135M as `smollm2.py` writes it, calibrated
 on 16 chunks of 512 tokens and compared on 16 others. Everything runs on one thread unless told otherwise; AutoRound
-takes an hour then, the rest minutes.
+takes hours then, the rest minutes.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from optimum_qvlm import QVLMConfig, __version__
 from optimum_qvlm.report.fidelity import answer_logits
 
 RUNNER = Path(__file__).parent / "peer_runner.py"
-PEERS = ("hqq", "awq", "gptq", "autoround")
+PEERS = ("hqq", "awq", "gptq", "autoround-light", "autoround")
 PACKAGES = ("llmcompressor", "auto-round", "hqq")
 OURS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"},

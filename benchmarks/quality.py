@@ -3,7 +3,8 @@
     python benchmarks/quality.py --model smollm2 --schemes w4a8 w4a4 --methods rtn qvlm --seeds 3 --json quality.json
 
 Every number is measured beside full precision in the same run, on samples that calibration did not see. A method may be
-followed by what it is to do without, as in `qvlm-transforms`, `qvlm-feedback` or `qvlm-effort`. Calibration time is a
+followed by what it is to do without, as in `qvlm-transforms`, `qvlm-feedback`, `qvlm-effort` or `qvlm-online`, which
+leaves only transforms that norms take up. Calibration time is a
 multiple of one full-precision pass over the calibration set, loading included.
 """
 
@@ -44,6 +45,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "transforms": {"transforms": "off"},
     "equalization": {"transforms": "rotate"},
     "rotation": {"transforms": "equalize"},
+    "online": {"servable": True},
     "feedback": {"error_feedback": False},
     "effort": {"effort": "fast"},
 }
