@@ -20,9 +20,16 @@ def load_model(args: Namespace, **options: Any) -> Any:
 
 
 def how_to_load(args: Namespace) -> tuple[Any, dict[str, Any]]:
-    """The class to load the model with, and the options of its `from_pretrained`."""
+    """The class to load the model with, and the options of its `from_pretrained`.
+
+    Raises:
+        QVLMError: configuration or index of the model cannot be read.
+    """
+    from optimum_qvlm.hf.index import require_index
+
     source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     auto_class = choose_auto_class(getattr(args, "task", "auto"), read_model_config(args.model, source))
+    require_index(args.model, args.revision)
     return auto_class, {"dtype": args.dtype, "device_map": choose_device(args.device), **source}
 
 

@@ -82,6 +82,25 @@ def test_info_finds_what_does_not_fit_on_the_hub_too(hub, model, run):
     assert "quantization_config was changed after saving" in error
 
 
+@pytest.mark.parametrize("words", [("info",), ("chat",), ("export",), ("export", "--dry-run")])
+def test_a_damaged_index_on_the_hub_is_said(hub, model, bundled_folder, run, tmp_path, words):
+    """transformers would raise a KeyError at it."""
+    model.push_to_hub(REPO, max_shard_size="50KB")
+    sidecars = {name: data for name, data in contents(bundled_folder).items() if "token" in name or "processor" in name}
+    index = "model.safetensors.index.json"
+    hub.repos[REPO].commit("main", hub.files(REPO) | sidecars | {index: b'{"metadata": {}}'}, "edit")
+    command = {
+        "info": ["qvlm", "info", REPO],
+        "chat": ["qvlm", "chat", REPO, "how many?", "--device", "cpu"],
+        "export": ["export", "qvlm", "--model", REPO, *RTN, *words[1:], tmp_path / "out"],
+    }[words[0]]
+
+    code, _, error = run(*command)
+
+    assert code == 2
+    assert f"{index} has no weight_map and metadata that name files; fetch it again" in error
+
+
 @pytest.mark.parametrize(
     "token, private, reason",
     [("hf_other", True, "Repository Not Found"), (None, True, "Repository Not Found"), ("hf_bad", False, "Invalid")],
