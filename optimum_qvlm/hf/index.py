@@ -10,6 +10,7 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from optimum_qvlm.errors import CheckpointError
 from optimum_qvlm.hf.config import QVLMConfig
 from optimum_qvlm.hf.record import config_digest
+from optimum_qvlm.hf.source import is_folder
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATING = ("float64", "float32", "float16", "bfloat16")
@@ -89,7 +90,7 @@ def require_index(model: str, revision: str | None) -> None:
     Raises:
         CheckpointError: it is not sound.
     """
-    if Path(model).is_dir():
+    if is_folder(model):
         require_index_in(Path(model))
         return
     try:

@@ -13,7 +13,7 @@ from optimum_qvlm.hf.checkpoint import require_checkpoint, require_record
 from optimum_qvlm.hf.config import QUANT_METHOD, QVLMConfig
 from optimum_qvlm.hf.index import LARGEST_JSON, parse_json, shards_of
 from optimum_qvlm.hf.shards import Manifest, merge_headers
-from optimum_qvlm.hf.source import REPORT_FILE
+from optimum_qvlm.hf.source import REPORT_FILE, is_folder
 from optimum_qvlm.report.parts import PartRow, part_rows
 
 
@@ -47,7 +47,7 @@ def inspect_checkpoint(name: str, *, revision: str | None = None, variant: str |
     Raises:
         QVLMError: it is not there, not quantized by this package, or does not hold what it says.
     """
-    place = _Folder(Path(name)) if Path(name).is_dir() else _Repository(name, revision)
+    place = _Folder(Path(name)) if is_folder(name) else _Repository(name, revision)
     config = _read_config(place)
     values = config["quantization_config"]
     read = QVLMConfig.from_dict(values)
@@ -153,8 +153,8 @@ def _read_config(place: _Folder | _Repository) -> dict[str, Any]:
     values = config.get("quantization_config")
     if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
         method = values.get("quant_method") if isinstance(values, dict) else None
-        found = "is not quantized" if method is None else f"is quantized with {str(method)[:40]!r}"
-        raise CheckpointError(f"{place.name} {found}, not with {QUANT_METHOD!r}; there is nothing to show")
+        found = "not quantized" if method is None else f"quantized with {str(method)[:40]!r}, not with {QUANT_METHOD!r}"
+        raise CheckpointError(f"{place.name} is {found}; there is nothing to show")
     return config
 
 

@@ -62,6 +62,7 @@ class QVLMQuantizer(HfQuantizer):
         from optimum_qvlm.hf.placement import Placement
 
         self._placement = Placement(device_map)
+        self._placement.require_devices()
         return self._placement.on_cpu()  # type: ignore[no-any-return]
 
     def update_attn_implementation(self, config: Any) -> Any:

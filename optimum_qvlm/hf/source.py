@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
+from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id  # type: ignore[attr-defined]
 from transformers import AutoProcessor
 from transformers.utils import logging
 
@@ -149,6 +149,26 @@ class Source:
         except (OSError, HTTPError, ValueError) as error:
             return next(iter(str(error).strip().splitlines()), type(error).__name__)
         return None
+
+
+def is_folder(name: str) -> bool:
+    """Whether a model's name is that of a folder; else a repository on the Hub may have it.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    if Path(name).is_dir():
+        return True
+    if Path(name).is_file():
+        raise CheckpointError(f"{name} is a file; name the folder that it lies in")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"there is no folder {name}, and no model on the Hub can have this name; check the path, or name a model "
+            "as in llava-hf/llava-1.5-7b-hf"
+        ) from error
+    return False
 
 
 def require_weights_inside(name: str, checkpoint_files: list[str]) -> None:

@@ -8,7 +8,14 @@ from typing import Any
 
 import yaml
 
-from optimum_qvlm.report.parts import PartRow, bytes_of_modules, readable_bytes, readable_group, tensor_bytes
+from optimum_qvlm.report.parts import (
+    PartRow,
+    bytes_of_modules,
+    readable_activation,
+    readable_bytes,
+    readable_group,
+    tensor_bytes,
+)
 
 CARD_FILE = "README.md"
 SEAL = re.compile(r"\n<!-- written by optimum-qvlm, replaced on the next save unless edited: ([0-9a-f]{64}) -->\n\Z")
@@ -132,19 +139,19 @@ def _loading(facts: CardFacts) -> str:
 
 def _precision(facts: CardFacts) -> str:
     lines = [
-        "| part | linears | precision | scales per | weights | on disk | output error |",
-        "|---|---:|---|---|---:|---:|---:|",
+        "| part | linears | precision | weight scale per | activation scale per | weights | on disk | output error |",
+        "|---|---:|---|---|---|---:|---:|---:|",
     ]
     for row in facts.rows:
         error = "" if row.error is None else f"{row.error:.2e}"
         lines.append(
-            f"| `{row.part}` | {row.linears} | {row.scheme} | {readable_group(row)} | {row.weights:,} "
-            f"| {readable_bytes(row.bytes)} | {error} |"
+            f"| `{row.part}` | {row.linears} | {row.scheme} | {readable_group(row)} | {readable_activation(row)} "
+            f"| {row.weights:,} | {readable_bytes(row.bytes)} | {error} |"
         )
     manifest = facts.values.get("manifest", {})
     modules = bytes_of_modules(manifest)
     rest = sum(map(tensor_bytes, manifest.values())) - sum(modules.get(name, 0) for name in facts.values["modules"])
-    lines.append(f"| everything else | | as in the source | | | {readable_bytes(rest)} | |")
+    lines.append(f"| everything else | | as in the source | | | | {readable_bytes(rest)} | |")
     kept = facts.report.get("kept_in_full_precision") or []
     text = "## Precision of each part\n\n" + "\n".join(lines) + "\n"
     if kept:

@@ -122,7 +122,25 @@ def test_a_full_precision_model_is_said_to_be_one(run, llava_folder):
     code, _, error = run(llava_folder)
 
     assert code == 2
-    assert "is not quantized, not with 'qvlm'; there is nothing to show" in error
+    assert f"{llava_folder} is not quantized; there is nothing to show" in error
+
+
+def test_a_model_of_another_method_is_said_to_be_one(run, copied):
+    config = json.loads((copied / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    (copied / "config.json").write_text(json.dumps(config))
+
+    code, _, error = run(copied)
+
+    assert code == 2
+    assert f"{copied} is quantized with 'awq', not with 'qvlm'; there is nothing to show" in error
+
+
+def test_a_file_is_no_model(run, copied):
+    code, _, error = run(copied / "config.json")
+
+    assert code == 2
+    assert "config.json is a file; name the folder that it lies in" in error
 
 
 @pytest.mark.parametrize(

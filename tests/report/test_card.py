@@ -10,6 +10,7 @@ ROW = PartRow(
     scheme="w4a8",
     weight_group=128,
     activation_group=None,
+    activation_static=False,
     symmetric=True,
     linears=28,
     weights=786_432,
@@ -66,8 +67,8 @@ def test_metadata_is_what_the_hub_reads():
 def test_parts_and_calibration_are_said():
     text = render_card(facts(files={"model.safetensors": 1_000_000}))
 
-    assert "| `model.layers` | 28 | w4a8 | 128 | 786,432 | 418.24 kB | 1.16e-02 |" in text
-    assert "| everything else | | as in the source | | | 100 bytes | |" in text
+    assert "| `model.layers` | 28 | w4a8 | 128 | token | 786,432 | 418.24 kB | 1.16e-02 |" in text
+    assert "| everything else | | as in the source | | | | 100 bytes | |" in text
     assert "Size: 1.00 MB of weights in 1 file." in text
     assert "- source: org/base at commit c0ffee" in text
     assert "- data: packaged, 64 samples, seed 0" in text
