@@ -6,7 +6,7 @@ from typing import Any
 
 from optimum_qvlm.cli.outcome import finish, print_json
 from optimum_qvlm.hf.inspection import Inspection, inspect_checkpoint
-from optimum_qvlm.report.card import fidelity_figures
+from optimum_qvlm.report.figures import fidelity_figures
 from optimum_qvlm.report.parts import (
     bytes_of_modules,
     readable_activation,
@@ -16,6 +16,8 @@ from optimum_qvlm.report.parts import (
     tensor_bytes,
 )
 from optimum_qvlm.search.plan import ModuleRecord
+
+LABELS = {"tokens": "answer tokens", "mean_kl": "mean KL", "top1_agreement": "same first choice"}
 
 
 def main(args: Namespace) -> int:
@@ -101,8 +103,8 @@ def _summary(found: Inspection) -> list[str]:
     if "base_model" in calibration:
         lines.insert(1, f"base        {calibration['base_model']} at {str(calibration.get('base_revision'))[:12]}")
     for name, figures in fidelity_figures(found.report).items():
-        shown = ", ".join(f"{key} {value:.4g}" for key, value in figures.items() if isinstance(value, int | float))
-        lines.append(f"fidelity    {name + ': ' if name else ''}{shown}")
+        shown = ", ".join(f"{LABELS[key]} {value:.4g}" for key, value in figures.items())
+        lines.append(f"fidelity    on {name}: {shown}")
     return lines
 
 

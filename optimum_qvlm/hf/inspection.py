@@ -14,6 +14,7 @@ from optimum_qvlm.hf.config import QUANT_METHOD, QVLMConfig
 from optimum_qvlm.hf.index import LARGEST_JSON, parse_json, shards_of
 from optimum_qvlm.hf.shards import Manifest, merge_headers
 from optimum_qvlm.hf.source import REPORT_FILE, is_folder
+from optimum_qvlm.report.figures import measured_layers
 from optimum_qvlm.report.parts import PartRow, part_rows
 
 
@@ -62,7 +63,7 @@ def inspect_checkpoint(name: str, *, revision: str | None = None, variant: str |
         architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown",
         values=values,
         config=read,
-        rows=part_rows(record.modules, record.manifest or {}, _layers(report)),
+        rows=part_rows(record.modules, record.manifest or {}, measured_layers(report)),
         report=report,
         files={shard: place.size(shard) for shard in shards},
     )
@@ -172,17 +173,3 @@ def _shards(place: _Folder | _Repository, variant: str | None) -> list[str]:
     if missing is not None:
         raise CheckpointError(f"{missing}, which {index} names, is missing; fetch it again")
     return shards
-
-
-def _layers(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The layers of a report that says of each where it is and how large its error."""
-    layers = report.get("layers")
-    if not isinstance(layers, list):
-        return []
-    return [
-        layer
-        for layer in layers
-        if isinstance(layer, Mapping)
-        and isinstance(layer.get("layer"), str)
-        and isinstance(layer.get("error"), float | int)
-    ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from optimum_qvlm.report.figures import fidelity_figures, kept_names, memory_bytes
 from optimum_qvlm.report.parts import (
     PartRow,
     bytes_of_modules,
@@ -152,8 +153,9 @@ def _precision(facts: CardFacts) -> str:
     modules = bytes_of_modules(manifest)
     rest = sum(map(tensor_bytes, manifest.values())) - sum(modules.get(name, 0) for name in facts.values["modules"])
     lines.append(f"| everything else | | as in the source | | | | {readable_bytes(rest)} | |")
-    kept = facts.report.get("kept_in_full_precision") or []
-    text = "## Precision of each part\n\n" + "\n".join(lines) + "\n"
+    shared = "A scale is shared by so many input channels, by a row of the weight, or by a token's channels."
+    kept = kept_names(facts.report)
+    text = "## Precision of each part\n\n" + "\n".join(lines) + f"\n\n{shared}\n"
     if kept:
         text += f"\nLinears kept in full precision: {', '.join(f'`{name}`' for name in kept[:8])}"
         text += f" and {len(kept) - 8} more.\n" if len(kept) > 8 else ".\n"
@@ -170,22 +172,11 @@ def _sizes(facts: CardFacts) -> str:
     said = []
     if count:
         said.append(f"{readable_bytes(total)} of weights in {count} file{'s' if count > 1 else ''}")
-    memory = facts.report.get("bytes")
-    if memory:
-        said.append(
-            f"{readable_bytes(memory['after'])} in memory in place of {readable_bytes(memory['before'])} "
-            f"({memory['ratio']:.2f}x)"
-        )
+    memory = memory_bytes(facts.report)
+    if memory is not None:
+        before, after = memory
+        said.append(f"{readable_bytes(after)} in memory in place of {readable_bytes(before)} ({before / after:.2f}x)")
     return f"\nSize: {'; '.join(said)}.\n" if said else ""
-
-
-def fidelity_figures(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Fidelity to full precision by name, where the report has any: one set of figures, or several by name."""
-    found = report.get("fidelity")
-    if not isinstance(found, Mapping):
-        return {}
-    named = {"": found} if "mean_kl" in found else found
-    return {str(name): entry for name, entry in named.items() if isinstance(entry, Mapping) and "mean_kl" in entry}
 
 
 def _fidelity(report: Mapping[str, Any]) -> str:
@@ -197,7 +188,10 @@ def _fidelity(report: Mapping[str, Any]) -> str:
         tokens, agreement = entry.get("tokens", ""), entry.get("top1_agreement")
         shown = "" if agreement is None else f"{100 * agreement:.1f} %"
         lines.append(f"| {name} | {tokens} | {entry['mean_kl']:.4f} | {shown} |")
-    return "## Fidelity to full precision\n\n" + "\n".join(lines) + "\n"
+    return (
+        "## Fidelity to full precision\n\n" + "\n".join(lines) + "\n\nMean KL: divergence from full precision's "
+        "distribution per answer token, in nats. Same first choice: tokens for which both models prefer the same one.\n"
+    )
 
 
 def _calibration(facts: CardFacts) -> str:

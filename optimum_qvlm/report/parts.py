@@ -123,7 +123,7 @@ def tensor_bytes(entry: Sequence[Any]) -> int:
     return int(BITS.get(dtype, 0) * prod(shape) // 8)
 
 
-def readable_bytes(count: int) -> str:
+def readable_bytes(count: int | float) -> str:
     """`count` in the largest decimal unit that it reaches, as in `1.25 GB`."""
     for unit, factor in BYTE_UNITS.items():
         if count >= factor:

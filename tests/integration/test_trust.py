@@ -25,11 +25,13 @@ from safetensors.torch import load_file, save_file
 from transformers.quantizers.base import HfQuantizer
 
 from optimum_qvlm import QVLMConfig
+from optimum_qvlm.cli.info import as_text, as_values
 from optimum_qvlm.cli.loading import load_model
 from optimum_qvlm.errors import QVLMError
 from optimum_qvlm.hf.checkpoint import GUARD, quantized_modules
 from optimum_qvlm.hf.inspection import inspect_checkpoint
 from optimum_qvlm.hf.record import config_digest, config_identity
+from optimum_qvlm.hf.source import REPORT_FILE, Source
 from tests.jobs import load, logits, make_batch, quantize
 
 pytestmark = pytest.mark.integration
@@ -38,6 +40,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TYPED = (QVLMError, SafetensorError, OSError, json.JSONDecodeError)
 """What may come out: ours, safetensors' own, and transformers' for files that are missing or no JSON."""
 
+FIDELITY = {"tokens": 9, "mean_kl": 0.5, "top1_agreement": 1.0}
 MEGABYTES = 512
 """How much the process may grow over all examples; the model has a quarter of a megabyte."""
 
@@ -155,9 +158,11 @@ def outcome(folder: Path, batch: Any, expected: Any) -> str:
 
 
 def inspected(folder: Path) -> str:
-    """What `info` does: it raises nothing but ours."""
+    """What `info` does, text and JSON included: it raises nothing but ours."""
     try:
-        inspect_checkpoint(str(folder))
+        found = inspect_checkpoint(str(folder))
+        assert as_text(found).startswith(str(folder))
+        json.dumps(as_values(found))
     except QVLMError:
         return "info refused"
     return "info accepted"
@@ -264,6 +269,27 @@ def test_a_changed_tensor_header_is_refused(original, tmp_path, tally, examples)
         assert same_or_refused(results)
 
     run()
+
+
+@pytest.mark.parametrize("examples", [60, pytest.param(600, marks=pytest.mark.slow)])
+def test_a_changed_report_is_no_obstacle(original, tmp_path, tally, examples):
+    """It is there to be read: neither `info` nor the card that a save writes may stumble over it."""
+    source, batch, expected = original
+    report = json.loads((source / REPORT_FILE).read_text()) | {"fidelity": FIDELITY}
+    model = load(source)
+
+    @settings(max_examples=examples, **COMMON)
+    @given(SEEDS)
+    def run(seed):
+        folder = fresh(source, tmp_path / "copy")
+        (folder / REPORT_FILE).write_text(json.dumps(mutated(report, seed)))
+        found = inspected(folder)
+        model.hf_quantizer.source = Source(folder=folder)
+        model.save_pretrained(tmp_path / "out")
+        tally.setdefault("the report, info and save", Counter()).update([found])
+
+    run()
+    assert torch.equal(logits(load(tmp_path / "out"), batch), expected)
 
 
 @pytest.mark.parametrize("examples", [40, pytest.param(400, marks=pytest.mark.slow)])

@@ -2,7 +2,8 @@
 
 import pytest
 
-from optimum_qvlm.report.card import CardFacts, fidelity_figures, is_ours, read_metadata, render_card, seal
+from optimum_qvlm.report.card import CardFacts, is_ours, read_metadata, render_card, seal
+from optimum_qvlm.report.figures import fidelity_figures
 from optimum_qvlm.report.parts import PartRow
 
 ROW = PartRow(
@@ -99,7 +100,10 @@ def test_a_local_source_is_not_named():
 @pytest.mark.parametrize(
     "report, shown",
     [
-        ({"fidelity": {"tokens": 100, "mean_kl": 0.01234, "top1_agreement": 0.987}}, ["|  | 100 | 0.0123 | 98.7 % |"]),
+        (
+            {"fidelity": {"tokens": 100, "mean_kl": 0.01234, "top1_agreement": 0.987}},
+            ["| held-out samples | 100 | 0.0123 | 98.7 % |"],
+        ),
         (
             {"fidelity": {"prefill": {"tokens": 9, "mean_kl": 0.5, "top1_agreement": 1.0}, "decode": {"mean_kl": 1.0}}},
             ["| prefill | 9 | 0.5000 | 100.0 % |", "| decode |  | 1.0000 |  |"],
