@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from optimum_qvlm.cli.loading import load_model
+from optimum_qvlm.cli.loading import choose_auto_class, load_model, read_model_config
 from optimum_qvlm.cli.outcome import finish
 from optimum_qvlm.data.sample import open_image
 from optimum_qvlm.errors import DataError, QVLMError
@@ -38,17 +38,17 @@ def read_image(path: Path) -> Any:
 
 
 def load_processor(args: Namespace) -> Any:
-    """Processor or tokenizer of the model.
+    """Processor of the model, or the tokenizer of a text model, which may name a processor that it does not have.
 
     Raises:
-        DataError: there is none.
+        QVLMError: there is none.
     """
-    from transformers import AutoProcessor
+    from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
+    source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    takes_text = choose_auto_class("auto", read_model_config(args.model, source)) is AutoModelForCausalLM
     try:
-        return AutoProcessor.from_pretrained(
-            args.model, revision=args.revision, trust_remote_code=args.trust_remote_code
-        )
+        return (AutoTokenizer if takes_text else AutoProcessor).from_pretrained(args.model, **source)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise DataError(
             f"no processor or tokenizer could be loaded from {args.model} ({error}); save the original model's there"

@@ -40,6 +40,9 @@ examples:
     optimum-cli export qvlm --model ./llava \\
         --override '*.down_proj={"scheme":"w4a8","group_size":32,"symmetric":false}' llava-groups/
 
+  The paper's mode, at 4 bits throughout:
+    optimum-cli export qvlm --model ./llava --paper 4 llava-paper/
+
   Save, and upload to a private repository:
     optimum-cli export qvlm --model ./llava --push-to-hub me/llava-qvlm --private llava-w4a8/
 
@@ -424,7 +427,12 @@ class QVLMExportCommand(Command):
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         """Add the options to the subparser that optimum made."""
-        describe(parser, "Quantize a vision-language model with Q-VLM and save it.", EXPORT_EPILOG)
+        describe(
+            parser,
+            "[OPTIONS] --model MODEL OUTPUT",
+            "Quantize a vision-language model with Q-VLM and save it.",
+            EXPORT_EPILOG,
+        )
         add_model_options(parser)
         add_scheme_options(parser)
         add_search_options(parser)
@@ -448,7 +456,12 @@ class QVLMInfoCommand(Command):
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         """Add the options."""
-        describe(parser, "Check a quantized model, and show its precision, sizes and calibration.", INFO_EPILOG)
+        describe(
+            parser,
+            "[OPTIONS] PATH_OR_REPO",
+            "Check a quantized model, and show its precision, sizes and calibration.",
+            INFO_EPILOG,
+        )
         parser.add_argument("model", metavar="PATH_OR_REPO", help="folder or Hub id of a quantized model")
         parser.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
         parser.add_argument("--variant", help="of the weight files, as in model.VARIANT.safetensors")
@@ -469,7 +482,12 @@ class QVLMChatCommand(Command):
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         """Add the options."""
-        describe(parser, "Ask a model one question; the answer is printed while it is written.", CHAT_EPILOG)
+        describe(
+            parser,
+            "[OPTIONS] PATH QUESTION",
+            "Ask a model one question; the answer is printed while it is written.",
+            CHAT_EPILOG,
+        )
         parser.add_argument("model", metavar="PATH", help="folder or Hub id of the model")
         parser.add_argument("question", metavar="QUESTION", help="what to ask")
         parser.add_argument("--image", action="append", type=Path, metavar="FILE", help="may be given more than once")
@@ -499,9 +517,10 @@ class QVLMCommand(BaseOptimumCLICommand):
     )
 
 
-def describe(parser: argparse.ArgumentParser, description: str, epilog: str) -> None:
-    """Texts around the options, with their line breaks."""
-    parser.description, parser.epilog = description, epilog
+def describe(parser: argparse.ArgumentParser, usage: str, description: str, epilog: str) -> None:
+    """Texts around the options, with their line breaks; `usage` in place of a list of all options, which every
+    mistake would print before it says what is wrong."""
+    parser.usage, parser.description, parser.epilog = f"{parser.prog} {usage}", description, epilog
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 

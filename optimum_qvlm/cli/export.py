@@ -46,9 +46,9 @@ def export(args: Namespace) -> None:
         require_access(args.push_to_hub)
     model = load_model(args, quantization_config=config)
     names = save_model(model, args)
-    saved = outcome(args, time.perf_counter() - started)
+    saved = outcome(args.output, config.scheme, time.perf_counter() - started)
     if not args.json:
-        print(f"Saved the {args.scheme} model in {args.output}: {saved['files']} files, {saved['size']}", flush=True)
+        print(f"Saved the {config.scheme} model in {args.output}: {saved['files']} files, {saved['size']}", flush=True)
     if args.push_to_hub is not None:
         saved |= push(args, names)
     if args.json:
@@ -82,7 +82,7 @@ def try_out(args: Namespace, config: Any) -> Any:
 
     output = args.output.absolute()
     folder = next(parent for parent in (output, *output.parents) if parent.is_dir())
-    auto_class, options = how_to_load(args)
+    auto_class, options = how_to_load(args, to_quantize=True)
     return dry_run(args.model, config, model_class=auto_class, folder=folder, **options)
 
 
@@ -97,13 +97,13 @@ def make_config(paper: int | None, arguments: dict[str, Any]) -> Any:
     return QVLMConfig.paper(paper, **changed)
 
 
-def outcome(args: Namespace, seconds: float) -> dict[str, Any]:
+def outcome(output: Path, scheme: str, seconds: float) -> dict[str, Any]:
     """What lies in the output folder, as JSON values."""
-    paths = [path for path in args.output.rglob("*") if path.is_file()]
+    paths = [path for path in output.rglob("*") if path.is_file()]
     total = sum(path.stat().st_size for path in paths)
     return {
-        "output": str(args.output.resolve()),
-        "scheme": args.scheme,
+        "output": str(output.resolve()),
+        "scheme": scheme,
         "files": len(paths),
         "bytes": total,
         "size": readable_bytes(total),

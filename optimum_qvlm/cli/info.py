@@ -6,9 +6,18 @@ from typing import Any
 
 from optimum_qvlm.cli.outcome import finish, print_json
 from optimum_qvlm.hf.inspection import Inspection, inspect_checkpoint
-from optimum_qvlm.report.card import fidelity_figures
-from optimum_qvlm.report.parts import bytes_of_modules, readable_bytes, readable_group, scheme_of, tensor_bytes
+from optimum_qvlm.report.figures import fidelity_figures
+from optimum_qvlm.report.parts import (
+    bytes_of_modules,
+    readable_activation,
+    readable_bytes,
+    readable_group,
+    scheme_of,
+    tensor_bytes,
+)
 from optimum_qvlm.search.plan import ModuleRecord
+
+LABELS = {"tokens": "answer tokens", "mean_kl": "mean KL", "top1_agreement": "same first choice"}
 
 
 def main(args: Namespace) -> int:
@@ -54,13 +63,22 @@ def as_text(found: Inspection) -> str:
     record = found.config.record
     assert record is not None and record.manifest is not None, "inspection refuses others"
     sizes = bytes_of_modules(record.manifest)
-    parts = [["part", "linears", "precision", "scales per", "weights", "on disk", "error"]]
+    parts = [
+        ["part", "linears", "precision", "weight scale per", "activation scale per", "weights", "on disk", "error"]
+    ]
     for row in found.rows:
         error = "" if row.error is None else f"{row.error:.2e}"
-        shown = [row.part, str(row.linears), row.scheme, readable_group(row), f"{row.weights:,}"]
+        shown = [
+            row.part,
+            str(row.linears),
+            row.scheme,
+            readable_group(row),
+            readable_activation(row),
+            f"{row.weights:,}",
+        ]
         parts.append([*shown, readable_bytes(row.bytes), error])
     rest = sum(map(tensor_bytes, record.manifest.values())) - sum(sizes.get(name, 0) for name in record.modules)
-    parts.append(["everything else", "", "as it was", "", "", readable_bytes(rest), ""])
+    parts.append(["everything else", "", "as it was", "", "", "", readable_bytes(rest), ""])
     return "\n".join(
         [*_summary(found), "", *_table(parts), "", _blocks(record.blocks), "", *_table(_modules(record.modules, sizes))]
     )
@@ -85,8 +103,8 @@ def _summary(found: Inspection) -> list[str]:
     if "base_model" in calibration:
         lines.insert(1, f"base        {calibration['base_model']} at {str(calibration.get('base_revision'))[:12]}")
     for name, figures in fidelity_figures(found.report).items():
-        shown = ", ".join(f"{key} {value:.4g}" for key, value in figures.items() if isinstance(value, int | float))
-        lines.append(f"fidelity    {name + ': ' if name else ''}{shown}")
+        shown = ", ".join(f"{LABELS[key]} {value:.4g}" for key, value in figures.items())
+        lines.append(f"fidelity    on {name}: {shown}")
     return lines
 
 
@@ -107,7 +125,7 @@ def _modules(modules: Mapping[str, ModuleRecord], sizes: Mapping[str, int]) -> l
         group = "row" if module.weight_group is None else str(module.weight_group)
         key = (pattern, f"{module.out_features}x{module.in_features}", scheme_of(module), group)
         rows.setdefault(key, []).append(name)
-    lines = [["module", "", "sizes", "precision", "scales per", "on disk"]]
+    lines = [["module", "", "sizes", "precision", "weight scale per", "on disk"]]
     for (pattern, *shown), names in rows.items():
         total = readable_bytes(sum(sizes.get(name, 0) for name in names))
         lines.append([pattern, f"x{len(names)}" if len(names) > 1 else "", *shown, total])

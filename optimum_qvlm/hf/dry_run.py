@@ -22,6 +22,9 @@ from optimum_qvlm.pipeline.result import CalibrationResult
 from optimum_qvlm.report.rehearsal import DryRun, module_rows
 from optimum_qvlm.search.plan import QuantPlan
 
+SOURCE_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code")
+"""Options of `from_pretrained` that say where the configuration is."""
+
 RELOAD_OPTIONS = ("attn_implementation", "device_map", "dtype", "max_memory", "torch_dtype", "trust_remote_code")
 """Options of `from_pretrained` that the rehearsal loads the saved folder with."""
 
@@ -103,8 +106,7 @@ def try_out(
 
 
 def _model_class(model: str | Path, options: dict[str, Any]) -> Any:
-    names = ("revision", "trust_remote_code", "cache_dir", "token")
-    config = AutoConfig.from_pretrained(model, **{name: options[name] for name in names if name in options})
+    config = AutoConfig.from_pretrained(model, **{name: options[name] for name in SOURCE_OPTIONS if name in options})
     takes_images = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     return AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
 

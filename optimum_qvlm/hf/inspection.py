@@ -1,6 +1,5 @@
 """What a quantized checkpoint holds, without its weights: from a folder, or from the Hub by a few small requests."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,11 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from optimum_qvlm.errors import CheckpointError, HubError
 from optimum_qvlm.hf.checkpoint import require_checkpoint, require_record
 from optimum_qvlm.hf.config import QUANT_METHOD, QVLMConfig
+from optimum_qvlm.hf.index import LARGEST_JSON, parse_json, shards_of
 from optimum_qvlm.hf.shards import Manifest, merge_headers
-from optimum_qvlm.hf.source import REPORT_FILE
+from optimum_qvlm.hf.source import REPORT_FILE, is_folder
+from optimum_qvlm.report.figures import measured_layers
 from optimum_qvlm.report.parts import PartRow, part_rows
-
-LARGEST_JSON = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +48,7 @@ def inspect_checkpoint(name: str, *, revision: str | None = None, variant: str |
     Raises:
         QVLMError: it is not there, not quantized by this package, or does not hold what it says.
     """
-    place = _Folder(Path(name)) if Path(name).is_dir() else _Repository(name, revision)
+    place = _Folder(Path(name)) if is_folder(name) else _Repository(name, revision)
     config = _read_config(place)
     values = config["quantization_config"]
     read = QVLMConfig.from_dict(values)
@@ -64,27 +63,10 @@ def inspect_checkpoint(name: str, *, revision: str | None = None, variant: str |
         architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown",
         values=values,
         config=read,
-        rows=part_rows(record.modules, record.manifest or {}, _layers(report)),
+        rows=part_rows(record.modules, record.manifest or {}, measured_layers(report)),
         report=report,
         files={shard: place.size(shard) for shard in shards},
     )
-
-
-def parse_json(data: bytes, name: str) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        CheckpointError: it is something else, or too large or too deep to be sound.
-    """
-    if len(data) > LARGEST_JSON:
-        raise CheckpointError(f"{name} has {len(data)} bytes, more than the {LARGEST_JSON} that are read")
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{name} is not JSON ({error}); fetch it again") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{name} holds a {type(found).__name__} where an object is expected; fetch it again")
-    return found
 
 
 class _Folder:
@@ -172,8 +154,8 @@ def _read_config(place: _Folder | _Repository) -> dict[str, Any]:
     values = config.get("quantization_config")
     if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
         method = values.get("quant_method") if isinstance(values, dict) else None
-        found = "is not quantized" if method is None else f"is quantized with {str(method)[:40]!r}"
-        raise CheckpointError(f"{place.name} {found}, not with {QUANT_METHOD!r}; there is nothing to show")
+        found = "not quantized" if method is None else f"quantized with {str(method)[:40]!r}, not with {QUANT_METHOD!r}"
+        raise CheckpointError(f"{place.name} is {found}; there is nothing to show")
     return config
 
 
@@ -186,29 +168,8 @@ def _shards(place: _Folder | _Repository, variant: str | None) -> list[str]:
     data = place.read(index)
     if data is None:
         raise CheckpointError(f"{place.name} has neither {single} nor {index}; fetch it again")
-    content = parse_json(data, index)
-    weight_map = content.get("weight_map")
-    if not isinstance(weight_map, dict) or len(weight_map) == 0 or not isinstance(content.get("metadata"), dict):
-        raise CheckpointError(f"{index} has no weight_map and metadata that name files; fetch it again")
-    names = set()
-    for shard in weight_map.values():
-        if not isinstance(shard, str) or "/" in shard or "\\" in shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{index} names {str(shard)[:60]!r}, which is no safetensors file of this folder")
-        if not place.has(shard):
-            raise CheckpointError(f"{shard}, which {index} names, is missing; fetch it again")
-        names.add(shard)
-    return sorted(names)
-
-
-def _layers(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The layers of a report that says of each where it is and how large its error."""
-    layers = report.get("layers")
-    if not isinstance(layers, list):
-        return []
-    return [
-        layer
-        for layer in layers
-        if isinstance(layer, Mapping)
-        and isinstance(layer.get("layer"), str)
-        and isinstance(layer.get("error"), float | int)
-    ]
+    shards = shards_of(data, index)
+    missing = next((shard for shard in shards if not place.has(shard)), None)
+    if missing is not None:
+        raise CheckpointError(f"{missing}, which {index} names, is missing; fetch it again")
+    return shards

@@ -30,6 +30,15 @@ class Placement:
             _refuse_disk(self.requested)
             self.final = self.requested
 
+    def require_devices(self) -> None:
+        """Refuse a map with a device that is not there.
+
+        Raises:
+            ConfigError: names the device.
+        """
+        for value in self.requested.values() if isinstance(self.requested, dict) else ():
+            require_device(_device(value))
+
     def on_cpu(self) -> DeviceMap | str | None:
         """The device map to load with. Automatic ones stay, so that transformers tells `max_memory`."""
         return {"": "cpu"} if isinstance(self.requested, dict) else self.requested
@@ -72,6 +81,19 @@ class Placement:
         else:
             dispatch_model(model, device_map, skip_keys=model._skip_keys_device_placement)
         model.hf_device_map = device_map
+
+
+def require_device(device: torch.device) -> None:
+    """Refuse a device that torch cannot use here, before hours are spent.
+
+    Raises:
+        ConfigError: names the device.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without the device's support
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"device {device} cannot be used here ({reason}); choose another one, as cpu") from error
 
 
 def _refuse_disk(device_map: DeviceMap) -> None:

@@ -21,6 +21,7 @@ from optimum_qvlm.data.loader import (
 from optimum_qvlm.data.recipe import Recipe
 from optimum_qvlm.data.sample import Sample
 from optimum_qvlm.errors import CheckpointError, DataError
+from optimum_qvlm.hf.access import Access
 from optimum_qvlm.hf.config import QVLMConfig
 from optimum_qvlm.hf.source import Source
 from optimum_qvlm.models.registry import adapter_for
@@ -130,7 +131,7 @@ class _Loaded:
         )
         self.conversations = [sample for sample in samples if isinstance(sample, Sample)]
         self.ready = [sample for sample in samples if not isinstance(sample, Sample)]
-        own = users_processor(config) if self.conversations else None
+        own = users_processor(config, source.access) if self.conversations else None
         self.processor = source.load_processor() if self.conversations and own is None else own
 
     def answered(self, samples: list[Sample], plan: QuantPlan, device: torch.device, *, batch: int) -> list[Sample]:
@@ -194,7 +195,7 @@ def _first_labels(labels: torch.Tensor | None, text: torch.Tensor) -> torch.Tens
     return torch.nn.functional.pad(kept, (1, 0), value=IGNORED)
 
 
-def users_processor(config: QVLMConfig) -> Any:
+def users_processor(config: QVLMConfig, access: Access) -> Any:
     """The processor that the user gave, loaded where it is a name or path; None where there is none.
 
     Raises:
@@ -203,6 +204,6 @@ def users_processor(config: QVLMConfig) -> Any:
     if not isinstance(config.processor, str):
         return config.processor
     try:
-        return AutoProcessor.from_pretrained(config.processor)
+        return AutoProcessor.from_pretrained(config.processor, **access.options())
     except (OSError, ValueError) as error:
         raise DataError(f"processor={config.processor!r} could not be loaded: {error}") from error

@@ -2,7 +2,7 @@
 
 import copy
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,17 @@ class QVLMQuantizer(HfQuantizer):
         from optimum_qvlm.hf.placement import Placement
 
         self._placement = Placement(device_map)
+        self._placement.require_devices()
         return self._placement.on_cpu()  # type: ignore[no-any-return]
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Look at the index of a local checkpoint. Attention is as it was asked for: this is the one hook that knows
+        the folder before transformers reads the index, which it does without asking what form that has."""
+        if self.pre_quantized:
+            from optimum_qvlm.hf.index import require_index_of
+
+            require_index_of(self.config, config.name_or_path or "")
+        return config
 
     def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
         """The only hook that sees `max_memory`."""
@@ -73,6 +83,7 @@ class QVLMQuantizer(HfQuantizer):
         return self._placement.note_memory(max_memory, quantized_skeleton(self._model, self._plan))  # type: ignore[no-any-return]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from optimum_qvlm.hf.access import watch_access
         from optimum_qvlm.hf.checkpoint import require_checkpoint, swap_in_quantized
         from optimum_qvlm.hf.source import Source, require_weights_inside
 
@@ -81,6 +92,7 @@ class QVLMQuantizer(HfQuantizer):
             raise CheckpointError("a model is quantized from the files of a checkpoint; none were given")
         require_weights_inside(model.config.name_or_path, files)
         self.source = Source.of(files)
+        watch_access(model, self._note_access)
         if self.pre_quantized:
             self.source.require_inside(map(Path, files))
             swap_in_quantized(model, require_checkpoint(self.config, files))
@@ -90,9 +102,11 @@ class QVLMQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from optimum_qvlm.hf.access import unwatch_access
         from optimum_qvlm.hf.checkpoint import prepare_modules
         from optimum_qvlm.hf.saving import wrap_saving
 
+        unwatch_access(model)
         if self.pre_quantized:
             self._cast(model)
         else:
@@ -122,6 +136,9 @@ class QVLMQuantizer(HfQuantizer):
         unwrap_saving(model)
         return model
 
+    def _note_access(self, access: Any) -> None:
+        self.source = replace(self.source, access=access)
+
     def _prepare(self, model: Any, files: list[str]) -> None:
         """Plan on the model without weights, so that what does not fit is refused at once."""
         from optimum_qvlm.data.recipe import find_preset
@@ -148,7 +165,7 @@ class QVLMQuantizer(HfQuantizer):
         device = self._placement.compute_device()
         before = packed_bytes(model)
         if self.config.method != "rtn":
-            self.config.processor = users_processor(self.config)
+            self.config.processor = users_processor(self.config, self.source.access)
         if self.config.rehearse:
             self.dry_run, result = try_out(model, self._plan, self.config, self.source, device)
         else:

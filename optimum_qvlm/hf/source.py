@@ -1,17 +1,18 @@
 """Where a model came from, and the files that lie beside its weights."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
+from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id  # type: ignore[attr-defined]
 from transformers import AutoProcessor
 from transformers.utils import logging
 
 from optimum_qvlm.errors import CheckpointError, DataError
+from optimum_qvlm.hf.access import Access
 from optimum_qvlm.report.card import CARD_FILE, read_metadata
 
 logger = logging.get_logger("transformers.optimum_qvlm")
@@ -41,12 +42,13 @@ SIDECARS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A local folder, or a repository at a fixed commit with the cache that holds it."""
+    """A local folder, or a repository at a fixed commit with the cache that holds it, and how that is reached."""
 
     folder: Path
     repo: str | None = None
     revision: str | None = None
     cache: Path | None = None
+    access: Access = field(default_factory=Access)
 
     @classmethod
     def of(cls, checkpoint_files: list[str]) -> "Source":
@@ -85,7 +87,8 @@ class Source:
         if reason is not None:
             logger.warning_once(
                 f"the processor files of {self.repo} could not be fetched ({reason}); those in the cache are used. "
-                "Check that the saved folder has a processor, or save it yourself; set HF_TOKEN for a private model"
+                "Check that the saved folder has a processor, or save it yourself; for a private model log in with "
+                "`hf auth login` or set HF_TOKEN"
             )
         paths = sorted({path for pattern in SIDECARS for path in self.folder.glob(pattern) if path.is_file()})
         self.require_inside(paths)
@@ -122,19 +125,22 @@ class Source:
         try:
             return AutoProcessor.from_pretrained(self.folder)
         except (OSError, ValueError, ImportError, KeyError) as error:
+            private = "" if reason is None else "for a private model log in with `hf auth login` or set HF_TOKEN; else "
             raise DataError(
-                f"no processor could be loaded from {self.folder} ({reason or error}); pass processor= to QVLMConfig, "
-                "or ready model inputs (a list of dicts of tensors) as dataset"
+                f"no processor could be loaded from {self.folder} ({reason or error}); {private}pass processor= to "
+                "QVLMConfig, or ready model inputs (a list of dicts of tensors) as dataset"
             ) from error
 
     def _fetch(self) -> str | None:
         """Download the files beside the weights; returns why that failed, None where they are there."""
         if self.repo is None or self.revision is None:
             return None
+        if self.access.local_files_only:
+            return "local_files_only=True"
         root = next(parent for parent in (self.folder, *self.folder.parents) if parent.name == self.revision)
         inside = self.folder.relative_to(root)
         patterns = [str(inside / pattern) for pattern in (*SIDECARS, CARD_FILE)]
-        api = HfApi()
+        api = HfApi(token=self.access.token)
         try:
             # not snapshot_download: where it cannot list the repository, it takes a cache that lacks files for whole
             names = api.list_repo_files(self.repo, revision=self.revision)
@@ -143,6 +149,26 @@ class Source:
         except (OSError, HTTPError, ValueError) as error:
             return next(iter(str(error).strip().splitlines()), type(error).__name__)
         return None
+
+
+def is_folder(name: str) -> bool:
+    """Whether a model's name is that of a folder; else a repository on the Hub may have it.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    if Path(name).is_dir():
+        return True
+    if Path(name).is_file():
+        raise CheckpointError(f"{name} is a file; name the folder that it lies in")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"there is no folder {name}, and no model on the Hub can have this name; check the path, or name a model "
+            "as in llava-hf/llava-1.5-7b-hf"
+        ) from error
+    return False
 
 
 def require_weights_inside(name: str, checkpoint_files: list[str]) -> None:

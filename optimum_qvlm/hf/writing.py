@@ -12,6 +12,7 @@ from optimum_qvlm.hf.record import config_digest
 from optimum_qvlm.hf.shards import read_headers
 from optimum_qvlm.hf.source import REPORT_FILE
 from optimum_qvlm.report.card import CARD_FILE, CardFacts, is_ours, render_card
+from optimum_qvlm.report.figures import measured_layers, read_report
 from optimum_qvlm.report.parts import part_rows
 
 
@@ -81,10 +82,10 @@ def _facts(model: Any, folder: Path, values: dict[str, Any], repo_id: str | None
     config = QVLMConfig.from_dict(values)
     assert isinstance(config, QVLMConfig) and config.record is not None
     path = folder / REPORT_FILE
-    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    report = read_report(path.read_bytes()) if path.exists() else {}
     return CardFacts(
         values=values,
-        rows=part_rows(config.record.modules, values["manifest"], report.get("layers", [])),
+        rows=part_rows(config.record.modules, values["manifest"], measured_layers(report)),
         report=report,
         sees_images=hasattr(model.config, "vision_config"),
         repo=repo_id,

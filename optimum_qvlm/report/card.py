@@ -8,7 +8,15 @@ from typing import Any
 
 import yaml
 
-from optimum_qvlm.report.parts import PartRow, bytes_of_modules, readable_bytes, readable_group, tensor_bytes
+from optimum_qvlm.report.figures import fidelity_figures, kept_names, memory_bytes
+from optimum_qvlm.report.parts import (
+    PartRow,
+    bytes_of_modules,
+    readable_activation,
+    readable_bytes,
+    readable_group,
+    tensor_bytes,
+)
 
 CARD_FILE = "README.md"
 SEAL = re.compile(r"\n<!-- written by optimum-qvlm, replaced on the next save unless edited: ([0-9a-f]{64}) -->\n\Z")
@@ -132,21 +140,22 @@ def _loading(facts: CardFacts) -> str:
 
 def _precision(facts: CardFacts) -> str:
     lines = [
-        "| part | linears | precision | scales per | weights | on disk | output error |",
-        "|---|---:|---|---|---:|---:|---:|",
+        "| part | linears | precision | weight scale per | activation scale per | weights | on disk | output error |",
+        "|---|---:|---|---|---|---:|---:|---:|",
     ]
     for row in facts.rows:
         error = "" if row.error is None else f"{row.error:.2e}"
         lines.append(
-            f"| `{row.part}` | {row.linears} | {row.scheme} | {readable_group(row)} | {row.weights:,} "
-            f"| {readable_bytes(row.bytes)} | {error} |"
+            f"| `{row.part}` | {row.linears} | {row.scheme} | {readable_group(row)} | {readable_activation(row)} "
+            f"| {row.weights:,} | {readable_bytes(row.bytes)} | {error} |"
         )
     manifest = facts.values.get("manifest", {})
     modules = bytes_of_modules(manifest)
     rest = sum(map(tensor_bytes, manifest.values())) - sum(modules.get(name, 0) for name in facts.values["modules"])
-    lines.append(f"| everything else | | as in the source | | | {readable_bytes(rest)} | |")
-    kept = facts.report.get("kept_in_full_precision") or []
-    text = "## Precision of each part\n\n" + "\n".join(lines) + "\n"
+    lines.append(f"| everything else | | as in the source | | | | {readable_bytes(rest)} | |")
+    shared = "A scale is shared by so many input channels, by a row of the weight, or by a token's channels."
+    kept = kept_names(facts.report)
+    text = "## Precision of each part\n\n" + "\n".join(lines) + f"\n\n{shared}\n"
     if kept:
         text += f"\nLinears kept in full precision: {', '.join(f'`{name}`' for name in kept[:8])}"
         text += f" and {len(kept) - 8} more.\n" if len(kept) > 8 else ".\n"
@@ -163,22 +172,11 @@ def _sizes(facts: CardFacts) -> str:
     said = []
     if count:
         said.append(f"{readable_bytes(total)} of weights in {count} file{'s' if count > 1 else ''}")
-    memory = facts.report.get("bytes")
-    if memory:
-        said.append(
-            f"{readable_bytes(memory['after'])} in memory in place of {readable_bytes(memory['before'])} "
-            f"({memory['ratio']:.2f}x)"
-        )
+    memory = memory_bytes(facts.report)
+    if memory is not None:
+        before, after = memory
+        said.append(f"{readable_bytes(after)} in memory in place of {readable_bytes(before)} ({before / after:.2f}x)")
     return f"\nSize: {'; '.join(said)}.\n" if said else ""
-
-
-def fidelity_figures(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Fidelity to full precision by name, where the report has any: one set of figures, or several by name."""
-    found = report.get("fidelity")
-    if not isinstance(found, Mapping):
-        return {}
-    named = {"": found} if "mean_kl" in found else found
-    return {str(name): entry for name, entry in named.items() if isinstance(entry, Mapping) and "mean_kl" in entry}
 
 
 def _fidelity(report: Mapping[str, Any]) -> str:
@@ -190,7 +188,10 @@ def _fidelity(report: Mapping[str, Any]) -> str:
         tokens, agreement = entry.get("tokens", ""), entry.get("top1_agreement")
         shown = "" if agreement is None else f"{100 * agreement:.1f} %"
         lines.append(f"| {name} | {tokens} | {entry['mean_kl']:.4f} | {shown} |")
-    return "## Fidelity to full precision\n\n" + "\n".join(lines) + "\n"
+    return (
+        "## Fidelity to full precision\n\n" + "\n".join(lines) + "\n\nMean KL: divergence from full precision's "
+        "distribution per answer token, in nats. Same first choice: tokens for which both models prefer the same one.\n"
+    )
 
 
 def _calibration(facts: CardFacts) -> str:

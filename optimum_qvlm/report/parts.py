@@ -38,6 +38,7 @@ class PartRow:
         scheme: as in `w4a8`.
         weight_group: input channels that share a weight scale, None for whole rows.
         activation_group: channels of a token that share a scale, None for whole tokens or no rounding.
+        activation_static: whether calibration fixed the range of activations.
         symmetric: whether weight grids have no zero points.
         weights: how many weights they hold.
         bytes: all their tensors on disk.
@@ -48,6 +49,7 @@ class PartRow:
     scheme: str
     weight_group: int | None
     activation_group: int | None
+    activation_static: bool
     symmetric: bool
     linears: int
     weights: int
@@ -86,7 +88,8 @@ def part_rows(
     sizes = bytes_of_modules(manifest)
     found: dict[tuple[Any, ...], list[str]] = {}
     for name, record in modules.items():
-        key = (part_of(name), scheme_of(record), record.weight_group, record.activation_group, record.symmetric)
+        activation = (record.activation_group, record.activation_static)
+        key = (part_of(name), scheme_of(record), record.weight_group, *activation, record.symmetric)
         found.setdefault(key, []).append(name)
     return [
         PartRow(
@@ -94,13 +97,14 @@ def part_rows(
             scheme=scheme,
             weight_group=weight_group,
             activation_group=activation_group,
+            activation_static=activation_static,
             symmetric=symmetric,
             linears=len(names),
             weights=sum(modules[name].in_features * modules[name].out_features for name in names),
             bytes=sum(sizes.get(name, 0) for name in names),
             error=errors.get(part),
         )
-        for (part, scheme, weight_group, activation_group, symmetric), names in found.items()
+        for (part, scheme, weight_group, activation_group, activation_static, symmetric), names in found.items()
     ]
 
 
@@ -119,7 +123,7 @@ def tensor_bytes(entry: Sequence[Any]) -> int:
     return int(BITS.get(dtype, 0) * prod(shape) // 8)
 
 
-def readable_bytes(count: int) -> str:
+def readable_bytes(count: int | float) -> str:
     """`count` in the largest decimal unit that it reaches, as in `1.25 GB`."""
     for unit, factor in BYTE_UNITS.items():
         if count >= factor:
@@ -131,3 +135,12 @@ def readable_group(row: PartRow) -> str:
     """How weights share scales, as in `64, zero point`."""
     shared = "row" if row.weight_group is None else str(row.weight_group)
     return shared if row.symmetric else f"{shared}, zero point"
+
+
+def readable_activation(row: PartRow) -> str:
+    """What activations share a scale, as in `token, 64`; nothing where they are not rounded."""
+    if row.scheme.endswith("a16"):
+        return ""
+    if row.activation_static:
+        return "tensor, fixed"
+    return "token" if row.activation_group is None else f"token, {row.activation_group}"

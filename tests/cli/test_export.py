@@ -131,3 +131,14 @@ def test_the_papers_mode_takes_what_differs_from_defaults():
 
     assert export.make_config(6, given) == QVLMConfig.paper(6, seed=1)
     assert export.make_config(None, given) == QVLMConfig(seed=1)
+
+
+def test_what_is_said_is_the_scheme_that_was_used(args, monkeypatch, capsys):
+    """The paper's mode has a scheme of its own, whatever the option's default."""
+    monkeypatch.setattr(export, "load_model", lambda *_, **__: None)
+    monkeypatch.setattr(export, "save_model", save_two_files)
+    args.paper = 6
+
+    assert export.main(args) == 0
+
+    assert capsys.readouterr().out.startswith("Saved the w6a6 model in ")

@@ -1,6 +1,7 @@
 """What `info` prints, and that it refuses what does not fit together."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -107,8 +108,6 @@ def test_a_sharded_model_and_a_variant_are_found(run, saved, tmp_path):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_does_not_fit_together_is_refused(run, copied, change, message):
-    import re
-
     change(copied)
 
     code, text, error = run(copied)
@@ -123,11 +122,39 @@ def test_a_full_precision_model_is_said_to_be_one(run, llava_folder):
     code, _, error = run(llava_folder)
 
     assert code == 2
-    assert "is not quantized, not with 'qvlm'; there is nothing to show" in error
+    assert f"{llava_folder} is not quantized; there is nothing to show" in error
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/model.safetensors", "model.bin", 5])
-def test_an_index_that_leads_elsewhere_is_refused(run, copied, name):
+def test_a_model_of_another_method_is_said_to_be_one(run, copied):
+    config = json.loads((copied / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    (copied / "config.json").write_text(json.dumps(config))
+
+    code, _, error = run(copied)
+
+    assert code == 2
+    assert f"{copied} is quantized with 'awq', not with 'qvlm'; there is nothing to show" in error
+
+
+def test_a_file_is_no_model(run, copied):
+    code, _, error = run(copied / "config.json")
+
+    assert code == 2
+    assert "config.json is a file; name the folder that it lies in" in error
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("../outside.safetensors", "which is outside its folder"),
+        ("/etc/model.safetensors", "which is outside its folder"),
+        ("sub/model.safetensors", "sub/model.safetensors, which .* names, is missing"),
+        ("/etc/passwd", "which is no safetensors file"),
+        ("model.bin", "which is no safetensors file"),
+        (5, "which is no safetensors file"),
+    ],
+)
+def test_an_index_that_leads_elsewhere_is_refused(run, copied, name, message):
     (copied / "model.safetensors").rename(copied / "m.safetensors")
     index = {"metadata": {}, "weight_map": {"x": name}}
     (copied / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -135,4 +162,4 @@ def test_an_index_that_leads_elsewhere_is_refused(run, copied, name):
     code, _, error = run(copied)
 
     assert code == 2
-    assert "which is no safetensors file of this folder" in error
+    assert re.search(message, error)

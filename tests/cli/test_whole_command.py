@@ -76,9 +76,10 @@ def test_users_own_samples_and_rounding_to_nearest(tmp_path):
     [
         (["--model", MODEL, "--scheme", "w3"], "unknown scheme 'w3'"),
         (["--model", MODEL, "--dataset", "missing.jsonl"], "dataset missing.jsonl: there is no such file"),
-        (["--model", MODEL / "assets-that-are-not-there"], "cannot be read"),
+        (["--model", MODEL / "assets-that-are-not-there"], "there is no folder "),
+        (["--model", MODEL, "--device", "gpu"], "'gpu' is no device"),
     ],
-    ids=["scheme", "dataset", "model"],
+    ids=["scheme", "dataset", "model", "device"],
 )
 def test_refused_input_exits_with_two_and_no_traceback(tmp_path, words, message):
     done = export_qvlm(*words, tmp_path / "out")

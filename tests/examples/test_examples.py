@@ -4,10 +4,12 @@ import os
 import runpy
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from optimum_qvlm.cli.chat import load_processor
 from tests.hub.server import serve
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -73,6 +75,8 @@ def test_a_text_model(run, tmp_path):
 
     assert text.startswith("how many digits are there?")
     assert (tmp_path / "text" / "tokenizer.json").exists()
+    args = Namespace(model=str(tmp_path / "text"), revision="main", trust_remote_code=False)
+    assert load_processor(args).encode("how many")  # although the tokenizer is that of an image processor's files
 
 
 @pytest.mark.slow

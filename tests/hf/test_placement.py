@@ -95,6 +95,18 @@ def test_with_an_automatic_map_blocks_are_searched_on_the_first_accelerator(limi
     assert placement.compute_device() == torch.device(device)
 
 
+@pytest.mark.parametrize("requested", [{"": 99}, {"": "cuda:99"}, {"": "cpu", "head": torch.device("cuda", 99)}])
+def test_a_device_that_is_not_there_is_refused(requested):
+    """Before weights are loaded; torch's own error would come when calibration begins."""
+    with pytest.raises(ConfigError, match=r"device cuda:99 cannot be used here .*; choose another one, as cpu"):
+        Placement(requested).require_devices()
+
+
+@pytest.mark.parametrize("requested", [None, "auto", {"": "cpu"}, {"a": torch.device("cpu"), "b": "cpu"}])
+def test_devices_that_are_there_pass(requested):
+    Placement(requested).require_devices()
+
+
 def test_the_map_is_left_on_the_model():
     """As transformers does; accelerate and pipelines look at it."""
     model = nn.Linear(2, 2)

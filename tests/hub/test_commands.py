@@ -82,6 +82,28 @@ def test_info_finds_what_does_not_fit_on_the_hub_too(hub, model, run):
     assert "quantization_config was changed after saving" in error
 
 
+@pytest.mark.parametrize("words", [("info",), ("chat",), ("export",), ("export", "--dry-run")])
+def test_a_damaged_index_on_the_hub_is_said(hub, model, bundled_folder, run, tmp_path, words):
+    """transformers would raise a KeyError at it."""
+    if words[0] == "export":
+        hub.add(REPO, {"config.json": (bundled_folder / "config.json").read_bytes()})
+    else:
+        model.push_to_hub(REPO, max_shard_size="50KB")
+    beside = {name: data for name, data in contents(bundled_folder).items() if "token" in name or "processor" in name}
+    index = "model.safetensors.index.json"
+    hub.repos[REPO].commit("main", hub.files(REPO) | beside | {index: b'{"metadata": {}}'}, "edit")
+    command = {
+        "info": ["qvlm", "info", REPO],
+        "chat": ["qvlm", "chat", REPO, "how many?", "--device", "cpu"],
+        "export": ["export", "qvlm", "--model", REPO, *RTN, *words[1:], tmp_path / "out"],
+    }[words[0]]
+
+    code, _, error = run(*command)
+
+    assert code == 2
+    assert f"{index} has no weight_map and metadata that name files; fetch it again" in error
+
+
 @pytest.mark.parametrize(
     "token, private, reason",
     [("hf_other", True, "Repository Not Found"), (None, True, "Repository Not Found"), ("hf_bad", False, "Invalid")],
@@ -97,12 +119,56 @@ def test_info_says_why_a_repository_cannot_be_read(hub, model, run, monkeypatch,
     assert "log in with `hf auth login` or set HF_TOKEN" in error
 
 
-@pytest.mark.parametrize("name", ["nobody/nothing", "a/b/c", "no folder"])
-def test_info_of_what_is_not_there(hub, run, name):
-    code, _, error = run("qvlm", "info", name)
+def test_info_of_what_is_not_there(hub, run):
+    code, _, error = run("qvlm", "info", "nobody/nothing")
 
     assert code == 3
-    assert f"{name} is no folder here" in error
+    assert "nobody/nothing is no folder here" in error
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "no folder", "./nowhere", "/nowhere"])
+@pytest.mark.parametrize("command", ["info", "export"])
+def test_a_name_that_no_repository_can_have_is_a_wrong_path(hub, run, tmp_path, name, command):
+    """Exit status 2, and no advice about tokens."""
+    words = ["qvlm", "info", name] if command == "info" else ["export", "qvlm", "--model", name, tmp_path / "out"]
+
+    code, _, error = run(*words)
+
+    assert code == 2
+    assert f"there is no folder {name}, and no model on the Hub can have this name" in error
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("words", [(), ("--dry-run",)])
+def test_a_quantized_model_is_not_quantized_again(hub, model, run, tmp_path, words):
+    """transformers would keep its settings, whatever the options say."""
+    model.push_to_hub(REPO)
+
+    code, _, error = run("export", "qvlm", "--model", REPO, "--scheme", "w4a4", *words, tmp_path / "out")
+
+    assert code == 2
+    assert "model me/tiny is quantized already, with 'qvlm'; name the full-precision model" in error
+    assert not hub.asked("GET", "resolve/.*safetensors")
+
+
+def test_a_model_that_is_not_on_the_hub_is_the_hubs_refusal(hub, run, tmp_path):
+    code, _, error = run("export", "qvlm", "--model", "nobody/nothing", tmp_path / "out")
+
+    assert code == 3
+    assert "model nobody/nothing cannot be read; name a folder with a config.json, or a model on the Hub" in error
+
+
+@pytest.mark.parametrize("how", [{"status": 500}, {"status": 403}, {"drop_after": 1000}])
+def test_weights_that_do_not_arrive_are_the_hubs_failure(hub, base, run, tmp_path, patient, how):
+    """Not a traceback, whatever transformers and the transport make of it."""
+    for method in ("GET", "HEAD"):
+        hub.fail(method, r"resolve/.*model\.safetensors$", times=50, **how)
+
+    code, _, error = run("export", "qvlm", "--model", "org/base", *RTN, tmp_path / "out")
+
+    assert code == 3
+    assert "model org/base cannot be loaded: " in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_failed_upload_keeps_what_was_saved(hub, base, run, tmp_path, patient):

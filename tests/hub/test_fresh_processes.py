@@ -27,6 +27,24 @@ AutoProcessor.from_pretrained(sys.argv[1])
 print(type(model).__name__)
 """
 
+QUANTIZE = """
+import sys
+from transformers import AutoModelForImageTextToText
+from optimum_qvlm import QVLMConfig
+config = QVLMConfig("w4a8", method="layerwise", effort="fast", num_samples=2)
+model = AutoModelForImageTextToText.from_pretrained("me/base", quantization_config=config, token=sys.argv[1])
+model.push_to_hub("me/tiny", private=True, token=sys.argv[1])
+"""
+
+RELOAD = """
+import sys
+import optimum_qvlm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained("me/tiny", token=sys.argv[1])
+model.save_pretrained(sys.argv[2])
+print(type(AutoProcessor.from_pretrained(sys.argv[2])).__name__)
+"""
+
 
 @pytest.fixture
 def hub(bundled_folder):
@@ -55,7 +73,7 @@ def command(*words):
 
 
 def finish(words, environment):
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200)
+    return subprocess.run([str(word) for word in words], env=environment, capture_output=True, text=True, timeout=200)
 
 
 @pytest.mark.timeout(900)  # four processes, one after the other
@@ -77,6 +95,24 @@ def test_export_push_info_load_and_offline(hub, environment, tmp_path):
     done = finish([sys.executable, "-c", LOAD, REPO], environment | {"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
     assert len(hub.requests) == before
+
+
+def test_private_models_with_nothing_but_the_token_argument(hub, environment, tmp_path):
+    """Quantized and pushed, then loaded and saved: nobody is logged in, and the processor arrives."""
+    hub.add("me/base", hub.files("org/base"), private=True)
+    stranger = {name: value for name, value in environment.items() if name != "HF_TOKEN"}
+
+    done = finish([sys.executable, "-c", QUANTIZE, "hf_owner"], stranger)
+    assert done.returncode == 0, done.stderr
+    assert hub.repos[REPO].private
+    assert hub.files(REPO)["tokenizer.json"] == hub.files("me/base")["tokenizer.json"]
+    assert not any(b"hf_owner" in data for data in hub.files(REPO).values())
+
+    stranger["HF_HOME"] = str(tmp_path / "another")
+    done = finish([sys.executable, "-c", RELOAD, "hf_owner", tmp_path / "out"], stranger)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "LlavaProcessor\n"
+    assert "could not be fetched" not in done.stderr
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])

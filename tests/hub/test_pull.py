@@ -164,21 +164,6 @@ def test_the_card_names_its_base_and_takes_over_its_licence(hub, bundled):
     assert (recorded["base_model"], recorded["base_revision"]) == ("org/base", bundled)
 
 
-def test_processor_files_of_a_private_source_that_cannot_be_fetched_are_said(hub, model, tmp_path, monkeypatch, caplog):
-    """The token of `from_pretrained(token=...)` is not passed on to quantizers."""
-    from transformers.utils import logging
-
-    logging.enable_propagation()
-    model.push_to_hub(REPO, private=True)
-    monkeypatch.delenv("HF_TOKEN")
-    found = pull(token="hf_owner")
-
-    found.save_pretrained(tmp_path / "out")
-
-    assert "processor files of me/tiny could not be fetched" in caplog.text
-    assert "set HF_TOKEN for a private model" in caplog.text
-
-
 def test_the_clients_own_error_is_the_cause(hub, model, monkeypatch):
     from optimum_qvlm.errors import HubError
 

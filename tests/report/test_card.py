@@ -2,7 +2,8 @@
 
 import pytest
 
-from optimum_qvlm.report.card import CardFacts, fidelity_figures, is_ours, read_metadata, render_card, seal
+from optimum_qvlm.report.card import CardFacts, is_ours, read_metadata, render_card, seal
+from optimum_qvlm.report.figures import fidelity_figures
 from optimum_qvlm.report.parts import PartRow
 
 ROW = PartRow(
@@ -10,6 +11,7 @@ ROW = PartRow(
     scheme="w4a8",
     weight_group=128,
     activation_group=None,
+    activation_static=False,
     symmetric=True,
     linears=28,
     weights=786_432,
@@ -66,8 +68,8 @@ def test_metadata_is_what_the_hub_reads():
 def test_parts_and_calibration_are_said():
     text = render_card(facts(files={"model.safetensors": 1_000_000}))
 
-    assert "| `model.layers` | 28 | w4a8 | 128 | 786,432 | 418.24 kB | 1.16e-02 |" in text
-    assert "| everything else | | as in the source | | | 100 bytes | |" in text
+    assert "| `model.layers` | 28 | w4a8 | 128 | token | 786,432 | 418.24 kB | 1.16e-02 |" in text
+    assert "| everything else | | as in the source | | | | 100 bytes | |" in text
     assert "Size: 1.00 MB of weights in 1 file." in text
     assert "- source: org/base at commit c0ffee" in text
     assert "- data: packaged, 64 samples, seed 0" in text
@@ -98,7 +100,10 @@ def test_a_local_source_is_not_named():
 @pytest.mark.parametrize(
     "report, shown",
     [
-        ({"fidelity": {"tokens": 100, "mean_kl": 0.01234, "top1_agreement": 0.987}}, ["|  | 100 | 0.0123 | 98.7 % |"]),
+        (
+            {"fidelity": {"tokens": 100, "mean_kl": 0.01234, "top1_agreement": 0.987}},
+            ["| held-out samples | 100 | 0.0123 | 98.7 % |"],
+        ),
         (
             {"fidelity": {"prefill": {"tokens": 9, "mean_kl": 0.5, "top1_agreement": 1.0}, "decode": {"mean_kl": 1.0}}},
             ["| prefill | 9 | 0.5000 | 100.0 % |", "| decode |  | 1.0000 |  |"],

@@ -69,6 +69,21 @@ def test_linears_of_one_part_and_precision_share_a_row():
     assert [parts.readable_group(row) for row in rows] == ["16", "row", "16, zero point"]
 
 
+def test_linears_whose_activations_differ_have_rows_of_their_own():
+    """Layers that nothing reads have no fixed range, though all others have; two rows that look alike puzzle."""
+    modules = {
+        "layers.0.q": record(activation_static=True),
+        "layers.1.q": record(),
+        "layers.2.q": record(activation_group=16),
+        "layers.3.q": record(activation_bits=None),
+    }
+
+    rows = parts.part_rows(modules, {})
+
+    assert [parts.readable_activation(row) for row in rows] == ["tensor, fixed", "token", "token, 16", ""]
+    assert [row.to_dict()["activation_static"] for row in rows] == [True, False, False, False]
+
+
 def test_the_error_is_that_of_the_last_layer():
     """It contains those of all layers before."""
     modules = {"m.layers.0.q": record(), "m.proj.linear": record(), "head": record()}

@@ -1,0 +1,66 @@
+"""How the user's `from_pretrained` reaches the Hub, for what the quantizer downloads itself."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+METHOD = "adjust_generation_fn"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """Options of `from_pretrained` that downloads need.
+
+    Attributes:
+        token: in place of the one that is stored or in HF_TOKEN. It is neither printed nor pickled.
+        cache_dir: in place of the client's cache.
+        local_files_only: whether the cache has to do.
+    """
+
+    token: str | bool | None = field(default=None, repr=False)
+    cache_dir: Any = None
+    local_files_only: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"token": None, "cache_dir": self.cache_dir, "local_files_only": self.local_files_only}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy of a model stays in the process, and with the user."""
+        return self
+
+    def options(self) -> dict[str, Any]:
+        """The same as keyword arguments."""
+        return {"token": self.token, "cache_dir": self.cache_dir, "local_files_only": self.local_files_only}
+
+
+def watch_access(model: Any, note: Callable[[Access], None]) -> None:
+    """Have `note` called once `from_pretrained` says how it reaches the Hub, which is before it has us calibrate.
+
+    No hook of quantizers is told; the model's own method for its generation files is. Our stand-in on the instance
+    notes what it is given, removes itself and calls that method. Of models that cannot generate nothing is heard.
+    """
+    method = getattr(model, METHOD, None)
+    if method is None:
+        return
+
+    def adjust(*args: Any, **kwargs: Any) -> Any:
+        unwatch_access(model)
+        note(
+            Access(
+                token=kwargs.get("token"),
+                cache_dir=kwargs.get("cache_dir"),
+                local_files_only=bool(kwargs.get("local_files_only")),
+            )
+        )
+        return method(*args, **kwargs)
+
+    setattr(model, METHOD, adjust)
+
+
+def unwatch_access(model: Any) -> None:
+    """Undo `watch_access`."""
+    vars(model).pop(METHOD, None)

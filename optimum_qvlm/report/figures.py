@@ -1,0 +1,62 @@
+"""Figures of a report that came with a checkpoint: anybody may have written it, so what is odd counts as absent."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+HELD_OUT = "held-out samples"
+"""What figures of fidelity without a name are measured on."""
+
+LARGEST = 1e18
+
+
+def read_report(data: bytes) -> dict[str, Any]:
+    """The content of a report; empty where it is no JSON object."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_figure(value: object) -> TypeGuard[int | float]:
+    """Whether a value is a number that can be shown."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST
+
+
+def measured_layers(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The layers of which it says where they are and how large their error is."""
+    layers = report.get("layers")
+    return [
+        layer
+        for layer in (layers if isinstance(layers, list) else ())
+        if isinstance(layer, dict) and isinstance(layer.get("layer"), str) and is_figure(layer.get("error"))
+    ]
+
+
+def kept_names(report: Mapping[str, Any]) -> list[str]:
+    """Linears that were kept in full precision."""
+    names = report.get("kept_in_full_precision")
+    return [name for name in (names if isinstance(names, list) else ()) if isinstance(name, str)]
+
+
+def memory_bytes(report: Mapping[str, Any]) -> tuple[int | float, int | float] | None:
+    """Bytes in memory before and after; None where they are not known."""
+    found = report.get("bytes")
+    before, after = (found.get("before"), found.get("after")) if isinstance(found, Mapping) else (None, None)
+    return (before, after) if is_figure(before) and is_figure(after) and min(before, after) > 0 else None
+
+
+def fidelity_figures(report: Mapping[str, Any]) -> dict[str, dict[str, int | float]]:
+    """Fidelity to full precision by what it was measured on, where the report has any: one set of figures, or several
+    by name, each with `mean_kl` and perhaps `tokens` and `top1_agreement`."""
+    found = report.get("fidelity")
+    if not isinstance(found, Mapping):
+        return {}
+    named = {HELD_OUT: found} if "mean_kl" in found else found
+    sets = {str(name): entry for name, entry in named.items() if isinstance(entry, Mapping)}
+    shown = {
+        name: {key: entry[key] for key in ("tokens", "mean_kl", "top1_agreement") if is_figure(entry.get(key))}
+        for name, entry in sets.items()
+    }
+    return {name: figures for name, figures in shown.items() if "mean_kl" in figures}
