@@ -58,11 +58,18 @@ class SiteProblem:
     all_inputs: Sequence[Tensor] = ()
     all_references: Sequence[Tensor] = ()
     snap: Callable[[Tensor], Tensor] | None = None
+    _wanted: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def wanted_inputs(self) -> Tensor:
         """Tokens [tokens, in_features] whose full-precision products are the target."""
         return self.inputs if self.references is None else self.references
+
+    def wanted(self, linear: str) -> Tensor:
+        """What that linear should give, fp32 [tokens, out_features]; computed once, not to be written to."""
+        if linear not in self._wanted:
+            self._wanted[linear] = self.wanted_inputs.float() @ self.weights[linear].float().T
+        return self._wanted[linear]
 
     def few(self) -> Tensor:
         """At most `FEW_TOKENS` of the sample, evenly spread: what rounding does to activations is soon averaged out."""

@@ -164,8 +164,8 @@ def _measured(problem: SiteProblem, choice: SiteChoice, rounding: SiteRounding) 
     """The choice with its static scale, and the relative error of the site's outputs."""
     rounded = rounding(problem.inputs)
     error = norm = 0.0
-    for name, weight in problem.weights.items():
-        wanted = problem.wanted_inputs.float() @ weight.float().T
+    for name in problem.weights:
+        wanted = problem.wanted(name)
         error += float((wanted - rounded @ dequantize_weight(choice.weights[name]).T).square().sum())
         norm += float(wanted.square().sum())
     return replace(choice, error=error / max(norm, 1e-30), input_scale=rounding.grid.scale)
