@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from optimum_qvlm.report.figures import fidelity_figures, kept_names, memory_bytes
+from optimum_qvlm.report.figures import fidelity_figures, folded_norms, kept_names, memory_bytes
 from optimum_qvlm.report.parts import (
     PartRow,
     bytes_of_modules,
@@ -159,6 +159,8 @@ def _precision(facts: CardFacts) -> str:
     if kept:
         text += f"\nLinears kept in full precision: {', '.join(f'`{name}`' for name in kept[:8])}"
         text += f" and {len(kept) - 8} more.\n" if len(kept) > 8 else ".\n"
+    if folded := len(folded_norms(facts.report)):
+        text += f"\nNorms that differ from the source, since they scale what the linears behind them read: {folded}.\n"
     if any(row.error is not None for row in facts.rows):
         text += (
             "\nOutput error: squared difference of the part's last output from full precision, over the latter's "

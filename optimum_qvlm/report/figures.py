@@ -40,6 +40,12 @@ def kept_names(report: Mapping[str, Any]) -> list[str]:
     return [name for name in (names if isinstance(names, list) else ()) if isinstance(name, str)]
 
 
+def folded_norms(report: Mapping[str, Any]) -> list[str]:
+    """Norms that have taken up an equalizer."""
+    found = report.get("folded_into_norms")
+    return [norm for norm in (found.values() if isinstance(found, Mapping) else ()) if isinstance(norm, str)]
+
+
 def memory_bytes(report: Mapping[str, Any]) -> tuple[int | float, int | float] | None:
     """Bytes in memory before and after; None where they are not known."""
     found = report.get("bytes")

@@ -76,6 +76,16 @@ def test_parts_and_calibration_are_said():
     assert "`abc123`" in text
     assert "optimum_qvlm 0.1.0, torch 2.13" in text
     assert "vision tower and projector kept in full precision" in text
+    assert "differ from the source" not in text
+
+
+def test_norms_that_took_up_equalizers_are_said():
+    """Everything else is as in the source, but they are not."""
+    report = facts().report | {"folded_into_norms": {"model.layers.0.self_attn.q_proj": "model.layers.0.norm"}}
+
+    assert "differ from the source, since they scale what the linears behind them read: 1." in render_card(
+        facts(report=report)
+    )
 
 
 def test_a_text_model_has_a_tokenizer_and_no_tower():

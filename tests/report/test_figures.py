@@ -29,9 +29,9 @@ def test_odd_values_are_no_figures(value):
 
 @pytest.mark.parametrize("value", ODD, ids=repr)
 def test_odd_containers_are_absent(value):
-    report = dict.fromkeys(("layers", "kept_in_full_precision", "bytes", "fidelity"), value)
+    report = dict.fromkeys(("layers", "kept_in_full_precision", "folded_into_norms", "bytes", "fidelity"), value)
 
-    assert figures.measured_layers(report) == figures.kept_names(report) == []
+    assert figures.measured_layers(report) == figures.kept_names(report) == figures.folded_norms(report) == []
     assert figures.memory_bytes(report) is None
     assert figures.fidelity_figures(report) == {}
 
@@ -45,9 +45,11 @@ def test_what_is_sound_beside_it_is_kept():
     report = {
         "layers": [{"layer": "a", "error": 0.5}, {"layer": 5, "error": 0.5}],
         "kept_in_full_precision": ["lm_head", None],
+        "folded_into_norms": {"a": "norm", "b": 5},
         "fidelity": {"tokens": "many", "mean_kl": 0.5, "top1_agreement": 1.0, "more": 3},
     }
 
     assert [layer["layer"] for layer in figures.measured_layers(report)] == ["a"]
     assert figures.kept_names(report) == ["lm_head"]
+    assert figures.folded_norms(report) == ["norm"]
     assert figures.fidelity_figures(report) == {figures.HELD_OUT: {"mean_kl": 0.5, "top1_agreement": 1.0}}
