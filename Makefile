@@ -35,7 +35,7 @@ test-gpu: $(VENV)/.dev ## run the tests that need a CUDA device
 test-transformers: ## run the integration tests with one transformers release, VERSION=5.16.0
 	@test -n "$(VERSION)" || { echo "make test-transformers needs VERSION, as in VERSION=5.16.0" >&2; exit 2; }
 	@$(MAKE) --no-print-directory .venv-tf-$(VERSION)/.dev
-	@.venv-tf-$(VERSION)/bin/python -m pytest -m "integration and not slow and not gpu"
+	@.venv-tf-$(VERSION)/bin/python -m pytest -m "integration and not slow and not gpu" --ignore tests/docs
 
 kernel-resources: $(VENV)/.dev ## print what compiled kernels take on each architecture, TRITON=3.6.0 for another release
 	@test -z "$(TRITON)" || $(MAKE) --no-print-directory .triton-$(TRITON)/.installed
