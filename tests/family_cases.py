@@ -25,9 +25,8 @@ class Seen:
         chain: relative difference of the layers, run alone, to the real forward; the largest of all parts.
         reported: error of the last decoder layer as calibration reports it, None where nothing was searched.
         real: the same error, computed from full forwards of the quantized and the full-precision model.
-        unsteady: relative change of `real` when parameters move in their last bit, the largest of four draws. Codes
-            that lie between two values flip then, so no two orders of summation agree better than this.
         report: the whole report.
+        full, batches: the model in full precision, and what `real` was computed on.
     """
 
     model: Any
@@ -36,14 +35,23 @@ class Seen:
     chain: float
     reported: float | None
     real: float
-    unsteady: float
     report: dict[str, Any]
+    full: Any
+    batches: list[dict[str, Tensor]]
 
-    @property
+    def unsteady(self) -> float:
+        """Relative change of `real` when parameters move in their last bit, the largest of four draws.
+
+        Codes that lie between two values flip then, so no two orders of summation agree better than this.
+        """
+        moved = (_error(_moved(self.model, seed), self.full, self.batches) for seed in range(4))
+        return max(abs(error - self.real) for error in moved) / self.real
+
     def agreed(self) -> bool:
         """Whether the reported error is the real one, to a thousandth or as far as the last bit decides it."""
-        tolerance = max(1e-3, self.unsteady)
-        return self.reported is not None and abs(self.reported - self.real) <= tolerance * self.real
+        assert self.reported is not None
+        off = abs(self.reported / self.real - 1)
+        return off <= 1e-3 or off <= self.unsteady()
 
 
 def examine(family: Family, folder: Path, scheme: str = "w4a8", **settings: Any) -> Seen:
@@ -62,17 +70,16 @@ def examine(family: Family, folder: Path, scheme: str = "w4a8", **settings: Any)
 
     report = model.hf_quantizer.report
     errors = {entry["part"]: entry["error"] for entry in report["layers"]}
-    real = _error(model, full, batches)
-    moved = [_error(_moved(model, seed), full, batches) for seed in range(4)]
     return Seen(
         model=model,
         reloaded=reloaded,
         reload_exact=_same(model, reloaded, family.batch(seed=9, padding=3)),
         chain=_chain(full, batches[0]),
         reported=errors.get("language"),
-        real=real,
-        unsteady=max(abs(error - real) for error in moved) / real,
+        real=_error(model, full, batches),
         report=report,
+        full=full,
+        batches=batches,
     )
 
 
