@@ -201,8 +201,9 @@ class _Work:
     def _folding_norms(
         self, part: PlannedPart, layer: PlannedLayer, number: int, chain: Chain
     ) -> dict[str, FoldingNorm]:
-        """None where the encoder step will learn from the weights as they were before a fold."""
-        if not self.options.fold or (part.vision and self.options.encoder.epochs > 0):
+        """Empty where no transform is searched, and where the encoder step will learn from the weights as they were."""
+        searched = self.options.fold and self.options.search.transforms is not None
+        if not searched or (part.vision and self.options.encoder.epochs > 0):
             return {}
         return folding_norms(self.model, layer, chain.first_run(self._module(layer), number))
 

@@ -110,7 +110,7 @@ class Tracer:
             UnsupportedModelError: a layer was called out of turn, or never.
         """
         runs: dict[str, list[Run]] = {part.name: [] for part in self.parts}
-        with self._ready(), _hooks() as hooks:
+        with self._ready(), hooking() as hooks:
             current = _Position()
             for part in self.parts:
                 self._record(part, runs[part.name], current, hooks)
@@ -148,7 +148,7 @@ class Tracer:
             if remaining == 0:
                 raise _Stop
 
-        with self._ready(), _hooks() as hooks:
+        with self._ready(), hooking() as hooks:
             self._note_owner(part, current, hooks)
             first = self.model.get_submodule(part.layers[0].path)
             hooks.append(first.register_forward_pre_hook(stop, with_kwargs=True))
@@ -241,7 +241,8 @@ class _Position:
 
 
 @contextmanager
-def _hooks() -> Iterator[list[Any]]:
+def hooking() -> Iterator[list[Any]]:
+    """Inside, a list for handles of hooks, which are removed at its end."""
     handles: list[Any] = []
     try:
         yield handles
@@ -253,7 +254,7 @@ def _hooks() -> Iterator[list[Any]]:
 def linear_inputs(layer: nn.Module, paths: Sequence[str], run: Callable[[], Tensor]) -> dict[str, Tensor]:
     """Inputs of some linears of a layer in one forward, which ends once all were seen."""
     seen: dict[str, Tensor] = {}
-    with _hooks() as hooks:
+    with hooking() as hooks:
         for path in paths:
 
             def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
@@ -290,7 +291,7 @@ def observe_inputs(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Output of a whole forward of a layer, with the inputs of some of its linears."""
     seen: dict[str, Tensor] = {}
-    with _hooks() as hooks:
+    with hooking() as hooks:
         for path in paths:
 
             def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimum_qvlm.pipeline.capture import first_tensor
+from optimum_qvlm.pipeline.capture import first_tensor, hooking
 from optimum_qvlm.search.plan import PlannedLayer, Site
 
 CLOSE = 1e-4
@@ -89,24 +89,20 @@ def _trace(layer: nn.Module, run: Callable[[], Tensor]) -> tuple[dict[str, Tenso
     """What each innermost module of the layer returned and what it read, by path, and what the layer returned."""
     made: dict[str, Tensor] = {}
     read: dict[str, list[Tensor]] = {}
-    handles = []
-    for path, module in layer.named_modules():
-        if path == "" or next(module.children(), None) is not None:
-            continue
+    with hooking() as hooks:
+        for path, module in layer.named_modules():
+            if path == "" or next(module.children(), None) is not None:
+                continue
 
-        def note(
-            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, path: str = path
-        ) -> None:
-            read.setdefault(path, []).extend(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-            if isinstance(output, Tensor):
-                made[path] = output
+            def note(
+                _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, path: str = path
+            ) -> None:
+                read.setdefault(path, []).extend(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+                if isinstance(output, Tensor):
+                    made[path] = output
 
-        handles.append(module.register_forward_hook(note, with_kwargs=True))
-    try:
+            hooks.append(module.register_forward_hook(note, with_kwargs=True))
         return made, read, run()
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _offset(norm: nn.Module, channels: int) -> float | None:
