@@ -88,7 +88,7 @@ def _require_agreement(values: Mapping[str, Any]) -> None:
         raise ConfigError('activation_range="static" needs data, which method="rtn" does not use')
     if values["servable"] and values["transforms"] not in ("auto", "off"):
         raise ConfigError(
-            "servable=True leaves the choice of transforms open, since other runtimes can apply none in a forward, but "
+            "servable=True leaves the choice of transforms to the search, which uses only what norms can take up, but "
             f'transforms={values["transforms"]!r} asks for one; use transforms="auto", or servable=False'
         )
     if values["encoder_lr"] == 0:
