@@ -6,7 +6,7 @@ from typing import Any
 
 from optimum_qvlm.cli.outcome import finish, print_json
 from optimum_qvlm.hf.inspection import Inspection, inspect_checkpoint
-from optimum_qvlm.report.figures import fidelity_figures
+from optimum_qvlm.report.figures import fidelity_figures, folded_norms
 from optimum_qvlm.report.parts import (
     bytes_of_modules,
     readable_activation,
@@ -102,6 +102,8 @@ def _summary(found: Inspection) -> list[str]:
     ]
     if "base_model" in calibration:
         lines.insert(1, f"base        {calibration['base_model']} at {str(calibration.get('base_revision'))[:12]}")
+    if folded := len(folded_norms(found.report)):
+        lines.append(f"norms       {folded} differ from the source: they scale what the linears behind them read")
     for name, figures in fidelity_figures(found.report).items():
         shown = ", ".join(f"{LABELS[key]} {value:.4g}" for key, value in figures.items())
         lines.append(f"fidelity    on {name}: {shown}")

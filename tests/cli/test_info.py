@@ -163,3 +163,14 @@ def test_an_index_that_leads_elsewhere_is_refused(run, copied, name, message):
 
     assert code == 2
     assert re.search(message, error)
+
+
+def test_norms_that_took_up_equalizers_are_said(run, copied):
+    """Everything else is as it was, but they are not."""
+    path = copied / "qvlm_report.json"
+    report = json.loads(path.read_text())
+
+    assert "differ from the source" not in run(copied)[1]
+    path.write_text(json.dumps(report | {"folded_into_norms": {"a.q_proj": "a.norm", "a.fc1": "a.norm2"}}))
+
+    assert "norms       2 differ from the source: they scale what the linears behind them read" in run(copied)[1]
