@@ -5,7 +5,8 @@
 The peers are installed into an environment of their own (`--environment`, made where it is missing), since they ask
 for other releases of transformers than this project. The model is SmolLM2-135M as `smollm2.py` writes it, calibrated
 on 16 chunks of 512 tokens and compared on 16 others. Everything runs on one thread unless told otherwise; AutoRound
-takes hours then, the rest minutes.
+takes hours then, the rest minutes. Our own rows share a process with full precision, so their peak memory is at least
+that of its logits, and their time holds the loading of the model, which that of the peers does not.
 """
 
 import argparse
