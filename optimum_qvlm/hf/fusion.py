@@ -13,7 +13,6 @@ from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.hf.checkpoint import quantized_modules
 from optimum_qvlm.hf.names import runtime_modules
 from optimum_qvlm.modules.fused import FusedLinear, fuse, why_apart
-from optimum_qvlm.modules.qlinear import QuantLinear
 from optimum_qvlm.modules.swap import replace_module
 
 logger = logging.get_logger("transformers.optimum_qvlm")
@@ -80,21 +79,19 @@ def fuse_sites(model: Any, sites: Iterable[Iterable[str]]) -> Fusion:
     _refuse_adapters(model)
     _refuse_split(model)
     _refuse_offload(model)
-    linears = quantized_modules(model)
+    order = list(quantized_modules(model))
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     groups, apart = [], {}
     for site in sites:
-        paths = tuple(path for path in site if path in linears)
+        members = set(site)
+        paths = tuple(path for path in order if path in members)
         if len(paths) < 2:
             continue
-        found = [linears[path] for path in paths]
-        reason = _why_apart(paths, found, places)
-        if reason is not None:
+        reason = _fuse_site(model, paths, places)
+        if reason is None:
+            groups.append(paths)
+        else:
             apart[paths] = reason
-            continue
-        if not any(isinstance(linear, FusedLinear) for linear in found):
-            _fuse(model, paths, found)
-        groups.append(paths)
     outcome = Fusion(groups=tuple(groups), apart=apart)
     (logger.warning if apart or not groups else logger.info)(str(outcome))
     return outcome
@@ -108,26 +105,30 @@ def unfuse_linears(model: nn.Module) -> None:
             replace_module(model, path, alone if hook is None else add_hook_to_module(alone, hook))
 
 
-def _fuse(model: nn.Module, paths: tuple[str, ...], linears: list[QuantLinear]) -> None:
-    """Replace linears; a hook that takes their input to their device goes on with the joint weight."""
-    hook = getattr(linears[0], "_hf_hook", None)
-    fused = fuse([remove_hook_from_module(linear) for linear in linears])
-    if hook is not None:
-        add_hook_to_module(fused[0].joint, hook)
-    for path, linear in zip(paths, fused, strict=True):
-        replace_module(model, path, linear)
+def _fuse_site(model: nn.Module, paths: tuple[str, ...], places: Mapping[int, int]) -> str | None:
+    """Replace the linears of a site, so that what they held is let go before the next; or say why not.
 
-
-def _why_apart(paths: tuple[str, ...], linears: list[QuantLinear], places: Mapping[int, int]) -> str | None:
-    if len({path.rpartition(".")[0] for path in paths}) > 1:
-        return "they are in several modules"
-    if any(places[id(linear)] > 1 for linear in linears):
-        return "the model has one of them in several places"
+    A hook that takes their input to their device goes on with the joint weight.
+    """
+    linears: list[Any] = [model.get_submodule(path) for path in paths]
     fused = [linear for linear in linears if isinstance(linear, FusedLinear)]
     if fused:
         together = len(fused) == len(linears) and len({id(linear.joint) for linear in fused}) == 1
         return None if together else "some of them are fused already"
-    return why_apart(linears)
+    if len({path.rpartition(".")[0] for path in paths}) > 1:
+        return "they are in several modules"
+    if any(places[id(linear)] > 1 for linear in linears):
+        return "the model has one of them in several places"
+    reason = why_apart(linears)
+    if reason is not None:
+        return reason
+    hook = getattr(linears[0], "_hf_hook", None)
+    joined = fuse([remove_hook_from_module(linear) for linear in linears])
+    if hook is not None:
+        add_hook_to_module(joined[0].joint, hook)
+    for path, linear in zip(paths, joined, strict=True):
+        replace_module(model, path, linear)
+    return None
 
 
 def _refuse_adapters(model: nn.Module) -> None:
@@ -135,9 +136,7 @@ def _refuse_adapters(model: nn.Module) -> None:
     path = next((path for path, module in model.named_modules() if hasattr(module, "base_layer")), None)
     if loaded or path is not None:
         where = "" if path is None else f" (at {path})"
-        raise ConfigError(
-            f"the model has adapters{where}, which its linears cannot be fused under; merge or unload them"
-        )
+        raise ConfigError(f"the model has adapters{where}; unload them, fuse, and add them again")
 
 
 def _refuse_split(model: nn.Module) -> None:
@@ -146,9 +145,7 @@ def _refuse_split(model: nn.Module) -> None:
     if split is None and (getattr(model, "_tp_size", None) or 1) > 1:
         split = "the model"
     if split is not None:
-        raise ConfigError(
-            f"{split} is split over a device mesh, where linears cannot be fused; load it without tp_plan"
-        )
+        raise ConfigError(f"{split} is split over a device mesh, where linears cannot be fused; load without tp_plan")
 
 
 def _refuse_offload(model: nn.Module) -> None:
