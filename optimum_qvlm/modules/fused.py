@@ -15,6 +15,8 @@ from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.kernels import PACKED, TRANSIENT, CodedWeight, StoredWeight, WeightGrid, dispatch
 from optimum_qvlm.modules.qlinear import PackedLinear, QuantLinear
 
+CANNOT_OFFLOAD = "fused linears cannot be offloaded; call optimum_qvlm.unfuse_linears(model) first"
+
 
 class JointLinear(PackedLinear):
     """The rows of several linears as one weight, and the product of its last call while some have not taken theirs.
@@ -59,6 +61,14 @@ class JointLinear(PackedLinear):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """The linears say that they take none."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse the hook of accelerate that would look for its weights under a name that no state has."""
+        if name == "_hf_hook" and any(
+            getattr(hook, "offload", False) for hook in (value, *getattr(value, "hooks", ()))
+        ):
+            raise ConfigError(f"{CANNOT_OFFLOAD}, and load the model again, as its weights were taken away already")
+        super().__setattr__(name, value)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -201,7 +211,7 @@ class FusedLinear(QuantLinear):
             ConfigError: `transient` is asked for, which offloading needs.
         """
         if transient:
-            raise ConfigError("fused linears cannot be offloaded; call optimum_qvlm.unfuse_linears(model) first")
+            raise ConfigError(CANNOT_OFFLOAD)
         self.joint.prepare()
         return self
 

@@ -192,6 +192,17 @@ def test_offloaded_models_are_refused(saved, tmp_path, offload):
         fuse_linears(model)
 
 
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
+def test_a_fused_model_cannot_be_offloaded(saved, tmp_path, offload):
+    """The first call of the model would otherwise fail for want of a weight."""
+    options = {"offload_dir": str(tmp_path)} if offload is disk_offload else {}
+    model = load(saved("llama"))
+    fuse_linears(model)
+
+    with pytest.raises(ConfigError, match=r"fused linears cannot be offloaded; call optimum_qvlm.unfuse_linears"):
+        offload(model, execution_device="cpu", **options)
+
+
 def test_a_model_that_came_by_disk_offload_is_refused(saved, tmp_path):
     on_cpu = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
     device_map = dict.fromkeys(on_cpu, "cpu") | {"model.layers": "disk"}
