@@ -1,14 +1,15 @@
-"""Four-bit weights for PyTorch's int4 product on CPUs with AVX512: the fast way to decode in bf16.
+"""Four-bit weights for PyTorch's int4 product on CPUs: the fast way to decode in bf16.
 
 The operator multiplies bf16 activations with `(code + 8 - 8) * scale + zero`, scale and zero in bf16, without rounding
 the weight, and adds up in fp32; the sum is rounded to bf16. So it is the definition where scales are stored in bf16,
 and is not used with others. `zero` would be `-zero_point * scale`, which bf16 cannot always hold: it holds the leading
 bits, and the rest is added by a small product in fp32.
 
-Layout. Output channels are padded to blocks of 64: [blocks, in_features, 32] bytes, the low nibbles are the first half
-of the block, the high ones the second, codes unsigned. Scales are [groups, padded out_features, 2], each followed by
-its zero; where there are zero points the rest of the zeros, [groups, padded out_features], comes after all of those,
-in one flat tensor, and the zero points themselves are int8 [groups, padded out_features].
+Layout. Output channels are cut into blocks of D, 64 with AVX512 and 32 with AVX2: [blocks, in_features, D / 2] bytes,
+the low nibbles are the first half of the block, the high ones the second, codes unsigned. Scales are
+[groups, padded out_features, 2], each followed by its zero; where there are zero points the rest of the zeros, [groups,
+padded out_features], comes after all of those, in one flat tensor, and the zero points themselves are int8 [groups,
+padded out_features].
 """
 
 from functools import cache
@@ -47,7 +48,7 @@ def accepts(grid: WeightGrid, device: torch.device) -> bool:
     """Whether the operator is fast here, holds the weight as it is, and meets activations that are not rounded."""
     holds = grid.bits == 4 and _group(grid) in GROUPS and grid.scale_dtype == torch.bfloat16 and grid.out_features > 0
     plain = grid.activation_bits == FULL_BITS or grid.decode_tokens > 0
-    return device.type == "cpu" and holds and plain and _capability() == "AVX512"
+    return device.type == "cpu" and holds and plain and _capability() in BLOCKS
 
 
 def store(weight: CodedWeight, grid: WeightGrid) -> StoredWeight:
