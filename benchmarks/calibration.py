@@ -4,10 +4,11 @@
 
 Weights are random and samples have the lengths of the packaged ones. The model lies on the CPU in bf16, where
 `from_pretrained(..., quantization_config=..., device_map="cuda")` puts it too, and a layer is on the device while it is
-worked on, so what the device must hold grows with the layers of a block, not with those of the model. Decoder and tower
-are measured apart, each with the other cut to one layer that is left as it is. Capturing inputs, checks and dependencies
-count by the layers that the cut model has, searching by those that were searched before the time was up. The projector,
-loading, rendering, saving and the comparison on held-out samples are left out.
+worked on, so what the device must hold grows with the layers of a block, not with those of the model.
+
+Decoder and tower are measured apart, each with the other cut to one layer that is left as it is. Capturing inputs,
+checks and dependencies count by the layers that the cut model has, searching by those that were searched before the
+time was up. The projector, loading, rendering, saving and the comparison on held-out samples are left out.
 """
 
 import argparse
@@ -297,12 +298,11 @@ def print_heading(arguments: argparse.Namespace) -> None:
 
 def print_row(one: Measurement) -> None:
     """One part with one effort."""
-    print(
-        f"{one.part:9} {one.effort:9} {one.built:6} {one.searched:8} {one.prepare_seconds / one.built:15.2f} "
-        f"{one.search_seconds / one.searched:14.2f} {one.deepest:7} {one.peak_bytes / 1e9:8.2f} {one.reserved_bytes / 1e9:11.2f} "
-        f"{one.layers:7} {one.whole_seconds / 60:22.1f}",
-        flush=True,
-    )
+    searched = f"{one.built:6} {one.searched:8} {one.prepare_seconds / one.built:15.2f}"
+    searched += f" {one.search_seconds / one.searched:14.2f} {one.deepest:7}"
+    memory = f"{one.peak_bytes / 1e9:8.2f} {one.reserved_bytes / 1e9:11.2f}"
+    whole = f"{one.layers:7} {one.whole_seconds / 60:22.1f}"
+    print(f"{one.part:9} {one.effort:9} {searched} {memory} {whole}", flush=True)
 
 
 def print_whole(parts: list[Measurement]) -> None:

@@ -41,6 +41,16 @@ def test_an_unknown_stage_is_refused(monkeypatch, capsys):
     assert "no stage kernel; there are suite, sanitizer, kernels" in capsys.readouterr().err
 
 
+def test_models_are_timed_at_600_tokens_and_decode_128():
+    """576 tokens of the image and 24 of text."""
+    stages = [stage for stage in gpu.make_stages("cuda") if "benchmarks/generate.py" in stage.command]
+    assert len(stages) == 6
+    for stage in stages:
+        joined = " ".join(stage.command)
+        assert "--image --prompt 24 --tokens 128" in joined and "--static-cache" in joined and "--compile" in joined
+        assert ("w4a16 w4a8 w4a4 w8a8" in joined) == ("--batch 16" not in joined)
+
+
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_every_script_of_a_stage_is_there(device):
     scripts = {part for stage in gpu.make_stages(device) for part in stage.command if part.endswith(".py")}
