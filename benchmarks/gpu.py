@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TABLE_LINES = 40
-WORKERS = 8
+WORKERS = 12
 GPU_TESTS = ("tests/kernels", "tests/integration/test_cuda.py")
 """Where tests for a GPU are: collecting the others would need packages that a machine with one may lack."""
 
