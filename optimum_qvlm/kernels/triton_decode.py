@@ -20,10 +20,13 @@ def decode_kernel(
     x, codes, scale, zero, bias, y,
     tokens, rows, token_stride,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
-    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
+    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr, FULL: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y [tokens, rows] = x W^T + bias. GROUP 0 is the whole row; one step takes SLICES blocks of 128 channels."""
+    """y [tokens, rows] = x W^T + bias. GROUP 0 is the whole row; one step takes SLICES blocks of 128 channels.
+
+    FULL says that every program has all its tokens.
+    """
     ROW_BYTES: tl.constexpr = WIDTH * BITS // 8
     HALF: tl.constexpr = 32 if BITS == 6 else 64
     PART: tl.constexpr = GROUP if GROUP > 0 and GROUP < HALF else HALF
@@ -35,6 +38,7 @@ def decode_kernel(
     safe_row = tl.minimum(row, rows - 1)
     token = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     here = (token < tokens)[None, None, :]
+    MASKED: tl.constexpr = not FULL or CHANNELS % (128 * SLICES) != 0
     # Rows times channels pass 2**31 in large vocabularies, tokens times channels in long batches.
     w_row = codes + safe_row.to(tl.int64)[None, :, None] * ROW_BYTES
     x_token = x + token.to(tl.int64)[None, None, :] * token_stride
@@ -53,12 +57,12 @@ def decode_kernel(
             next_factor, next_shift = _factors(scale, zero, block + SLICES, safe_row, rows, BLOCKS, GROUP, HAS_ZERO)
         for part in tl.static_range(0, 64 // PART):
             channel = (block[:, None] * 128 + part * PART + offset[None, :])[:, :, None]
-            if CHANNELS % (128 * SLICES) == 0:
-                x_first = tl.load(x_token + channel, mask=here, other=0.0)
-                x_second = tl.load(x_token + channel + 64, mask=here, other=0.0)
-            else:
+            if MASKED:
                 x_first = tl.load(x_token + channel, mask=here & (channel < CHANNELS), other=0.0)
                 x_second = tl.load(x_token + channel + 64, mask=here & (channel + 64 < CHANNELS), other=0.0)
+            else:
+                x_first = tl.load(x_token + channel)
+                x_second = tl.load(x_token + channel + 64)
             w_first, w_second = load_weight(
                 w_row, stored[:, None, None], offset[None, None, :], part * PART, WIDTH, BITS, DTYPE, ASM
             )
@@ -159,6 +163,7 @@ def linear_decode(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
             HAS_ZERO=weight.zero_point is not None,
             HAS_BIAS=bias is not None,
             ASM=tiles.speaks_ptx(x.device),
+            FULL=tokens % tile.tokens == 0,
             BLOCK_TOKENS=tile.tokens,
             BLOCK_ROWS=tile.rows,
             SLICES=tile.slices,

@@ -44,7 +44,7 @@ def prefill_kernel(
     INTEGER: tl.constexpr = DTYPE == tl.int8
     SUM: tl.constexpr = tl.int32 if INTEGER else tl.float32
     FOLD: tl.constexpr = (16 if INTEGER else 1) if BITS == 4 else 4 if BITS == 6 else 1
-    row_block, token_block = _place(rows, tokens, BLOCK_ROWS, BLOCK_TOKENS, STRIP)
+    row_block, token_block = place(rows, tokens, BLOCK_ROWS, BLOCK_TOKENS, STRIP)
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     token = token_block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     safe_row = tl.minimum(row, rows - 1)
@@ -137,7 +137,7 @@ def _dot(weight, x, sums, INTEGER: tl.constexpr):
 
 
 @triton.jit
-def _place(rows, tokens, BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, STRIP: tl.constexpr):
+def place(rows, tokens, BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, STRIP: tl.constexpr):
     """Blocks of rows and tokens of this program, STRIP blocks of rows side by side."""
     program = tl.program_id(0)
     row_blocks = tl.cdiv(rows, BLOCK_ROWS)
@@ -213,7 +213,7 @@ def linear_prefill(
     small = weight.group is not None and weight.group < LEAST_GROUP
     operand = _OPERANDS[torch.float16 if small and x.dtype == torch.int8 else x.dtype]
     architecture = tiles.architecture(x.device)
-    tile = tiles.prefill_tile(architecture, operand.primitive_bitwidth, weight.bits, weight.group, tokens)
+    tile = tiles.prefill_tile(architecture, operand.primitive_bitwidth, weight.bits, weight.group, tokens, rows)
     with torch.cuda.device_of(x):
         prefill_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(tokens, tile.tokens),)](
             x,
