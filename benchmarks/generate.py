@@ -22,9 +22,10 @@ from shapes import SHAPES, random_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, StaticCache
 
-from optimum_qvlm import QVLMConfig
+from optimum_qvlm import QVLMConfig, fuse_linears
 from optimum_qvlm.hf.checkpoint import packed_bytes, quantized_modules
-from optimum_qvlm.modules.qlinear import QuantLinear
+from optimum_qvlm.modules.fused import FusedLinear
+from optimum_qvlm.modules.qlinear import PackedLinear, QuantLinear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STATUS, CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -73,6 +74,7 @@ def main() -> None:
         action="store_true",
         help="compile the decoding step; with the static cache on a GPU it becomes a CUDA graph",
     )
+    parser.add_argument("--fuse", action="store_true", help="each scheme with fused linears too")
     parser.add_argument("--exact-decode", action="store_true", help="round activations while decoding too")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -111,23 +113,28 @@ def build_all(arguments: argparse.Namespace) -> dict[str, Any]:
     variants = {name: build(arguments, None, DTYPES[name]) for name in arguments.baselines}
     for scheme in arguments.schemes:
         variants[scheme] = build(arguments, scheme, DTYPES[arguments.dtype])
+        if arguments.fuse:
+            variants[f"{scheme} fused"] = build(arguments, scheme, DTYPES[arguments.dtype], fuse=True)
     return variants
 
 
-def random_variant(arguments: argparse.Namespace, scheme: str | None, dtype: torch.dtype) -> Any:
+def random_variant(arguments: argparse.Namespace, scheme: str | None, dtype: torch.dtype, *, fuse: bool = False) -> Any:
     """Random weights."""
-    settings = {"exact_decode": arguments.exact_decode}
+    settings = {"exact_decode": arguments.exact_decode, "fuse": fuse}
     return random_model(arguments.random_init, scheme, dtype, arguments.device, **settings)
 
 
-def loaded_variant(arguments: argparse.Namespace, scheme: str | None, dtype: torch.dtype) -> Any:
+def loaded_variant(arguments: argparse.Namespace, scheme: str | None, dtype: torch.dtype, *, fuse: bool = False) -> Any:
     """Weights of a checkpoint, rounded to nearest: speed does not depend on the search."""
     config = AutoConfig.from_pretrained(arguments.model)
     auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": dtype, "device_map": arguments.device}
     if scheme is not None:
         options["quantization_config"] = QVLMConfig(scheme, method="rtn", exact_decode=arguments.exact_decode)
-    return auto.from_pretrained(arguments.model, **options).eval()
+    model = auto.from_pretrained(arguments.model, **options).eval()
+    if fuse:
+        fuse_linears(model)
+    return model
 
 
 def measure(variants: dict[str, Any], prompt: int, batch: int, arguments: argparse.Namespace) -> list[Speed]:
@@ -257,11 +264,14 @@ def prompt_of(model: Any, tokens: int, batch: int, arguments: argparse.Namespace
 def checkpoint_bytes(model: Any) -> int:
     """Bytes of all tensors of a model in the form of the checkpoint."""
     total = packed_bytes(model)
+    for module in model.modules():
+        if isinstance(module, PackedLinear) and not isinstance(module, FusedLinear):
+            held = (module.weight_packed, module.weight_scale, module.weight_zero_point)
+            total -= sum(tensor.nbytes for tensor in held if tensor is not None)
     for module in quantized_modules(model).values():
-        held = (module.weight_packed, module.weight_scale, module.weight_zero_point)
-        dtype, bare = module.weight_scale.dtype, replace(module.format, activation=None, equalized=False)
+        dtype, bare = module.grid.scale_dtype, replace(module.format, activation=None, equalized=False)
         saved = QuantLinear(module.in_features, module.out_features, bare, bias=False, scale_dtype=dtype, device="meta")
-        total += packed_bytes(saved) - sum(tensor.nbytes for tensor in held if tensor is not None)
+        total += packed_bytes(saved)
     return total
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from optimum_qvlm.errors import ConfigError
-from optimum_qvlm.kernels import PACKED
+from optimum_qvlm.kernels import PACKED, cpu_int4, dispatch
 from optimum_qvlm.modules.fused import FusedLinear, JointLinear, fuse, why_apart
-from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
+from optimum_qvlm.modules.qlinear import LinearFormat, PackedLinear, QuantLinear
 from optimum_qvlm.quant.affine import quantize_weight
 from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
 
@@ -68,6 +68,11 @@ def make_sites(*, prepared: bool = True, **changes) -> tuple[Site, Site]:
     return Site(linears), Site(fuse(linears))
 
 
+def put(linear: PackedLinear, layout: str) -> None:
+    """In a layout, whatever this machine would choose."""
+    linear._hold(dispatch.store(dispatch.restore(linear._stored(), linear.grid), linear.grid, layout))
+
+
 def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
     return torch.randn(*(shape or (2, 3)), CHANNELS, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -107,6 +112,27 @@ def test_formats_give_the_same_bits(changes, dtype):
 
     with torch.no_grad():
         require_equal(fused(x), alone(x))
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 40])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int4_blocks_give_the_same_but_for_the_order_of_sums(symmetric, tokens):
+    """Blocks are padded, and start at other rows when there are others before."""
+    alone, fused = make_sites(symmetric=symmetric, dtype=torch.bfloat16)
+    expected = alone.state_dict()
+    for linear in alone.children():
+        linear.decode_tokens = 16
+        put(linear, cpu_int4.LAYOUT)
+    fused = Site(fuse(list(alone.children())))
+    put(fused.first.joint, cpu_int4.LAYOUT)
+    x = inputs(tokens, dtype=torch.bfloat16)
+
+    with torch.no_grad():
+        for one, other in zip(fused(x), alone(x), strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-2, atol=0.1)
+    packed = Site([linear.pack() for linear in alone.children()]).state_dict()
+    require_equal(fused.state_dict().values(), packed.values())
+    assert list(fused.state_dict()) == list(expected)
 
 
 @pytest.mark.parametrize("bits", [3, 5, 8])
