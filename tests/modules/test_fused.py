@@ -381,6 +381,18 @@ def test_a_state_is_not_taken():
         fused.load_state_dict(alone.state_dict())
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 6])
+def test_the_state_comes_back_from_the_layout_of_gpus(bits, symmetric):
+    """Its scales lie by group, so that the rows of one linear are not in one piece."""
+    alone, fused = make_sites(bits=bits, symmetric=symmetric, prepared=False)
+
+    put(fused.first.joint, "triton")
+
+    assert fused.first.joint.layout == "triton"
+    require_equal(fused.state_dict().values(), alone.state_dict().values())
+
+
 @pytest.mark.parametrize("prepared", [True, False])
 @pytest.mark.parametrize("changes", [{}, {"symmetric": False}, {"static": True, "transformed": True}], ids=str)
 def test_apart_they_are_what_they_were(changes, prepared):
