@@ -24,6 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.hf.checkpoint import packed_bytes, quantized_modules
+from optimum_qvlm.hf.fusion import fuse_sites
+from optimum_qvlm.models.registry import adapter_for
 from optimum_qvlm.modules.qlinear import QuantLinear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,6 +76,7 @@ def main() -> None:
         help="compile the decoding step; with the static cache on a GPU it becomes a CUDA graph",
     )
     parser.add_argument("--exact-decode", action="store_true", help="round activations while decoding too")
+    parser.add_argument("--fuse", action="store_true", help="each scheme also with its linears fused")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -111,7 +114,17 @@ def build_all(arguments: argparse.Namespace) -> dict[str, Any]:
     variants = {name: build(arguments, None, DTYPES[name]) for name in arguments.baselines}
     for scheme in arguments.schemes:
         variants[scheme] = build(arguments, scheme, DTYPES[arguments.dtype])
+        if arguments.fuse:
+            fused = variants[f"{scheme} fused"] = build(arguments, scheme, DTYPES[arguments.dtype])
+            fuse_sites(fused, sites_of(fused))
     return variants
+
+
+def sites_of(model: Any) -> list[list[str]]:
+    """Paths of the quantized linears that read one tensor, as the adapter of the model says."""
+    adapter, linears = adapter_for(model), quantized_modules(model)
+    layers = [layer for part in adapter.parts() for layer in part.layers]
+    return [[path for path in site if path in linears] for layer in layers for site in adapter.sites(layer)]
 
 
 def random_variant(arguments: argparse.Namespace, scheme: str | None, dtype: torch.dtype) -> Any:

@@ -10,17 +10,31 @@ from optimum_qvlm.version import __version__
 
 if TYPE_CHECKING:
     from optimum_qvlm.hf.dry_run import dry_run
+    from optimum_qvlm.hf.fusion import fuse_linears, unfuse_linears
     from optimum_qvlm.models.adapter import Adapter, Join, Part
     from optimum_qvlm.models.registry import register_adapter
 
-__all__ = ["Adapter", "Join", "Part", "QVLMConfig", "QVLMError", "__version__", "dry_run", "register_adapter"]
+__all__ = [
+    "Adapter",
+    "Join",
+    "Part",
+    "QVLMConfig",
+    "QVLMError",
+    "__version__",
+    "dry_run",
+    "fuse_linears",
+    "register_adapter",
+    "unfuse_linears",
+]
 
 _LATE = {
     "Adapter": "optimum_qvlm.models.adapter",
     "Join": "optimum_qvlm.models.adapter",
     "Part": "optimum_qvlm.models.adapter",
     "dry_run": "optimum_qvlm.hf.dry_run",
+    "fuse_linears": "optimum_qvlm.hf.fusion",
     "register_adapter": "optimum_qvlm.models.registry",
+    "unfuse_linears": "optimum_qvlm.hf.fusion",
 }
 """Names that are imported when they are first used: loading a quantized model needs none of them."""
 

@@ -8,11 +8,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 
-def runtime_modules(model: Any, disk_names: Iterable[str]) -> dict[str, str]:
+def runtime_modules(model: Any, disk_names: Iterable[str], tensor: str = "weight") -> dict[str, str]:
     """Run-time path of each module that `disk_names` names (`X` for tensors `X.weight`, ...).
 
-    Must be called while linears are still in place, since the mapping looks at the model's own keys. Names
-    that lead to no linear are left out.
+    `tensor` is one that each of the modules has at the time, since the mapping looks at the model's own keys:
+    `"weight_packed"` once they are quantized. Names that lead to no linear are left out.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -21,8 +21,8 @@ def runtime_modules(model: Any, disk_names: Iterable[str]) -> dict[str, str]:
     linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     found = {}
     for name in disk_names:
-        key, _ = rename_source_key(f"{name}.weight", renamings, converters, model.base_model_prefix, state)
-        path = key.removesuffix(".weight")
+        key, _ = rename_source_key(f"{name}.{tensor}", renamings, converters, model.base_model_prefix, state)
+        path = key.removesuffix(f".{tensor}")
         if path in linears:
             found[name] = path
     return found

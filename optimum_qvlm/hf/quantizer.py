@@ -130,7 +130,7 @@ class QVLMQuantizer(HfQuantizer):
 
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for path, module in quantized_modules(model).items():
-            replace_module(model, path, module.to_linear(module.weight_scale.dtype if wanted is None else wanted))
+            replace_module(model, path, module.to_linear(module.grid.scale_dtype if wanted is None else wanted))
         if wanted is not None and wanted != model.dtype:
             torch.nn.Module.to(model, wanted)
         unwrap_saving(model)

@@ -1,6 +1,7 @@
 """All files of a quantized model, written into an empty folder."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -65,7 +66,10 @@ def _add_sidecars(model: Any, folder: Path) -> None:
 
 
 def _seal(folder: Path) -> dict[str, Any]:
-    """Write the manifest of the tensors as they are on disk, and the digest, into config.json; returns its values."""
+    """Write the manifest of the tensors as they are on disk, and the digest, into config.json; returns its values.
+
+    The index of shards gets their number of values: transformers counts those in memory, which depend on the device.
+    """
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     values: dict[str, Any] = config["quantization_config"]
@@ -74,8 +78,17 @@ def _seal(folder: Path) -> dict[str, Any]:
     if absent:
         raise CheckpointError(f"{absent[0]} was not written under the name that its record has")
     values["digest"] = config_digest(values)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _write_json(path, config)
+    for path in folder.glob("*.safetensors.index*.json"):
+        index = json.loads(path.read_text(encoding="utf-8"))
+        index["metadata"]["total_parameters"] = sum(math.prod(shape) for _, shape in values["manifest"].values())
+        _write_json(path, index)
     return values
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """As transformers does."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _facts(model: Any, folder: Path, values: dict[str, Any], repo_id: str | None, tags: tuple[str, ...]) -> CardFacts:

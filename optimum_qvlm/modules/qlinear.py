@@ -38,8 +38,8 @@ class LinearFormat:
     rotation: int | None = None
 
 
-class QuantLinear(nn.Linear):
-    """`nn.Linear` over packed integers: `y = Q(x T) dequantize(W)^T + b`.
+class PackedLinear(nn.Module):
+    """A product with packed integers: `y = Q(x T) dequantize(W)^T + b`.
 
     Parameters, of which only the bias can be trained:
         weight_packed: int32 [out_features, words], see `optimum_qvlm.quant.packing`.
@@ -56,11 +56,16 @@ class QuantLinear(nn.Linear):
     layout that is fastest on their device, in place, and `pack` back; `layout` names what they hold. Both lose nothing.
     """
 
+    in_features: int
+    out_features: int
     layout: str
     decode_tokens: int
+    weight_packed: Tensor
+    weight_scale: Tensor
     weight_zero_point: Tensor | None
     input_equalizer: Tensor | None
     input_scale: Tensor | None
+    bias: Tensor | None
     _is_hf_initialized = True  # transformers would dequantize each weight at load, to fill a copy with random values
 
     def __init__(
@@ -181,7 +186,7 @@ class QuantLinear(nn.Linear):
         return QuantizedWeight(weight.codes, weight.scale, weight.zero_point)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """The dequantized weight [out_features, in_features] in the dtype of the scales, transform undone."""
         return self._plain_weight().to(self.weight_scale.dtype)
 
@@ -287,6 +292,10 @@ class QuantLinear(nn.Linear):
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)
         return linear
+
+
+class QuantLinear(PackedLinear, nn.Linear):  # type: ignore[misc, override]
+    """A linear of a model: what looks for `nn.Linear` finds it."""
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

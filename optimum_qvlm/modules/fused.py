@@ -1,0 +1,299 @@
+"""Linears that read the same tensor as one product: the first that is called computes it, the others take their rows.
+
+What is stored once is a `JointLinear` over all their rows. Each linear stays a module of its own, a `FusedLinear`, in
+its place in the model, so that no code of the model changes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from optimum_qvlm.errors import ConfigError
+from optimum_qvlm.kernels import PACKED, TRANSIENT, CodedWeight, StoredWeight, WeightGrid, dispatch
+from optimum_qvlm.modules.qlinear import PackedLinear, QuantLinear
+
+CANNOT_OFFLOAD = "fused linears cannot be offloaded; call optimum_qvlm.unfuse_linears(model) first"
+
+
+class JointLinear(PackedLinear):
+    """The rows of several linears as one weight, and the product of its last call while some have not taken theirs.
+
+    It holds the parameters, but none of the state, which the linears write under their own names. It is no `nn.Linear`:
+    nothing that looks for the linears of a model should find it.
+    """
+
+    handover: "Handover"
+
+    @classmethod
+    def of(cls, linears: Sequence[QuantLinear]) -> Self:
+        """Join linears of which `why_apart` says nothing, in the layout that they are in or the one for their sum."""
+        first = linears[0]
+        weights = [dispatch.restore(linear._stored(), linear.grid) for linear in linears]
+        joint = cls(
+            first.in_features,
+            sum(linear.out_features for linear in linears),
+            first.format,
+            bias=first.bias is not None,
+            scale_dtype=first.weight_scale.dtype,
+            device="meta",
+        )
+        joint.handover, joint.decode_tokens = Handover(), first.decode_tokens
+        zeros = [weight.zero_point for weight in weights if weight.zero_point is not None]
+        weight = CodedWeight(
+            torch.cat([weight.codes for weight in weights]),
+            torch.cat([weight.scale for weight in weights]),
+            torch.cat(zeros) if zeros else None,
+        )
+        layout = first.layout if first.layout == PACKED else dispatch.choose_layout(joint.grid, weight.codes.device)
+        joint._hold(dispatch.store(weight, joint.grid, layout))
+        joint.input_equalizer, joint.input_scale = first.input_equalizer, first.input_scale
+        if first.bias is not None:
+            shifts = [linear.bias.detach() for linear in linears if linear.bias is not None]
+            joint.bias = nn.Parameter(torch.cat(shifts), requires_grad=first.bias.requires_grad)
+        return joint.train(first.training)
+
+    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
+        """Nothing: see the linears."""
+        return {} if destination is None else destination
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """The linears say that they take none."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse the hook of accelerate that would look for its weights under a name that no state has."""
+        if name == "_hf_hook" and any(
+            getattr(hook, "offload", False) for hook in (value, *getattr(value, "hooks", ()))
+        ):
+            raise ConfigError(f"{CANNOT_OFFLOAD}, and load the model again, as its weights were taken away already")
+        super().__setattr__(name, value)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Product:
+    """A joint output and who has not taken its rows yet.
+
+    Attributes:
+        input: the very tensor that it is the product of.
+        moment: what else must be the same for it to be valid, see `_moment`.
+        output: [..., rows of all].
+        waiting: a bit for each linear.
+    """
+
+    input: Tensor
+    moment: tuple[Any, ...]
+    output: Tensor
+    waiting: int
+
+
+class Handover:
+    """Where the product lies between the calls of the linears. Copies and pickles of a model start with none."""
+
+    kept: Product | None = None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Handover, ()
+
+
+class FusedLinear(QuantLinear):
+    """A linear whose rows lie in a `JointLinear`. Its parameters are computed from there, as the checkpoint has them.
+
+    Called with the tensor that another linear of the group was just called with, it returns a view of its rows of that
+    product (a copy where gradients are recorded, as views would share a version counter); with any other tensor, or a
+    second time, it computes the product anew. The product is let go when each has taken its rows.
+    """
+
+    joint: JointLinear
+
+    def __init__(self, joint: JointLinear, index: int, start: int, out_features: int, others: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.format = joint.in_features, out_features, joint.format
+        self.joint, self.start = joint, start
+        self.bit, self.others = 1 << index, others
+        self.training = joint.training
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Product of the rounded input [..., in_features] with the weight, plus bias, in the input's dtype."""
+        handover, moment = self.joint.handover, _moment(input)
+        kept = handover.kept
+        if kept is not None and kept.input is input and kept.moment == moment and kept.waiting & self.bit:
+            output, waiting = kept.output, kept.waiting & ~self.bit
+        else:
+            output, waiting = self.joint(input), self.others
+        handover.kept = Product(input, moment, output, waiting) if waiting else None
+        rows = output.narrow(-1, self.start, self.out_features)
+        return rows.clone(memory_format=torch.contiguous_format) if rows.requires_grad else rows
+
+    def quantized_rows(self) -> CodedWeight:
+        """Codes, scales and zero points of its own rows."""
+        weight = dispatch.restore(self.joint._stored(), self.joint.grid)
+        rows = slice(self.start, self.start + self.out_features)
+        zero = None if weight.zero_point is None else weight.zero_point[rows]
+        return CodedWeight(weight.codes[rows], weight.scale[rows].clone(), zero)
+
+    def apart(self) -> QuantLinear:
+        """The linear as it was before it was fused."""
+        alone = QuantLinear(
+            self.in_features,
+            self.out_features,
+            self.format,
+            bias=self.bias is not None,
+            scale_dtype=self.grid.scale_dtype,
+            device="meta",
+        )
+        alone.decode_tokens = self.decode_tokens
+        alone._hold(self._stored())
+        for name in ("input_equalizer", "input_scale"):
+            shared = getattr(self, name)
+            if shared is not None:
+                setattr(alone, name, nn.Parameter(shared.detach().clone(), requires_grad=False))
+        if self.bias is not None:
+            alone.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        alone.train(self.training)
+        return alone if self.joint.layout == PACKED else alone.prepare()
+
+    @property
+    def grid(self) -> WeightGrid:
+        """The format as kernels read it."""
+        return dataclasses.replace(self.joint.grid, out_features=self.out_features)
+
+    @property
+    def layout(self) -> str:  # type: ignore[override]
+        """That of the checkpoint, in which its parameters are given; the joint weight has its own."""
+        return PACKED
+
+    @property
+    def decode_tokens(self) -> int:
+        """Up to how many tokens activations are not rounded, for the whole group."""
+        return self.joint.decode_tokens
+
+    @decode_tokens.setter
+    def decode_tokens(self, tokens: int) -> None:
+        self.joint.decode_tokens = tokens
+
+    @property
+    def weight_packed(self) -> Tensor:  # type: ignore[override]
+        """int32 [out_features, words]."""
+        return self._stored().values
+
+    @property
+    def weight_scale(self) -> Tensor:  # type: ignore[override]
+        """[out_features, groups]."""
+        return self._stored().scale
+
+    @property
+    def weight_zero_point(self) -> Tensor | None:  # type: ignore[override]
+        """int32 [words, groups], or None."""
+        return self._stored().zero_point
+
+    @property
+    def input_equalizer(self) -> Tensor | None:  # type: ignore[override]
+        """fp32 [in_features], of the whole group."""
+        return self.joint.input_equalizer
+
+    @property
+    def input_scale(self) -> Tensor | None:  # type: ignore[override]
+        """fp32 [1], of the whole group."""
+        return self.joint.input_scale
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """[out_features], a view of the joint bias, or None."""
+        shift: Tensor | None = self.joint.bias
+        return None if shift is None else shift.narrow(0, self.start, self.out_features)
+
+    def prepare(self, *, transient: bool = False) -> Self:
+        """Put the joint weight into the layout that is fastest on its device.
+
+        Raises:
+            ConfigError: `transient` is asked for, which offloading needs.
+        """
+        if transient:
+            raise ConfigError(CANNOT_OFFLOAD)
+        self.joint.prepare()
+        return self
+
+    def pack(self) -> Self:
+        """Put the joint weight into the layout of the checkpoint."""
+        self.joint.pack()
+        return self
+
+    def _stored(self) -> StoredWeight:
+        return dispatch.store(self.quantized_rows(), self.grid, PACKED)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """The tensors of the linear before it was fused, in their order, none of which share memory."""
+        destination.update({f"{prefix}{name}": tensor for name, tensor in self.packed_state().items()})
+        for name in ("input_equalizer", "input_scale", "bias"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                destination[f"{prefix}{name}"] = tensor.detach().clone()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        args[-1].append(f"{prefix[:-1]} is fused with other linears; call optimum_qvlm.unfuse_linears(model) first")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move and cast the joint weight; for the second of a group there is nothing left to do."""
+        nn.Module._apply(self, fn, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        """Features and grids, for `print(model)`."""
+        return f"{super().extra_repr()}, fused"
+
+
+def fuse(linears: Sequence[QuantLinear]) -> list[FusedLinear]:
+    """Linears over one joint weight in place of these, of which `why_apart` says nothing."""
+    joint = JointLinear.of(linears)
+    everyone, start, fused = (1 << len(linears)) - 1, 0, []
+    for index, linear in enumerate(linears):
+        fused.append(FusedLinear(joint, index, start, linear.out_features, everyone & ~(1 << index)))
+        start += linear.out_features
+    return fused
+
+
+def why_apart(linears: Sequence[QuantLinear]) -> str | None:
+    """Why linears cannot be fused; None where they can."""
+    if any(linear.layout == TRANSIENT or linear.weight_packed.is_meta for linear in linears):
+        return "their weights are not in memory"
+    if any(linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks for linear in linears):
+        return "they have hooks"
+    for what, values in _properties(linears).items():
+        if any(value != values[0] for value in values):
+            return f"their {what} differ"
+    for what in ("input_equalizer", "input_scale"):
+        tensors = [getattr(linear, what) for linear in linears]
+        if tensors[0] is not None and not all(torch.equal(tensors[0], tensor) for tensor in tensors):
+            return f"their {what} differ in value"
+    return None
+
+
+def _properties(linears: Sequence[QuantLinear]) -> dict[str, list[Any]]:
+    """What must be the same in all of a group, in words."""
+    formats = [linear.format for linear in linears]
+    biases = [linear.bias for linear in linears]
+    return {
+        "devices": [linear.weight_packed.device for linear in linears],
+        "weight grids": [format.weight for format in formats],
+        "activation grids": [format.activation for format in formats],
+        "clips": [format.activation_clip for format in formats],
+        "transforms": [(format.equalized, format.rotation) for format in formats],
+        "scale dtypes": [linear.weight_scale.dtype for linear in linears],
+        "input sizes": [linear.in_features for linear in linears],
+        "decode_tokens": [linear.decode_tokens for linear in linears],
+        "layouts": [linear.layout == PACKED for linear in linears],
+        "biases": [None if bias is None else (bias.dtype, bias.requires_grad) for bias in biases],
+    }
+
+
+def _moment(input: Tensor) -> tuple[Any, ...]:
+    """What a product depends on beside the identity of its input: how gradients are recorded, and changes in place.
+
+    The latter cannot be seen of inference tensors, nor while compiling.
+    """
+    recorded = torch.is_grad_enabled(), input.requires_grad
+    if torch.compiler.is_compiling():
+        return recorded
+    return *recorded, torch.is_inference_mode_enabled(), None if input.is_inference() else input._version
