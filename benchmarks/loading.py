@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import SHAPES, random_from_config
+from shapes import SHAPES, model_of
 
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.hf.checkpoint import packed_bytes, quantized_modules
@@ -79,7 +79,7 @@ def main() -> None:
 
 def write_pair(config: Any, scheme: str, folder: Path) -> int:
     """A random model in bf16 and its quantized form, as `plain` and `packed`; the bytes that both leave unquantized."""
-    model = random_from_config(config, None, torch.bfloat16, "cpu")
+    model = model_of(config, None, torch.bfloat16, "cpu")
     model.save_pretrained(folder / "plain")
     full = packed_bytes(model)
     settings = QVLMConfig(scheme, method="rtn")

@@ -63,11 +63,11 @@ SHAPES: dict[str, Callable[[], Any]] = {
 
 def random_model(shape: str, scheme: str | None, dtype: torch.dtype, device: str, **settings: Any) -> Any:
     """A model of `shape`, its linears quantized to `scheme` or left as they are where it is None."""
-    return random_from_config(SHAPES[shape](), scheme, dtype, device, **settings)
+    return model_of(SHAPES[shape](), scheme, dtype, device, **settings)
 
 
-def random_from_config(config: Any, scheme: str | None, dtype: torch.dtype, device: str, **settings: Any) -> Any:
-    """The same for any configuration of a text or vision-language model.
+def model_of(config: Any, scheme: str | None, dtype: torch.dtype, device: str, **settings: Any) -> Any:
+    """As `random_model`, of a configuration.
 
     Tensors are made one module at a time: a full-precision copy of a quantized linear never exists.
     """

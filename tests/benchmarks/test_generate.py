@@ -1,22 +1,39 @@
-"""The benchmark of whole models: what its columns count."""
+"""The benchmark of generation decodes what the model itself generates, with every cache."""
 
 import argparse
 
 import generate
 import pytest
 import torch
-from shapes import llama, random_from_config
+from shapes import llama, model_of
 
 from optimum_qvlm.hf.checkpoint import packed_bytes, quantized_modules
+from tests.tiny_models import tiny_llama
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["growing cache", "static cache"])
+def test_rounds_decode_what_the_model_generates(static):
+    """A cache that is used again for the next round must forget the last one."""
+    model = tiny_llama().eval()
+    asked = argparse.Namespace(device="cpu", static_cache=static, compile=False, tokens=5, cpu_time=False, image=False)
+    inputs = {"input_ids": torch.randint(10, 50, (2, 7), generator=torch.Generator().manual_seed(0))}
+    decoder = generate.Decoder(model, inputs, asked)
+
+    for _ in range(2):
+        prefill, decode = decoder.round()
+
+        assert prefill > 0 and decode > 0
+        wanted = model.generate(**inputs, attention_mask=torch.ones(2, 7).long(), max_new_tokens=6, do_sample=False)
+        assert torch.equal(decoder.token, wanted[:, -1:])
 
 
 def arguments(**settings):
-    chosen = {"batch": 1, "tokens": 2, "rounds": 1, "device": "cpu", "cpu_time": False, "static_cache": False}
+    chosen = {"tokens": 2, "rounds": 1, "device": "cpu", "cpu_time": False, "static_cache": False}
     return argparse.Namespace(**{**chosen, "image": False, "compile": False, "baselines": ["bf16"], **settings})
 
 
 def make_model(scheme):
-    return random_from_config(llama(64, 96, 2, 2, 1, 1200), scheme, torch.bfloat16, "cpu")
+    return model_of(llama(64, 96, 2, 2, 1, 1200), scheme, torch.bfloat16, "cpu")
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a8", "w3a16"])
@@ -38,7 +55,7 @@ def test_saved_bytes_are_those_of_the_packed_form(scheme):
 def test_every_variant_is_measured_against_the_baseline(static_cache, batch):
     variants = {"bf16": make_model(None), "w4a16": make_model("w4a16")}
 
-    found = generate.measure(variants, 5, arguments(static_cache=static_cache, batch=batch))
+    found = generate.measure(variants, 5, batch, arguments(static_cache=static_cache))
 
     assert [speed.variant for speed in found] == ["bf16", "w4a16"]
     assert found[0].decode_ratio == {"bf16": 1.0} and found[0].prompt == 5
@@ -47,6 +64,6 @@ def test_every_variant_is_measured_against_the_baseline(static_cache, batch):
 
 
 def test_a_batch_is_the_same_prompt_several_times():
-    one = generate.prompt_of(None, 7, arguments())["input_ids"]
+    one = generate.prompt_of(None, 7, 1, arguments())["input_ids"]
 
-    assert torch.equal(generate.prompt_of(None, 7, arguments(batch=3))["input_ids"], one.expand(3, -1))
+    assert torch.equal(generate.prompt_of(None, 7, 3, arguments())["input_ids"], one.expand(3, -1))
