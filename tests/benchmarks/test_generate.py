@@ -5,7 +5,9 @@ import argparse
 import generate
 import pytest
 import torch
+from shapes import llama, model_of
 
+from optimum_qvlm.hf.checkpoint import packed_bytes, quantized_modules
 from tests.tiny_models import tiny_llama
 
 
@@ -23,3 +25,45 @@ def test_rounds_decode_what_the_model_generates(static):
         assert prefill > 0 and decode > 0
         wanted = model.generate(**inputs, attention_mask=torch.ones(2, 7).long(), max_new_tokens=6, do_sample=False)
         assert torch.equal(decoder.token, wanted[:, -1:])
+
+
+def arguments(**settings):
+    chosen = {"tokens": 2, "rounds": 1, "device": "cpu", "cpu_time": False, "static_cache": False}
+    return argparse.Namespace(**{**chosen, "image": False, "compile": False, "baselines": ["bf16"], **settings})
+
+
+def make_model(scheme):
+    return model_of(llama(64, 96, 2, 2, 1, 1200), scheme, torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a8", "w3a16"])
+def test_saved_bytes_are_those_of_the_packed_form(scheme):
+    """Whatever the layout in memory adds."""
+    model = make_model(scheme)
+    modules = quantized_modules(model)
+    held = {id(p): p for module in modules.values() for p in module.parameters()}
+    rest = packed_bytes(model) - sum(p.nbytes for p in held.values())
+    packed = sum(t.nbytes for module in modules.values() for t in module.packed_state().values())
+
+    assert modules
+    assert generate.checkpoint_bytes(model) == rest + packed
+    assert generate.checkpoint_bytes(make_model(None)) == packed_bytes(make_model(None))
+
+
+@pytest.mark.parametrize("static_cache", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_variant_is_measured_against_the_baseline(static_cache, batch):
+    variants = {"bf16": make_model(None), "w4a16": make_model("w4a16")}
+
+    found = generate.measure(variants, 5, batch, arguments(static_cache=static_cache))
+
+    assert [speed.variant for speed in found] == ["bf16", "w4a16"]
+    assert found[0].decode_ratio == {"bf16": 1.0} and found[0].prompt == 5
+    assert found[1].megabytes < found[0].megabytes
+    assert not any(speed.peak_megabytes < speed.megabytes for speed in found)  # unknown outside Linux
+
+
+def test_a_batch_is_the_same_prompt_several_times():
+    one = generate.prompt_of(None, 7, 1, arguments())["input_ids"]
+
+    assert torch.equal(generate.prompt_of(None, 7, 3, arguments())["input_ids"], one.expand(3, -1))
