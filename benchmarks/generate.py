@@ -22,8 +22,10 @@ from shapes import SHAPES, random_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, StaticCache
 
-from optimum_qvlm import QVLMConfig, fuse_linears
+from optimum_qvlm import QVLMConfig
 from optimum_qvlm.hf.checkpoint import packed_bytes, quantized_modules
+from optimum_qvlm.hf.fusion import fuse_sites
+from optimum_qvlm.models.registry import adapter_for
 from optimum_qvlm.modules.fused import FusedLinear
 from optimum_qvlm.modules.qlinear import PackedLinear, QuantLinear
 
@@ -74,8 +76,8 @@ def main() -> None:
         action="store_true",
         help="compile the decoding step; with the static cache on a GPU it becomes a CUDA graph",
     )
-    parser.add_argument("--fuse", action="store_true", help="each scheme with fused linears too")
     parser.add_argument("--exact-decode", action="store_true", help="round activations while decoding too")
+    parser.add_argument("--fuse", action="store_true", help="each scheme also with its linears fused")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -114,27 +116,32 @@ def build_all(arguments: argparse.Namespace) -> dict[str, Any]:
     for scheme in arguments.schemes:
         variants[scheme] = build(arguments, scheme, DTYPES[arguments.dtype])
         if arguments.fuse:
-            variants[f"{scheme} fused"] = build(arguments, scheme, DTYPES[arguments.dtype], fuse=True)
+            fused = variants[f"{scheme} fused"] = build(arguments, scheme, DTYPES[arguments.dtype])
+            fuse_sites(fused, sites_of(fused))
     return variants
 
 
-def random_variant(arguments: argparse.Namespace, scheme: str | None, dtype: torch.dtype, *, fuse: bool = False) -> Any:
+def sites_of(model: Any) -> list[list[str]]:
+    """Paths of the quantized linears that read one tensor, as the adapter of the model says."""
+    adapter, linears = adapter_for(model), quantized_modules(model)
+    layers = [layer for part in adapter.parts() for layer in part.layers]
+    return [[path for path in site if path in linears] for layer in layers for site in adapter.sites(layer)]
+
+
+def random_variant(arguments: argparse.Namespace, scheme: str | None, dtype: torch.dtype) -> Any:
     """Random weights."""
-    settings = {"exact_decode": arguments.exact_decode, "fuse": fuse}
+    settings = {"exact_decode": arguments.exact_decode}
     return random_model(arguments.random_init, scheme, dtype, arguments.device, **settings)
 
 
-def loaded_variant(arguments: argparse.Namespace, scheme: str | None, dtype: torch.dtype, *, fuse: bool = False) -> Any:
+def loaded_variant(arguments: argparse.Namespace, scheme: str | None, dtype: torch.dtype) -> Any:
     """Weights of a checkpoint, rounded to nearest: speed does not depend on the search."""
     config = AutoConfig.from_pretrained(arguments.model)
     auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": dtype, "device_map": arguments.device}
     if scheme is not None:
         options["quantization_config"] = QVLMConfig(scheme, method="rtn", exact_decode=arguments.exact_decode)
-    model = auto.from_pretrained(arguments.model, **options).eval()
-    if fuse:
-        fuse_linears(model)
-    return model
+    return auto.from_pretrained(arguments.model, **options).eval()
 
 
 def measure(variants: dict[str, Any], prompt: int, batch: int, arguments: argparse.Namespace) -> list[Speed]:

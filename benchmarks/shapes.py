@@ -15,7 +15,6 @@ from transformers import (
 )
 
 from optimum_qvlm import QVLMConfig
-from optimum_qvlm.hf.fusion import fuse_sites
 from optimum_qvlm.models.registry import adapter_for
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.modules.swap import replace_module
@@ -67,34 +66,27 @@ def random_model(shape: str, scheme: str | None, dtype: torch.dtype, device: str
     return model_of(SHAPES[shape](), scheme, dtype, device, **settings)
 
 
-def model_of(
-    config: Any, scheme: str | None, dtype: torch.dtype, device: str, *, fuse: bool = False, **settings: Any
-) -> Any:
-    """As `random_model`, of a configuration; with `fuse`, the linears of each site share one product.
+def model_of(config: Any, scheme: str | None, dtype: torch.dtype, device: str, **settings: Any) -> Any:
+    """As `random_model`, of a configuration.
 
     Tensors are made one module at a time: a full-precision copy of a quantized linear never exists.
     """
     auto = AutoModelForCausalLM if isinstance(config, LlamaConfig) else AutoModelForImageTextToText
     with init_empty_weights(include_buffers=False):
         model = auto.from_config(config, dtype=dtype)
-    sites = []
     if scheme is not None:
-        sites = swap_in_empty(model, QVLMConfig(scheme, method="rtn", **settings), dtype)
+        swap_in_empty(model, QVLMConfig(scheme, method="rtn", **settings), dtype)
     generator = torch.Generator(device).manual_seed(0)
     for module in model.modules():
         fill(module, device, generator)
     model.tie_weights()
-    model.to(device).eval()
-    if fuse:
-        fuse_sites(model, sites)
-    return model
+    return model.to(device).eval()
 
 
-def swap_in_empty(model: Any, config: QVLMConfig, dtype: torch.dtype) -> list[list[str]]:
-    """Put empty quantized linears where the plan says; returns the paths of those that read the same tensor."""
+def swap_in_empty(model: Any, config: QVLMConfig, dtype: torch.dtype) -> None:
+    """Put empty quantized linears where the plan says."""
     names = {path: path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    sites = list(make_plan(adapter_for(model), config.options(), names).sites())
-    for site in sites:
+    for site in make_plan(adapter_for(model), config.options(), names).sites():
         for linear in site.linears:
             format = LinearFormat(weight=linear.weight, activation=site.activation)
             module = QuantLinear(
@@ -108,7 +100,6 @@ def swap_in_empty(model: Any, config: QVLMConfig, dtype: torch.dtype) -> list[li
             )
             module.decode_tokens = config.weight_only_tokens()
             replace_module(model, linear.path, module)
-    return [[linear.path for linear in site.linears] for site in sites]
 
 
 def fill(module: nn.Module, device: str, generator: torch.Generator) -> None:

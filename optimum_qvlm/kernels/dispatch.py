@@ -36,6 +36,9 @@ Each has `LAYOUT`, its name, and
 QUANTIZERS = {"cuda": "triton_quantize"}
 """Modules with `quantize(x, rounding) -> (codes, scale)` for a device type."""
 
+RECURSIONS = {"cuda": "triton_recursion"}
+"""Modules with the functions of `recursion` for a device type."""
+
 
 def choose_layout(grid: WeightGrid, device: torch.device) -> str:
     """The layout in which a weight is fastest on `device`: `"packed"` where only the definition runs."""
@@ -78,6 +81,12 @@ def quantize(x: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
     if rounding.scale is not None:
         return reference.quantize_static(transformed, rounding.bits, rounding.scale), rounding.scale.float().clone()
     return reference.quantize_tokens(transformed, rounding.bits, rounding.group, rounding.clip)
+
+
+def recursion(device: torch.device) -> Any:
+    """The module that does `recursion` on `device`, None where only the definitions do."""
+    name = RECURSIONS.get(device.type)
+    return None if name is None else _module(name)
 
 
 def linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: WeightGrid) -> Tensor:

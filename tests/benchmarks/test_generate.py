@@ -4,9 +4,11 @@ import argparse
 
 import generate
 import pytest
-import shapes
 import torch
+from shapes import llama, model_of
 
+from optimum_qvlm.hf.checkpoint import packed_bytes, quantized_modules
+from optimum_qvlm.modules.fused import FusedLinear
 from tests.tiny_models import tiny_llama
 
 
@@ -26,35 +28,62 @@ def test_rounds_decode_what_the_model_generates(static):
         assert torch.equal(decoder.token, wanted[:, -1:])
 
 
-def test_fused_variants_hold_and_decode_what_the_others_do():
-    """The same random weights in both, so that only the number of products differs; biases are stored as they are."""
-    config = tiny_llama().config
-    alone, fused = (shapes.model_of(config, "w4a16", torch.float32, "cpu", fuse=fuse) for fuse in (False, True))
+def arguments(**settings):
+    chosen = {"tokens": 2, "rounds": 1, "device": "cpu", "cpu_time": False, "static_cache": False}
+    return argparse.Namespace(**{**chosen, "image": False, "compile": False, "baselines": ["bf16"], **settings})
 
-    assert any(isinstance(module, generate.FusedLinear) for module in fused.modules())
-    assert generate.checkpoint_bytes(fused) == generate.checkpoint_bytes(alone)
-    ids = torch.randint(10, 50, (1, 5), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        assert torch.equal(fused(input_ids=ids).logits, alone(input_ids=ids).logits)
+
+def make_model(scheme):
+    return model_of(llama(64, 96, 2, 2, 1, 1200), scheme, torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a8", "w3a16"])
+def test_saved_bytes_are_those_of_the_packed_form(scheme):
+    """Whatever the layout in memory adds."""
+    model = make_model(scheme)
+    modules = quantized_modules(model)
+    held = {id(p): p for module in modules.values() for p in module.parameters()}
+    rest = packed_bytes(model) - sum(p.nbytes for p in held.values())
+    packed = sum(t.nbytes for module in modules.values() for t in module.packed_state().values())
+
+    assert modules
+    assert generate.checkpoint_bytes(model) == rest + packed
+    assert generate.checkpoint_bytes(make_model(None)) == packed_bytes(make_model(None))
+
+
+@pytest.mark.parametrize("static_cache", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_variant_is_measured_against_the_baseline(static_cache, batch):
+    variants = {"bf16": make_model(None), "w4a16": make_model("w4a16")}
+
+    found = generate.measure(variants, 5, batch, arguments(static_cache=static_cache))
+
+    assert [speed.variant for speed in found] == ["bf16", "w4a16"]
+    assert found[0].decode_ratio == {"bf16": 1.0} and found[0].prompt == 5
+    assert found[1].megabytes < found[0].megabytes
+    assert not any(speed.peak_megabytes < speed.megabytes for speed in found)  # unknown outside Linux
+
+
+def test_a_batch_is_the_same_prompt_several_times():
+    one = generate.prompt_of(None, 7, 1, arguments())["input_ids"]
+
+    assert torch.equal(generate.prompt_of(None, 7, 3, arguments())["input_ids"], one.expand(3, -1))
 
 
 @pytest.mark.parametrize("random", [False, True], ids=["loaded", "random weights"])
-def test_each_scheme_is_there_fused_too(llama_folder, monkeypatch, random):
-    """Beside the one that is not, so that both take turns."""
-    monkeypatch.setitem(shapes.SHAPES, "tiny", lambda: tiny_llama().config)
-    asked = argparse.Namespace(model=str(llama_folder), random_init="tiny" if random else None, baselines=["fp32"])
-    asked.schemes, asked.dtype, asked.device, asked.exact_decode, asked.fuse = (
-        ["w4a16", "w8a8"],
-        "fp32",
-        "cpu",
-        False,
-        True,
-    )
+def test_fused_variants_hold_and_compute_what_the_others_do(llama_folder, monkeypatch, random):
+    """Both are there to take turns, with the same weights, so that only the number of products differs."""
+    monkeypatch.setitem(generate.SHAPES, "tiny", lambda: tiny_llama().config)
+    asked = arguments(model=str(llama_folder), random_init="tiny" if random else None, baselines=["fp32"], fuse=True)
+    asked.schemes, asked.dtype, asked.exact_decode = ["w4a16"], "fp32", False
 
     variants = generate.build_all(asked)
 
-    fused = {
-        name: sum(isinstance(m, generate.FusedLinear) for m in model.modules()) for name, model in variants.items()
-    }
-    linears = 5 * variants["fp32"].config.num_hidden_layers
-    assert fused == {"fp32": 0, "w4a16": 0, "w4a16 fused": linears, "w8a8": 0, "w8a8 fused": linears}
+    fused = [sum(isinstance(module, FusedLinear) for module in model.modules()) for model in variants.values()]
+    assert list(variants) == ["fp32", "w4a16", "w4a16 fused"]
+    assert fused == [0, 0, 5 * variants["fp32"].config.num_hidden_layers]
+    assert generate.checkpoint_bytes(variants["w4a16 fused"]) == generate.checkpoint_bytes(variants["w4a16"])
+    ids = torch.randint(10, 50, (1, 5), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = (variants[name](input_ids=ids).logits for name in ("w4a16 fused", "w4a16"))
+    assert torch.equal(found, expected)
