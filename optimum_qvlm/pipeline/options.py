@@ -19,7 +19,7 @@ Method = Literal["qvlm", "layerwise", "rtn"]
 Effort = Literal["fast", "balanced"]
 Transforms = Literal["auto"] | Kind
 
-FAST_CLIPS = ClipGrids(activation=(1.0,), weight=(1.0, 0.9, 0.8))
+FAST_CLIPS = ClipGrids(activation=(1.0,), weight=(1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7))
 """What `effort="fast"` tries."""
 
 FOLDED: tuple[Kind, ...] = ("off", "equalize")

@@ -1,4 +1,4 @@
-"""SiteRounding of weights with error feedback: what rounding one channel does wrong, the channels after it make good.
+"""Rounding of weights with error feedback: what rounding one channel does wrong, the channels after it make good.
 
 The recursion is GPTQ's (Frantar et al., arXiv 2210.17323) on the second moment of the transformed, rounded inputs.
 The target is the least-squares answer to full-precision outputs, as in GPTAQ (Li et al., arXiv 2504.02692).
@@ -29,12 +29,19 @@ class FeedbackOptions:
             0..1. The difference that rounding this site's own inputs makes is always made good.
         activation_margin: takes the place of that of the clips, since the target makes good what clipping shrinks.
         ordered: channels with the largest second moment first: whole groups, and the channels in each.
+        signed: symmetric scales of fewer than 8 bits are negative where the largest magnitude of a group is positive,
+            so that it lies where the grid has one step more. With 8 bits that gains nothing.
     """
 
     damping: float = 0.01
     asymmetry: float = 1.0
     activation_margin: float = 0.02
     ordered: bool = True
+    signed: bool = True
+
+    def turns(self, spec: WeightSpec) -> bool:
+        """Whether scales of that grid may be negative."""
+        return self.signed and spec.symmetric and spec.bits < 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,17 +113,19 @@ def round_with_feedback(
     order = _order(hessian.diagonal(), width, ordered=options.ordered)
     factor = _inverse_factor(hessian[order][:, order], options.damping)
     back = torch.argsort(order)
-    group_order = order[::width] // width
+    group_order, signed = order[::width] // width, options.turns(spec)
     pieces = []
     for rows in target.float().split(ROWS_AT_ONCE):
         if width <= BLOCK:
-            codes, scale, zero, ratio = _round_groups(rows[:, order], factor, spec, width, clips, scale_dtype)
+            codes, scale, zero, ratio = _round_groups(
+                rows[:, order], factor, spec, width, clips, scale_dtype, signed=signed
+            )
             place = torch.argsort(group_order)
             scale, ratio = scale[:, place], ratio[:, place]
             zero = None if zero is None else zero[:, place]
         else:
-            ratio = clip_by_moment(rows, spec, _grouped(hessian, width), scale_dtype, clips)
-            nearest = quantize_weight(rows, spec, clip=ratio, scale_dtype=scale_dtype)
+            ratio = clip_by_moment(rows, spec, _grouped(hessian, width), scale_dtype, clips, signed=signed)
+            nearest = quantize_weight(rows, spec, clip=ratio, scale_dtype=scale_dtype, signed=signed)
             scale, zero = nearest.scale, nearest.zero_point
             codes = _round_fixed(rows[:, order], factor, spec, scale[:, order // width], _pick(zero, order // width))
         pieces.append((codes[:, back], scale, zero, ratio))
@@ -126,13 +135,20 @@ def round_with_feedback(
 
 
 def clip_by_moment(
-    rows: Tensor, spec: WeightSpec, second_moment: Tensor, scale_dtype: torch.dtype, grid: tuple[float, ...]
+    rows: Tensor,
+    spec: WeightSpec,
+    second_moment: Tensor,
+    scale_dtype: torch.dtype,
+    grid: tuple[float, ...],
+    *,
+    signed: bool = False,
 ) -> Tensor:
     """Ratio [rows, groups] of least error `d G d^T` of plain rounding, with `second_moment` G [groups, n, n]."""
     best_error = torch.full((rows.shape[0], second_moment.shape[0]), float("inf"), device=rows.device)
     best = torch.ones_like(best_error)
     for ratio in grid:
-        rounded = dequantize_weight(quantize_weight(rows, spec, clip=ratio, scale_dtype=scale_dtype))
+        nearest = quantize_weight(rows, spec, clip=ratio, scale_dtype=scale_dtype, signed=signed)
+        rounded = dequantize_weight(nearest)
         change = split_groups(rows.float() - rounded, spec).transpose(0, 1)
         error = ((change @ second_moment) * change).sum(-1).T
         better = error < best_error
@@ -153,6 +169,8 @@ def _round_groups(
     width: int,
     clips: tuple[float, ...],
     scale_dtype: torch.dtype,
+    *,
+    signed: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Group after group, trying every clip: codes [rows, in], scales, zero points and clips [rows, groups]."""
     work, count = rows.T.contiguous(), rows.shape[0]
@@ -162,7 +180,7 @@ def _round_groups(
     for start in range(0, work.shape[0], width):
         stop = start + width
         part = work[start:stop]
-        tried = [quantize_weight(part.T, whole, clip=clip, scale_dtype=scale_dtype) for clip in clips]
+        tried = [quantize_weight(part.T, whole, clip=clip, scale_dtype=scale_dtype, signed=signed) for clip in clips]
         scale = torch.cat([t.scale.squeeze(1) for t in tried])
         zero = None if spec.symmetric else torch.cat([t.zero_point.squeeze(1) for t in tried])  # type: ignore[union-attr]
         found, errors = _feed_back(part.repeat(1, len(clips)), factor[start:stop, start:stop], spec.bits, scale, zero)
