@@ -25,7 +25,7 @@ FAST_CLIPS = ClipGrids(activation=(1.0,), weight=(1.0, 0.9, 0.8))
 FEEDBACK_CLIPS = tuple(1.0 - step / 40 for step in range(13))
 """Weight clips that are tried with error feedback, whatever the effort: there each costs little."""
 
-REFINING_SWEEPS = 3
+REFINING_SWEEPS = 2
 """Of scales and codes behind error feedback with `effort="balanced"`."""
 
 FOLDED: tuple[Kind, ...] = ("off", "equalize")

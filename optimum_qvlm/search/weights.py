@@ -33,7 +33,8 @@ class FeedbackOptions:
         ordered: channels with the largest second moment first: whole groups, and the channels in each.
         signed: symmetric scales of fewer than 8 bits are negative where the largest magnitude of a group is positive,
             so that it lies where the grid has one step more. With 8 bits that gains nothing.
-        sweeps: times that all scales and codes are decided again afterwards, each with all others known.
+        sweeps: times that all scales and codes of fewer than 8 bits are decided again afterwards, each with all others
+            known.
     """
 
     damping: float = 0.05
@@ -135,7 +136,7 @@ def round_with_feedback(
             scale, zero = nearest.scale, nearest.zero_point
             codes = _round_fixed(rows[:, order], factor, spec, scale[:, order // width], _pick(zero, order // width))
         found = QuantizedWeight(codes[:, back], scale, zero)
-        if options.sweeps > 0:
+        if options.sweeps > 0 and spec.bits < 8:
             found = refined(rows, moment, found, spec, sweeps=options.sweeps)
             ratio = ratio * (found.scale.float() / scale.float()).abs()
         pieces.append((found.codes, found.scale, zero, ratio))
@@ -205,7 +206,7 @@ def _round_groups(
     """Group after group, trying every clip: codes [rows, in], scales, zero points and clips [rows, groups]."""
     work, count = rows.T.contiguous(), rows.shape[0]
     whole = WeightSpec(bits=spec.bits, symmetric=spec.symmetric)
-    codes = torch.empty_like(work, dtype=torch.int8)
+    codes, grid = torch.empty_like(work, dtype=torch.int8), torch.tensor(clips, device=work.device)
     scales, zeros, ratios = [], [], []
     for start in range(0, work.shape[0], width):
         stop = start + width
@@ -219,7 +220,7 @@ def _round_groups(
         codes[start:stop] = found[:, chosen].to(torch.int8)
         work[stop:] -= factor[start:stop, stop:].T @ errors[:, chosen]
         scales.append(scale[chosen])
-        ratios.append(torch.tensor(clips, device=best.device)[best])
+        ratios.append(grid[best])
         if zero is not None:
             zeros.append(zero[chosen])
     return codes.T, torch.stack(scales, 1), torch.stack(zeros, 1) if zeros else None, torch.stack(ratios, 1)

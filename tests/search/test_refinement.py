@@ -170,3 +170,22 @@ def test_behind_error_feedback_every_row_gains_or_stays(group, symmetric, dtype)
     assert bool((after <= before * (1 + SUMMATION)).all())
     assert float(after.sum()) < 0.98 * float(before.sum())
     torch.testing.assert_close(changed, clips * (found.scale.float() / plain.scale.float()).abs())
+
+
+def test_eight_bits_are_not_refined():
+    """Nothing is left to gain there, and whole rows take long."""
+    target, hessian = normal(4, 64, seed=1), moment(64)
+
+    plain, found = (
+        round_with_feedback(
+            target,
+            hessian,
+            WeightSpec(bits=8),
+            scale_dtype=torch.float32,
+            clips=(1.0,),
+            options=FeedbackOptions(sweeps=sweeps),
+        )[0]
+        for sweeps in (0, 3)
+    )
+
+    assert torch.equal(found.codes, plain.codes) and torch.equal(found.scale, plain.scale)
