@@ -19,7 +19,7 @@ def refined(
 ) -> QuantizedWeight:
     """Codes and scales of less error `d H d^T` in every row, with `d` the rounded weight less the target, or `start`.
 
-    Zero points stay. Scales stay as they are stored: each is rounded to its dtype before it is judged.
+    Zero points and signs of scales stay. Each scale is rounded to the dtype in which it is stored before it is judged.
 
     Args:
         target: fp32 [out, in], what would be best without rounding.
@@ -87,7 +87,8 @@ class _Descent:
         toward, curve = (codes * self.slope[here]).sum(0), (codes * (own @ codes)).sum(0)
         wanted = (scale + toward / curve.clamp(min=1e-30)).to(self.stored).float()
         step = wanted - scale
-        gains = (step * (2 * toward - step * curve) > 0) & (wanted.abs() >= torch.finfo(self.stored).tiny)
+        usable = (wanted.abs() >= torch.finfo(self.stored).tiny) & (wanted * scale > 0)
+        gains = usable & (step * (2 * toward - step * curve) > 0)
         self.scale[group] = torch.where(gains, wanted, scale)
         return codes * torch.where(gains, step, 0.0)
 

@@ -76,7 +76,7 @@ def test_the_form_stays_that_of_the_grid(spec):
 
     assert found.codes.dtype == torch.int8 and found.codes.shape == start.codes.shape
     assert int(found.codes.min()) >= -(2 ** (spec.bits - 1)) and int(found.codes.max()) <= 2 ** (spec.bits - 1) - 1
-    assert found.scale.shape == start.scale.shape and bool((found.scale != 0).all())
+    assert found.scale.shape == start.scale.shape and torch.equal(found.scale.sign(), start.scale.sign())
     if spec.symmetric:
         assert found.zero_point is None
     else:
