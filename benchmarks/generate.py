@@ -5,11 +5,14 @@ and medians of the ratios within a round.
 """
 
 import argparse
+import ctypes
 import json
+import math
+import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +22,28 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, StaticCache
 
 from optimum_qvlm import QVLMConfig
+from optimum_qvlm.hf.checkpoint import packed_bytes, quantized_modules
+from optimum_qvlm.modules.qlinear import QuantLinear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STATUS, CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(slots=True, kw_only=True)
 class Speed:
-    """One variant: medians, and the memory of its tensors."""
+    """One variant after one length of prompt: medians, and memory in MB.
+
+    `megabytes` are its tensors as they lie in memory, `checkpoint_megabytes` those that a save writes,
+    `peak_megabytes` its tensors and the most that a round needed beside them.
+    """
 
     variant: str
+    prompt: int
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
     megabytes: float
+    checkpoint_megabytes: float
+    peak_megabytes: float
     decode_ratio: dict[str, float]
     prefill_ratio: dict[str, float]
 
@@ -45,7 +58,8 @@ def main() -> None:
     parser.add_argument("--baselines", nargs="*", default=["fp32", "bf16"], choices=DTYPES)
     parser.add_argument("--dtype", default="fp32", choices=DTYPES, help="dtype of what is not quantized")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
+    parser.add_argument("--prompt", type=int, nargs="+", default=[64], help="tokens of the prompt, one table for each")
+    parser.add_argument("--batch", type=int, default=1, help="identical prompts at once; speeds are those of all")
     parser.add_argument("--image", action="store_true", help="an image before the prompt")
     parser.add_argument("--tokens", type=int, default=16, help="tokens decoded per round")
     parser.add_argument("--rounds", type=int, default=7)
@@ -57,19 +71,32 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    found = measure(build_all(arguments), arguments)
-    print(f"{'variant':12} {'prefill tok/s':>14} {'decode tok/s':>13} {'MB':>8}  decode against, prefill against")
-    for speed in found:
-        against = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in speed.decode_ratio.items())
-        prefill = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in speed.prefill_ratio.items())
-        print(
-            f"{speed.variant:12} {speed.prefill_tokens_per_second:14.1f} {speed.decode_tokens_per_second:13.2f} "
-            f"{speed.megabytes:8.1f}  {against}; {prefill}"
-        )
+    variants = build_all(arguments)
+    found = []
+    for prompt in arguments.prompt:
+        speeds = measure(variants, prompt, arguments)
+        print_table(speeds)
+        found += speeds
     if arguments.json is not None:
         settings = {name: str(value) for name, value in vars(arguments).items()}
         content = {"settings": settings, "torch": torch.__version__, "speeds": [asdict(speed) for speed in found]}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def print_table(speeds: list[Speed]) -> None:
+    """One line per variant."""
+    memory = f"{'MB':>8} {'saved MB':>9} {'peak MB':>8}"
+    heading = f"{'variant':12} {'prompt':>6} {'prefill tok/s':>14} {'decode tok/s':>13} {memory}"
+    print(f"{heading}  decode against, prefill against")
+    for speed in speeds:
+        against = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in speed.decode_ratio.items())
+        prefill = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in speed.prefill_ratio.items())
+        print(
+            f"{speed.variant:12} {speed.prompt:6} {speed.prefill_tokens_per_second:14.1f} "
+            f"{speed.decode_tokens_per_second:13.2f} {speed.megabytes:8.1f} {speed.checkpoint_megabytes:9.1f} "
+            f"{speed.peak_megabytes:8.1f}  {against}; {prefill}",
+            flush=True,
+        )
 
 
 def build_all(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -97,24 +124,30 @@ def loaded_variant(arguments: argparse.Namespace, scheme: str | None, dtype: tor
     return auto.from_pretrained(arguments.model, **options).eval()
 
 
-def measure(variants: dict[str, Any], arguments: argparse.Namespace) -> list[Speed]:
+def measure(variants: dict[str, Any], prompt: int, arguments: argparse.Namespace) -> list[Speed]:
     """Rounds in which the variants take turns; the first round warms up and is not counted."""
     steps = {name: decoder(model, arguments) for name, model in variants.items()}
+    inputs = {name: prompt_of(model, prompt, arguments) for name, model in variants.items()}
     prefill: dict[str, list[float]] = {name: [] for name in variants}
     decode: dict[str, list[float]] = {name: [] for name in variants}
+    working: dict[str, float] = dict.fromkeys(variants, math.nan)
     for number in range(arguments.rounds + 1):
         for name, model in variants.items():
-            first, rest = one_round(model, steps[name], arguments)
+            before = start_of_peak(arguments)
+            first, rest = one_round(model, steps[name], inputs[name], arguments)
             if number > 0:
                 prefill[name].append(first)
                 decode[name].append(rest)
+                working[name] = max(peak(arguments) - before, working[name])
     return [
         Speed(
             variant=name,
-            prefill_tokens_per_second=prompt_of(model, arguments)["input_ids"].shape[1]
-            / statistics.median(prefill[name]),
-            decode_tokens_per_second=arguments.tokens / statistics.median(decode[name]),
-            megabytes=tensor_bytes(model) / 1e6,
+            prompt=inputs[name]["input_ids"].shape[1],
+            prefill_tokens_per_second=inputs[name]["input_ids"].numel() / statistics.median(prefill[name]),
+            decode_tokens_per_second=arguments.batch * arguments.tokens / statistics.median(decode[name]),
+            megabytes=packed_bytes(model) / 1e6,
+            checkpoint_megabytes=checkpoint_bytes(model) / 1e6,
+            peak_megabytes=(packed_bytes(model) + working[name]) / 1e6,
             decode_ratio={base: ratio(decode[base], decode[name]) for base in arguments.baselines},
             prefill_ratio={base: ratio(prefill[base], prefill[name]) for base in arguments.baselines},
         )
@@ -127,10 +160,11 @@ def ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
-def one_round(model: Any, step: Callable[..., Tensor], arguments: argparse.Namespace) -> tuple[float, float]:
+def one_round(
+    model: Any, step: Callable[..., Tensor], inputs: dict[str, Tensor], arguments: argparse.Namespace
+) -> tuple[float, float]:
     """Seconds of the prefill, and of all decoding steps."""
-    inputs = prompt_of(model, arguments)
-    length = inputs["input_ids"].shape[1]
+    batch, length = inputs["input_ids"].shape
     cache = None
     if arguments.static_cache:
         cache = StaticCache(config=model.config.get_text_config(), max_cache_len=length + arguments.tokens)
@@ -141,13 +175,13 @@ def one_round(model: Any, step: Callable[..., Tensor], arguments: argparse.Names
         prefilled = now(arguments)
         cache = output.past_key_values
         for position in range(length, length + arguments.tokens):
-            token = step(token, cache, torch.tensor([[position]], device=arguments.device))
+            token = step(token, cache, torch.full((batch, 1), position, device=arguments.device))
         decoded = now(arguments)
     return prefilled - started, decoded - prefilled
 
 
 def decoder(model: Any, arguments: argparse.Namespace) -> Callable[..., Tensor]:
-    """One greedy step: token [1, 1], cache, position [1, 1] -> token."""
+    """One greedy step: token [batch, 1], cache, position [batch, 1] -> token."""
 
     def step(token: Tensor, cache: Any, position: Tensor) -> Tensor:
         output = model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
@@ -157,24 +191,53 @@ def decoder(model: Any, arguments: argparse.Namespace) -> Callable[..., Tensor]:
     return torch.compile(step, mode="reduce-overhead", fullgraph=True) if arguments.compile else step
 
 
-def prompt_of(model: Any, arguments: argparse.Namespace) -> dict[str, Tensor]:
+def prompt_of(model: Any, tokens: int, arguments: argparse.Namespace) -> dict[str, Tensor]:
     """Seeded tokens, after an image where one is asked for."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(10, 1000, (1, arguments.prompt), generator=generator)
+    ids = torch.randint(10, 1000, (1, tokens), generator=generator)
     inputs = {}
     if arguments.image:
         vision = model.config.vision_config
         count = (vision.image_size // vision.patch_size) ** 2
         ids = torch.cat([torch.full((1, count), model.config.image_token_id), ids], dim=1)
         pixels = torch.randn(1, 3, vision.image_size, vision.image_size, generator=generator)
-        inputs["pixel_values"] = pixels.to(arguments.device, model.dtype)
-    return {"input_ids": ids.to(arguments.device), **inputs}
+        inputs["pixel_values"] = pixels.to(arguments.device, model.dtype).repeat(arguments.batch, 1, 1, 1)
+    return {"input_ids": ids.to(arguments.device).repeat(arguments.batch, 1), **inputs}
 
 
-def tensor_bytes(model: Any) -> int:
-    """Bytes of all tensors of a model, shared ones once."""
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return sum(tensor.nbytes for tensor in tensors.values())
+def checkpoint_bytes(model: Any) -> int:
+    """Bytes of all tensors of a model in the form of the checkpoint."""
+    total = packed_bytes(model)
+    for module in quantized_modules(model).values():
+        held = (module.weight_packed, module.weight_scale, module.weight_zero_point)
+        dtype, bare = module.weight_scale.dtype, replace(module.format, activation=None, equalized=False)
+        saved = QuantLinear(module.in_features, module.out_features, bare, bias=False, scale_dtype=dtype, device="meta")
+        total += packed_bytes(saved) - sum(tensor.nbytes for tensor in held if tensor is not None)
+    return total
+
+
+def start_of_peak(arguments: argparse.Namespace) -> float:
+    """Bytes in use now, from where `peak` counts anew."""
+    if arguments.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier rounds freed would be used again without being counted
+        CLEAR_PEAK.write_text("5")
+    except (AttributeError, OSError, TypeError):  # not Linux with glibc, or not allowed
+        return math.nan
+    return resident("VmRSS")
+
+
+def peak(arguments: argparse.Namespace) -> float:
+    """The most bytes in use since `start_of_peak`: tensors on a CUDA device, pages of the process otherwise."""
+    return torch.cuda.max_memory_allocated() if arguments.device.startswith("cuda") else resident("VmHWM")
+
+
+def resident(kind: str) -> float:
+    """A figure of this process in bytes; NaN where the system does not give it."""
+    found = re.search(rf"{kind}:\s+(\d+)", STATUS.read_text()) if STATUS.exists() else None
+    return math.nan if found is None else 1024.0 * int(found[1])
 
 
 def now(arguments: argparse.Namespace) -> float:

@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--device", default="cpu", help="where AutoRound and HQQ work; the rest choose it themselves")
     arguments = parser.parse_args()
     text = load_file(arguments.text)
     package, run = PEERS[arguments.peer]
@@ -114,7 +115,7 @@ def with_autoround(model: Any, arguments: argparse.Namespace, calibration: torch
         dataset=DataLoader(rows, batch_size=1),
         nsamples=len(calibration),
         seqlen=calibration.shape[1],
-        device_map="cpu",
+        device_map=arguments.device,
         **settings,
     )
     quantized, _ = rounder.quantize()
@@ -132,10 +133,10 @@ def with_hqq(model: Any, arguments: argparse.Namespace, calibration: torch.Tenso
                 nbits=arguments.bits,
                 group_size=arguments.group,
                 axis=1,
-                device="cpu",
+                device=arguments.device,
                 compute_dtype=torch.float32,
             )
-            module.weight.data = Quantizer.dequantize(packed, meta).reshape(module.weight.shape).float()
+            module.weight.data = Quantizer.dequantize(packed, meta).reshape(module.weight.shape).float().cpu()
     return model
 
 
@@ -153,7 +154,7 @@ def perplexity(model: Any, chunks: torch.Tensor) -> float:
     """Over all tokens but the first of each chunk, in fp32."""
     model = model.float().eval()
     losses = []
-    for ids in chunks.split(1):
+    for ids in chunks.to(next(model.parameters()).device).split(1):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         losses.append(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
     return math.exp(float(torch.stack(losses).mean()))
@@ -167,7 +168,9 @@ def unchanged_linears(model: Any, checkpoint: Path) -> int:
     for name, module in full.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             x = torch.randn(4, module.in_features, generator=torch.Generator().manual_seed(0))
-            found += int(torch.allclose(model.get_submodule(name)(x), module(x), rtol=1e-3))
+            other = model.get_submodule(name)
+            product = other(x.to(other.weight.device)).cpu() if hasattr(other, "weight") else other(x)
+            found += int(torch.allclose(product, module(x), rtol=1e-3))
     return found
 
 

@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0, help="of the chunks")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="where the work is done")
     parser.add_argument("--environment", type=Path, default=Path(".venv-peers"))
     parser.add_argument("--json", type=Path, help="file for the results")
     arguments = parser.parse_args()
@@ -70,7 +71,7 @@ def rows(arguments: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, di
     """Full precision, ours, then the peers, each as soon as it is known."""
     folder = smollm2.write_checkpoint(scratch / "model")
     text = smollm2.read_text(folder, seed=arguments.seed)
-    full = AutoModelForCausalLM.from_pretrained(folder)
+    full = AutoModelForCausalLM.from_pretrained(folder, device_map=arguments.device)
     yield "full", {"perplexity": smollm2.perplexity(answer_logits(full, text.held_out), text.held_out)}
     del full
     for name in arguments.ours:
@@ -97,7 +98,8 @@ def own_result(
         **settings,
     )
     started, processor = time.perf_counter(), time.process_time()
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config).eval()
+    options = {"quantization_config": config, "device_map": arguments.device}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     return {
         "seconds": time.perf_counter() - started,
         "processor_seconds": time.process_time() - processor,
@@ -123,7 +125,8 @@ def peer_result(python: Path, name: str, folder: Path, text: Path, arguments: ar
     Raises:
         SystemExit: the peer failed, with the end of what it printed, or left linears as they were.
     """
-    command = [python, "-P", RUNNER, name, folder, text, "--bits", str(arguments.bits), "--group", str(arguments.group)]
+    command = [python, "-P", RUNNER, name, folder, text, "--device", arguments.device]
+    command += ["--bits", str(arguments.bits), "--group", str(arguments.group)]
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "PYTHONPATH": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:

@@ -23,7 +23,7 @@ from optimum_qvlm.kernels.weights import (
 
 _PACKAGE = "optimum_qvlm.kernels."
 
-BACKENDS = {"cpu": ("cpu_rows", "cpu_table"), "cuda": ("triton_linear",)}
+BACKENDS = {"cpu": ("cpu_rows", "cpu_int4", "cpu_table"), "cuda": ("triton_linear",)}
 """Modules that may hold weights on a device type, best first. The definition runs where none accepts a weight.
 
 Each has `LAYOUT`, its name, and

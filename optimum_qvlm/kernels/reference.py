@@ -121,7 +121,8 @@ def _round(x: Tensor, bits: int, group: int | None, clip: float) -> tuple[Tensor
     grouped = _split(x, group).float()
     qmax = 2 ** (bits - 1) - 1
     peak = torch.maximum(grouped.amax(-1, keepdim=True), -grouped.amin(-1, keepdim=True))  # no copy, and vectorised
-    scale = peak * clip / qmax
+    # A number that divides is multiplied by its rounded inverse on GPUs; a tensor divides the same way everywhere.
+    scale = peak * clip / peak.new_full((), float(qmax))
     scale = torch.where(scale > 0, scale, 1.0)  # zeros, and peaks so small that their scale underflows
     return (grouped / scale).round_().clamp_(-qmax, qmax), scale
 

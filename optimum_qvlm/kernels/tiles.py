@@ -1,6 +1,15 @@
-"""Launch shapes of the Triton kernels: one static table per kernel, by architecture and number of tokens."""
+"""Launch shapes of the Triton kernels, from the table `tiles.json`; nothing is tuned at run time.
 
+`python benchmarks/launch_table.py` measures candidates on the device that is there and writes its lines anew. A device
+whose architecture has no lines takes those of the newest older one.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import resources
+from typing import Any
 
 import torch
 
@@ -13,23 +22,20 @@ DECODE_TOKENS = 32
 DENSE_TOKENS = 512
 """From how many tokens an unrounded activation is multiplied with the dequantized weight by the vendor's library."""
 
-
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148}
 """Of the largest device of an architecture."""
 
-ROOMY = (90, 100)
-"""Architectures with 227 KiB of shared memory for a program."""
+MANY = {"decode": 64, "prefill": 12288, "bytes": 98304}
+"""Per multiprocessor, the size from which a product is large: weight rows in decoding, else elements of the result."""
 
-DECODE_BUCKETS = (8, 16, 32)
-"""Tokens of a program of `triton_decode`; more take several programs."""
+TABLE = "tiles.json"
 
-DECODE_ROWS = {8: (16, 32), 16: (16, 32), 32: (16, 16)}
-"""Weight rows of a program by bucket: where a weight has few rows, and where it has many."""
+Entry = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeTile:
-    """Tokens and weight rows of a program, blocks of 128 channels per step (one per warp), loads in flight."""
+    """Tokens and weight rows of a program, blocks of 128 channels per step (shared by its warps), loads in flight."""
 
     tokens: int
     rows: int
@@ -71,27 +77,37 @@ def speaks_ptx(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
+def size_class(kernel: str, architecture: int, size: int) -> str:
+    """ "few" or "many": whether `size`, see `MANY`, keeps all multiprocessors of a device busy with large tiles."""
+    return "many" if size >= MANY[kernel] * MULTIPROCESSORS.get(architecture, 108) else "few"
+
+
+@functools.lru_cache(maxsize=1024)
 def decode_tile(architecture: int, bits: int, tokens: int, rows: int) -> DecodeTile:
-    """The tile of `triton_decode`: fewer rows where the weight would not give every multiprocessor two programs."""
-    bucket = next(count for count in DECODE_BUCKETS if tokens <= count or count == DECODE_BUCKETS[-1])
-    few_rows, many_rows = DECODE_ROWS[bucket]
-    programs = 2 * MULTIPROCESSORS.get(architecture, 108)
-    height = many_rows if rows >= programs * many_rows else few_rows
-    return DecodeTile(tokens=bucket, rows=height, slices=4, warps=4, stages=2 if bits > 4 and bucket > 16 else 3)
+    """The tile of `triton_decode`; more tokens than the largest takes are shared among programs."""
+    wanted = {"bits": bits, "size": size_class("decode", architecture, rows)}
+    return DecodeTile(**_shape(_entry("decode", architecture, min(tokens, DECODE_TOKENS), wanted)))
 
 
-def prefill_tile(architecture: int, operand_bits: int, weight_bits: int, group: int | None, tokens: int) -> PrefillTile:
+@functools.lru_cache(maxsize=1024)
+def prefill_tile(
+    architecture: int, operand_bits: int, weight_bits: int, group: int | None, tokens: int, rows: int
+) -> PrefillTile:
     """The tile of `triton_prefill` for operands of 8, 16 or 32 bits; small groups need room for more sums."""
-    if operand_bits == 32:
-        return PrefillTile(tokens=16, rows=64, warps=4, stages=2)
-    if tokens <= 16:
-        return PrefillTile(tokens=16, rows=64, warps=4, stages=4)
-    if tokens <= 32:
-        return PrefillTile(tokens=32, rows=64, warps=4, stages=4)
-    if tokens <= 64 or (group is not None and group < 128):
-        return PrefillTile(tokens=64, rows=128, warps=8, stages=3)
-    wide = architecture in ROOMY and operand_bits == weight_bits == 8 and tokens >= 1024
-    return PrefillTile(tokens=256 if wide else 128, rows=128, warps=8, stages=3)
+    wanted = {
+        "operand": operand_bits,
+        "bits": weight_bits,
+        "sums": "one" if group is None or group >= 128 else "several",
+        "size": size_class("prefill", architecture, rows * tokens),
+    }
+    return PrefillTile(**_shape(_entry("prefill", architecture, tokens, wanted)))
+
+
+@functools.lru_cache(maxsize=1024)
+def bytes_tile(architecture: int, tokens: int, rows: int) -> PrefillTile:
+    """The tile of `triton_bytes`."""
+    wanted = {"size": size_class("bytes", architecture, rows * tokens)}
+    return PrefillTile(**_shape(_entry("bytes", architecture, tokens, wanted)))
 
 
 def quantize_tile(width: int, group: int | None, rotation: int | None, *, whole: bool) -> QuantizeTile:
@@ -103,6 +119,34 @@ def quantize_tile(width: int, group: int | None, rotation: int | None, *, whole:
     most = max(least, group or 1, 4096 if whole and rotation is None else 2048)
     chunk = min(most, max(least, group or 1, _power_of_two(width)))
     return QuantizeTile(span=chunk, chunk=chunk, warps=4 if chunk < 2048 else 8)
+
+
+@functools.cache
+def table() -> tuple[Entry, ...]:
+    """Lines of the table in its order.
+
+    Each holds `kernel`, `architecture`, what it is for (`bits` of the weight, `operand` bits, `sums` per block of 128
+    channels, `size` of the product, tokens `up_to`; "any" fits all) and the shape of the launch.
+    """
+    return tuple(json.loads(resources.files(__package__).joinpath(TABLE).read_text()))
+
+
+def _entry(kernel: str, architecture: int, tokens: int, wanted: Mapping[str, Any]) -> Entry:
+    """The first line that fits, of the newest architecture that is not newer."""
+    known = {line["architecture"] for line in table() if line["kernel"] == kernel}
+    mine = max((number for number in known if number <= architecture), default=min(known))
+    for line in table():
+        if line["kernel"] != kernel or line["architecture"] != mine:
+            continue
+        fits = all(line.get(name, "any") in (value, "any") for name, value in wanted.items())
+        if fits and (line.get("up_to", "any") == "any" or tokens <= line["up_to"]):
+            return line
+    raise LookupError(f"{TABLE} has no line for {kernel} on {architecture} with {dict(wanted)} and {tokens} tokens")
+
+
+def _shape(line: Entry) -> dict[str, int]:
+    """What a launch takes of a line."""
+    return {name: line[name] for name in ("tokens", "rows", "slices", "warps", "stages") if name in line}
 
 
 def _power_of_two(count: int) -> int:

@@ -20,38 +20,49 @@ def decode_kernel(
     x, codes, scale, zero, bias, y,
     tokens, rows, token_stride,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
-    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
+    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr, FULL: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y [tokens, rows] = x W^T + bias. GROUP 0 is the whole row; one step takes SLICES blocks of 128 channels."""
+    """y [tokens, rows] = x W^T + bias. GROUP 0 is the whole row; one step takes SLICES blocks of 128 channels.
+
+    FULL says that every program has all its tokens.
+    """
     ROW_BYTES: tl.constexpr = WIDTH * BITS // 8
     HALF: tl.constexpr = 32 if BITS == 6 else 64
     PART: tl.constexpr = GROUP if GROUP > 0 and GROUP < HALF else HALF
     BLOCKS: tl.constexpr = WIDTH // 128
     DTYPE: tl.constexpr = x.dtype.element_ty
+    FOLD: tl.constexpr = 4 if BITS == 6 else 1
 
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     safe_row = tl.minimum(row, rows - 1)
     token = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    here = (token < tokens)[None, None, :]
+    MASKED: tl.constexpr = not FULL or CHANNELS % (128 * SLICES) != 0
     # Rows times channels pass 2**31 in large vocabularies, tokens times channels in long batches.
     w_row = codes + safe_row.to(tl.int64)[None, :, None] * ROW_BYTES
-    x_token = x + tl.minimum(token, tokens - 1).to(tl.int64)[None, None, :] * token_stride
+    x_token = x + token.to(tl.int64)[None, None, :] * token_stride
     slice_ = tl.arange(0, SLICES)
     offset = tl.arange(0, PART)
 
     sums = tl.zeros((SLICES, BLOCK_ROWS, BLOCK_TOKENS), tl.float32)
     x_sums = tl.zeros((SLICES, BLOCK_TOKENS), tl.float32)
+    if GROUP >= 128:
+        # Scales are too narrow for asynchronous copies, so they are asked for one step before they are wanted.
+        factor, shift = _factors(scale, zero, slice_, safe_row, rows, BLOCKS, GROUP, HAS_ZERO)
     for step in tl.range(0, (BLOCKS + SLICES - 1) // SLICES, num_stages=STAGES):
         block = step * SLICES + slice_
         stored = block if BLOCKS % SLICES == 0 else tl.minimum(block, BLOCKS - 1)
+        if GROUP >= 128:
+            next_factor, next_shift = _factors(scale, zero, block + SLICES, safe_row, rows, BLOCKS, GROUP, HAS_ZERO)
         for part in tl.static_range(0, 64 // PART):
             channel = (block[:, None] * 128 + part * PART + offset[None, :])[:, :, None]
-            if CHANNELS % (128 * SLICES) == 0:
+            if MASKED:
+                x_first = tl.load(x_token + channel, mask=here & (channel < CHANNELS), other=0.0)
+                x_second = tl.load(x_token + channel + 64, mask=here & (channel + 64 < CHANNELS), other=0.0)
+            else:
                 x_first = tl.load(x_token + channel)
                 x_second = tl.load(x_token + channel + 64)
-            else:
-                x_first = tl.load(x_token + channel, mask=channel < CHANNELS, other=0.0)
-                x_second = tl.load(x_token + channel + 64, mask=channel + 64 < CHANNELS, other=0.0)
             w_first, w_second = load_weight(
                 w_row, stored[:, None, None], offset[None, None, :], part * PART, WIDTH, BITS, DTYPE, ASM
             )
@@ -60,26 +71,27 @@ def decode_kernel(
                 sums = tl.dot(w_second, x_second, sums, input_precision="ieee")
                 if HAS_ZERO:
                     x_sums += tl.sum(x_first.to(tl.float32), axis=1) + tl.sum(x_second.to(tl.float32), axis=1)
-            else:
+            elif GROUP >= 128:
                 product = tl.dot(w_first, x_first, input_precision="ieee")
-                first_group = (stored * 128 + part * PART) // GROUP
-                second_group = (stored * 128 + 64 + part * PART) // GROUP
-                if GROUP >= 128:
-                    product = tl.dot(w_second, x_second, product, input_precision="ieee")
-                else:
-                    other = tl.dot(w_second, x_second, input_precision="ieee")
-                    sums += _scaled(
-                        other, x_second, scale, zero, second_group, safe_row, rows, 4 if BITS == 6 else 1, HAS_ZERO
-                    )
-                if HAS_ZERO and GROUP >= 128:
+                product = tl.dot(w_second, x_second, product, input_precision="ieee")
+                if HAS_ZERO:
                     x_first = x_first.to(tl.float32) + x_second.to(tl.float32)
-                sums += _scaled(
-                    product, x_first, scale, zero, first_group, safe_row, rows, 4 if BITS == 6 else 1, HAS_ZERO
-                )
+                sums += _scaled(product, x_first, factor, shift, FOLD, HAS_ZERO)
+            else:
+                group = (stored * 128 + part * PART) // GROUP
+                factor, shift = _group_factors(scale, zero, group, safe_row, rows, HAS_ZERO)
+                group = (stored * 128 + 64 + part * PART) // GROUP
+                other_factor, other_shift = _group_factors(scale, zero, group, safe_row, rows, HAS_ZERO)
+                product = tl.dot(w_first, x_first, input_precision="ieee")
+                sums += _scaled(product, x_first, factor, shift, FOLD, HAS_ZERO)
+                product = tl.dot(w_second, x_second, input_precision="ieee")
+                sums += _scaled(product, x_second, other_factor, other_shift, FOLD, HAS_ZERO)
+        if GROUP >= 128:
+            factor, shift = next_factor, next_shift
     total = tl.sum(sums, axis=0)
     if GROUP == 0:
         if HAS_ZERO:
-            shift = tl.load(zero + safe_row).to(tl.float32)[:, None] * (4 if BITS == 6 else 1)
+            shift = tl.load(zero + safe_row).to(tl.float32)[:, None] * FOLD
             total -= shift * tl.sum(x_sums, axis=0)[None, :]
         total *= tl.load(scale + safe_row).to(tl.float32)[:, None]
     if BITS == 6:
@@ -91,13 +103,32 @@ def decode_kernel(
 
 
 @triton.jit
-def _scaled(product, x, scale, zero, group, row, rows, FOLD: tl.constexpr, HAS_ZERO: tl.constexpr):
-    """Partial sums [slices, rows, tokens] of one group in units of the weight; FOLD times the codes went in."""
+def _factors(
+    scale, zero, block, row, rows, BLOCKS: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr
+):  # fmt: skip
+    """Scales and zero points [slices, rows] of whole blocks; those past the last are the last's."""
+    group = tl.minimum(block, BLOCKS - 1) * 128 // GROUP
+    return _group_factors(scale, zero, group, row, rows, HAS_ZERO)
+
+
+@triton.jit
+def _group_factors(scale, zero, group, row, rows, HAS_ZERO: tl.constexpr):
+    """Scales and zero points [slices, rows] of one group per slice, as stored; without zero points scales twice."""
     place = group[:, None] * rows + row[None, :]
+    factor = tl.load(scale + place)
     if HAS_ZERO:
-        shift = tl.load(zero + place).to(tl.float32) * FOLD
-        product -= shift[:, :, None] * tl.sum(x.to(tl.float32), axis=1)[:, None, :]
-    return product * tl.load(scale + place).to(tl.float32)[:, :, None]
+        shift = tl.load(zero + place)
+    else:
+        shift = factor
+    return factor, shift
+
+
+@triton.jit
+def _scaled(product, x, factor, shift, FOLD: tl.constexpr, HAS_ZERO: tl.constexpr):
+    """Partial sums [slices, rows, tokens] of one group in units of the weight; FOLD times the codes went in."""
+    if HAS_ZERO:
+        product -= (shift.to(tl.float32) * FOLD)[:, :, None] * tl.sum(x.to(tl.float32), axis=1)[:, None, :]
+    return product * factor.to(tl.float32)[:, :, None]
 
 
 def linear_decode(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
@@ -132,6 +163,7 @@ def linear_decode(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
             HAS_ZERO=weight.zero_point is not None,
             HAS_BIAS=bias is not None,
             ASM=tiles.speaks_ptx(x.device),
+            FULL=tokens % tile.tokens == 0,
             BLOCK_TOKENS=tile.tokens,
             BLOCK_ROWS=tile.rows,
             SLICES=tile.slices,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from optimum_qvlm.kernels import reference, tiles
+from optimum_qvlm.kernels import reference, tiles, triton_bytes
 from optimum_qvlm.kernels.checks import FULL_BITS
 from optimum_qvlm.kernels.triton_decode import linear_decode
 from optimum_qvlm.kernels.triton_dequantize import dequantize
@@ -58,7 +58,8 @@ def _product(x: Tensor, weight: PackedWeight, bias: Tensor | None, rounding: Rou
         if weight.group is None:
             rounding = dataclasses.replace(rounding, group=None)
         codes, scale = quantize_padded(x, rounding, weight.width)
-        return linear_prefill(codes, scale, weight, bias, x.dtype)
+        product = triton_bytes.linear_bytes if triton_bytes.takes(codes, weight) else linear_prefill
+        return product(codes, scale, weight, bias, x.dtype)
     transformed = transform(x, rounding)
     if x.shape[0] <= tiles.DECODE_TOKENS:
         return linear_decode(transformed, weight, bias)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from optimum_qvlm.kernels import tiles
 from optimum_qvlm.kernels.triton_layout import PackedWeight
-from optimum_qvlm.kernels.triton_unpack import load_weight
+from optimum_qvlm.kernels.triton_unpack import load_bytes, load_weight
 
 LEAST_GROUP = 32
 """Integer dot products take at least 32 channels; with smaller groups the codes are multiplied as floats, exactly."""
@@ -35,15 +35,16 @@ def prefill_kernel(
 ):  # fmt: skip
     """y [tokens, rows] = (x times its scales) W^T + bias, with operands of DTYPE.
 
-    GROUP 0 is the whole row. X_GROUPS counts the scales of a token; 1 is applied at the end, 0 is one for all tokens,
-    -1 is none. STRIP programs of neighbouring rows share their tokens in cache.
+    GROUP 0 is the whole row, which eight bits always have. X_GROUPS counts the scales of a token; 1 is applied at the
+    end, 0 is one for all tokens, -1 is none. STRIP programs of neighbouring rows share their tokens in cache.
     """
-    HALF: tl.constexpr = 32 if BITS == 6 else 64
+    SPAN: tl.constexpr = 128 if BITS == 8 else 64
+    HALF: tl.constexpr = 32 if BITS == 6 else SPAN
     PART: tl.constexpr = GROUP if GROUP > 0 and GROUP < HALF else HALF
     INTEGER: tl.constexpr = DTYPE == tl.int8
     SUM: tl.constexpr = tl.int32 if INTEGER else tl.float32
     FOLD: tl.constexpr = (16 if INTEGER else 1) if BITS == 4 else 4 if BITS == 6 else 1
-    row_block, token_block = _place(rows, tokens, BLOCK_ROWS, BLOCK_TOKENS, STRIP)
+    row_block, token_block = place(rows, tokens, BLOCK_ROWS, BLOCK_TOKENS, STRIP)
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     token = token_block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     safe_row = tl.minimum(row, rows - 1)
@@ -57,54 +58,65 @@ def prefill_kernel(
     sums = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS), tl.float32)
     whole = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS), SUM)
     whole_x = tl.zeros((BLOCK_TOKENS,), SUM)
+    # Where conversions are dear, sums of a group start at the bits of 1.5 * 2**23: those of that float plus the sum.
+    empty = tl.full((BLOCK_ROWS, BLOCK_TOKENS), 0x4B400000 if FLOAT_TRICK else 0, SUM)
+    if GROUP >= 128:
+        # Scales are too narrow for asynchronous copies, so they are asked for one block before they are wanted.
+        factor, shift, x_factor = _factors(scale, zero, x_scale_token, 0, safe_row, rows, X_GROUPS, HAS_ZERO)
     for block in tl.range(0, WIDTH // 128, num_stages=STAGES):
-        product = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS), SUM)
-        product_x = tl.zeros((BLOCK_TOKENS,), SUM)
-        for part in tl.static_range(0, 64 // PART):
-            channel = (block * 128 + part * PART + offset)[:, None]
-            if CHANNELS % 128 == 0:
-                first = tl.load(x_token + channel).to(DTYPE)
-                second = tl.load(x_token + channel + 64).to(DTYPE)
-            else:
-                first = tl.load(x_token + channel, mask=channel < CHANNELS, other=0).to(DTYPE)
-                second = tl.load(x_token + channel + 64, mask=channel + 64 < CHANNELS, other=0).to(DTYPE)
-            w_first, w_second = load_weight(w_row, block, offset[None, :], part * PART, WIDTH, BITS, DTYPE, ASM)
-            if GROUP == 0:
-                whole = _dot(w_second, second, _dot(w_first, first, whole, INTEGER), INTEGER)
-                if HAS_ZERO:
-                    whole_x += tl.sum(first.to(SUM), axis=0) + tl.sum(second.to(SUM), axis=0)
-            elif GROUP >= 128:
-                product = _dot(w_second, second, _dot(w_first, first, product, INTEGER), INTEGER)
-                if HAS_ZERO:
-                    product_x += tl.sum(first.to(SUM), axis=0) + tl.sum(second.to(SUM), axis=0)
-            else:
-                empty = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS), SUM)
-                group = (block * 128 + part * PART) // GROUP
-                product = _dot(w_first, first, empty, INTEGER)
-                if HAS_ZERO:
-                    product_x = tl.sum(first.to(SUM), axis=0)
-                sums += _rescaled(
-                    product, product_x, scale, zero, x_scale_token, group, safe_row, rows,
-                    FOLD, X_GROUPS, HAS_ZERO, FLOAT_TRICK,
-                )  # fmt: skip
-                group = (block * 128 + 64 + part * PART) // GROUP
-                product = _dot(w_second, second, empty, INTEGER)
-                if HAS_ZERO:
-                    product_x = tl.sum(second.to(SUM), axis=0)
-                sums += _rescaled(
-                    product, product_x, scale, zero, x_scale_token, group, safe_row, rows,
-                    FOLD, X_GROUPS, HAS_ZERO, FLOAT_TRICK,
-                )  # fmt: skip
         if GROUP >= 128:
-            group = block * 128 // GROUP
-            sums += _rescaled(
-                product, product_x, scale, zero, x_scale_token, group, safe_row, rows,
-                FOLD, X_GROUPS, HAS_ZERO, FLOAT_TRICK,
-            )  # fmt: skip
+            following = tl.minimum(block + 1, WIDTH // 128 - 1) * 128 // GROUP
+            next_factor, next_shift, next_x_factor = _factors(
+                scale, zero, x_scale_token, following, safe_row, rows, X_GROUPS, HAS_ZERO
+            )
+        product = empty
+        product_x = tl.zeros((BLOCK_TOKENS,), SUM)
+        for part in tl.static_range(0, SPAN // PART):
+            channel = (block * 128 + part * PART + offset)[:, None]
+            first = _tokens(x_token, channel, CHANNELS).to(DTYPE)
+            if BITS == 8:
+                w_first = load_bytes(w_row, block, offset[None, :], DTYPE, ASM)
+                whole = _dot(w_first, first, whole, INTEGER)
+                if HAS_ZERO:
+                    whole_x += tl.sum(first.to(SUM), axis=0)
+            else:
+                second = _tokens(x_token, channel + 64, CHANNELS).to(DTYPE)
+                w_first, w_second = load_weight(w_row, block, offset[None, :], part * PART, WIDTH, BITS, DTYPE, ASM)
+                if GROUP == 0:
+                    whole = _dot(w_second, second, _dot(w_first, first, whole, INTEGER), INTEGER)
+                    if HAS_ZERO:
+                        whole_x += tl.sum(first.to(SUM), axis=0) + tl.sum(second.to(SUM), axis=0)
+                elif GROUP >= 128:
+                    product = _dot(w_second, second, _dot(w_first, first, product, INTEGER), INTEGER)
+                    if HAS_ZERO:
+                        product_x += tl.sum(first.to(SUM), axis=0) + tl.sum(second.to(SUM), axis=0)
+                else:
+                    group = (block * 128 + part * PART) // GROUP
+                    factor, shift, x_factor = _factors(
+                        scale, zero, x_scale_token, group, safe_row, rows, X_GROUPS, HAS_ZERO
+                    )
+                    product = _dot(w_first, first, empty, INTEGER)
+                    if HAS_ZERO:
+                        product_x = tl.sum(first.to(SUM), axis=0)
+                    sums += _rescaled(
+                        product, product_x, factor, shift, x_factor, FOLD, X_GROUPS, HAS_ZERO, FLOAT_TRICK
+                    )
+                    group = (block * 128 + 64 + part * PART) // GROUP
+                    factor, shift, x_factor = _factors(
+                        scale, zero, x_scale_token, group, safe_row, rows, X_GROUPS, HAS_ZERO
+                    )
+                    product = _dot(w_second, second, empty, INTEGER)
+                    if HAS_ZERO:
+                        product_x = tl.sum(second.to(SUM), axis=0)
+                    sums += _rescaled(
+                        product, product_x, factor, shift, x_factor, FOLD, X_GROUPS, HAS_ZERO, FLOAT_TRICK
+                    )
+        if GROUP >= 128:
+            sums += _rescaled(product, product_x, factor, shift, x_factor, FOLD, X_GROUPS, HAS_ZERO, FLOAT_TRICK)
+            factor, shift, x_factor = next_factor, next_shift, next_x_factor
     if GROUP == 0:
-        sums = _rescaled(
-            whole, whole_x, scale, zero, x_scale_token, 0, safe_row, rows, FOLD, X_GROUPS, HAS_ZERO, False
-        )  # fmt: skip
+        factor, shift, x_factor = _factors(scale, zero, x_scale_token, 0, safe_row, rows, X_GROUPS, HAS_ZERO)
+        sums = _rescaled(whole, whole_x, factor, shift, x_factor, FOLD, X_GROUPS, HAS_ZERO, False)
     if X_GROUPS == 1:
         sums *= tl.load(x_scale_token)[None, :]
     elif X_GROUPS == 0:
@@ -125,7 +137,7 @@ def _dot(weight, x, sums, INTEGER: tl.constexpr):
 
 
 @triton.jit
-def _place(rows, tokens, BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, STRIP: tl.constexpr):
+def place(rows, tokens, BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, STRIP: tl.constexpr):
     """Blocks of rows and tokens of this program, STRIP blocks of rows side by side."""
     program = tl.program_id(0)
     row_blocks = tl.cdiv(rows, BLOCK_ROWS)
@@ -138,23 +150,43 @@ def _place(rows, tokens, BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, S
 
 
 @triton.jit
+def _tokens(x_token, channel, CHANNELS: tl.constexpr):
+    """Activations [channels, tokens], zeros past the channels."""
+    if CHANNELS % 128 == 0:
+        return tl.load(x_token + channel)
+    else:
+        return tl.load(x_token + channel, mask=channel < CHANNELS, other=0)
+
+
+@triton.jit
+def _factors(scale, zero, x_scale_token, group, row, rows, X_GROUPS: tl.constexpr, HAS_ZERO: tl.constexpr):
+    """Scales and zero points [rows] of a group as stored, and scales of tokens; scales again for what there is not."""
+    place = group * rows + row
+    factor = tl.load(scale + place)
+    shift = factor
+    x_factor = factor
+    if HAS_ZERO:
+        shift = tl.load(zero + place)
+    if X_GROUPS > 1:
+        x_factor = tl.load(x_scale_token + group)
+    return factor, shift, x_factor
+
+
+@triton.jit
 def _rescaled(
-    product, x_sum, scale, zero, x_scale_token, group, row, rows,
+    product, x_sum, factor, shift, x_factor,
     FOLD: tl.constexpr, X_GROUPS: tl.constexpr, HAS_ZERO: tl.constexpr, FLOAT_TRICK: tl.constexpr,
 ):  # fmt: skip
     """Sums of one group [rows, tokens] in units of the weight, and of the activation where it has groups."""
-    place = group * rows + row
     if HAS_ZERO:
-        shift = tl.load(zero + place).to(tl.int32) * FOLD
-        product -= shift.to(product.dtype)[:, None] * x_sum[None, :]
+        product -= (shift.to(tl.int32) * FOLD).to(product.dtype)[:, None] * x_sum[None, :]
     if FLOAT_TRICK:
-        # Conversions are slow on this device: 1.5 * 2**23 plus an integer below 2**22 is that float's bit pattern.
-        floats = (product + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+        floats = product.to(tl.float32, bitcast=True) - 12582912.0
     else:
         floats = product.to(tl.float32)
-    floats *= tl.load(scale + place).to(tl.float32)[:, None]
+    floats *= factor.to(tl.float32)[:, None]
     if X_GROUPS > 1:
-        floats *= tl.load(x_scale_token + group)[None, :]
+        floats *= x_factor[None, :]
     return floats
 
 
@@ -181,7 +213,7 @@ def linear_prefill(
     small = weight.group is not None and weight.group < LEAST_GROUP
     operand = _OPERANDS[torch.float16 if small and x.dtype == torch.int8 else x.dtype]
     architecture = tiles.architecture(x.device)
-    tile = tiles.prefill_tile(architecture, operand.primitive_bitwidth, weight.bits, weight.group, tokens)
+    tile = tiles.prefill_tile(architecture, operand.primitive_bitwidth, weight.bits, weight.group, tokens, rows)
     with torch.cuda.device_of(x):
         prefill_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(tokens, tile.tokens),)](
             x,

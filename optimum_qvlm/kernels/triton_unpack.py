@@ -134,6 +134,15 @@ def load_weight(
 
 
 @triton.jit
+def load_bytes(row, block, offset, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Codes of eight bits of a whole block of 128, as DTYPE: the same codes in the order of the channels."""
+    codes = tl.load(row + block * 128 + offset)
+    if DTYPE != tl.int8:
+        codes = whole_bytes(codes, DTYPE, ASM)
+    return codes
+
+
+@triton.jit
 def nibbles(packed, DTYPE: tl.constexpr, ASM: tl.constexpr):
     """Codes of the low and of the high nibbles, as floats."""
     if ASM and DTYPE == tl.float16:

@@ -24,5 +24,6 @@ def static_scale(x: Tensor, bits: int, share: float) -> Tensor:
 
     Where that quantile is zero the scale is 1.
     """
-    scale = magnitude_quantiles(x, [share]) / (2 ** (bits - 1) - 1)
+    quantile = magnitude_quantiles(x, [share])
+    scale = quantile / quantile.new_full((), 2.0 ** (bits - 1) - 1)  # as `optimum_qvlm.kernels.quantize_tokens` divides
     return torch.where(scale > 0, scale, torch.ones_like(scale))

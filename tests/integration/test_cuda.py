@@ -66,23 +66,27 @@ def test_a_saved_model_reloads_on_cuda_bit_for_bit(llava_folder, tmp_path):
     assert torch.equal(logits(model, batch), logits(again, batch))
 
 
-def test_one_layer_at_a_time_is_on_the_device(tmp_path):
-    """Calibration must not need a device that holds the whole model."""
+def peak_of_calibration(folder, layers):
+    """Bytes on the device at the worst moment, with the layers on the CPU when nothing is done to them."""
     config = LlamaConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=8, vocab_size=1000
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=layers, num_attention_heads=8, vocab_size=1000
     )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
-    layer_bytes = 4 * (4 * 1024 * 1024 + 3 * 1024 * 4096)
+    LlamaForCausalLM(config).save_pretrained(folder)
     samples = [{"input_ids": torch.randint(0, 1000, (4, 64)), "attention_mask": torch.ones(4, 64).long()}]
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-
     AutoModelForCausalLM.from_pretrained(
-        tmp_path / "source",
+        folder,
         quantization_config=QVLMConfig("w4a8", dataset=samples),
         device_map={"model": "cpu", "lm_head": 0},
     )
+    return torch.cuda.max_memory_allocated() - before
 
-    peak = torch.cuda.max_memory_allocated() - before
-    print(f"peak {peak / 2**20:.0f} MiB, layer {layer_bytes / 2**20:.0f} MiB, model {12 * layer_bytes / 2**20:.0f} MiB")
-    assert peak < 4 * layer_bytes
+
+def test_one_layer_at_a_time_is_on_the_device(tmp_path):
+    """Calibration must not need a device that holds the whole model, so three times the layers need no more memory."""
+    few, many = (peak_of_calibration(tmp_path / str(layers), layers) for layers in (4, 12))
+
+    print(f"peak {few / 2**20:.0f} MiB with 4 layers, {many / 2**20:.0f} MiB with 12")
+    assert many < 1.05 * few

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from optimum_qvlm.kernels import tiles
+from optimum_qvlm.kernels.triton_bytes import LEAST_ARCHITECTURE, bytes_kernel
 from optimum_qvlm.kernels.triton_decode import decode_kernel
 from optimum_qvlm.kernels.triton_dequantize import dequantize_kernel
 from optimum_qvlm.kernels.triton_prefill import prefill_kernel
@@ -27,6 +28,9 @@ SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 10
 
 CHANNELS = 5120
 ROWS = 5120
+MANY_ROWS = 27648
+"""A weight that keeps every device busy with large tiles."""
+
 DTYPES = {"fp16": tl.float16, "bf16": tl.bfloat16, "i8": tl.int8}
 
 
@@ -81,6 +85,7 @@ def decode_case(
     constants = {
         "CHANNELS": CHANNELS, "WIDTH": CHANNELS, "GROUP": group or 0, "BITS": bits,
         "HAS_ZERO": changes.get("zero_point", False), "HAS_BIAS": True, "ASM": True,
+        "FULL": tokens % tile.tokens == 0,
         "BLOCK_TOKENS": tile.tokens, "BLOCK_ROWS": tile.rows, "SLICES": tile.slices, "STAGES": tile.stages,
     }  # fmt: skip
     zero = " zero point" if changes.get("zero_point") else ""
@@ -99,11 +104,18 @@ def decode_case(
 
 
 def prefill_case(
-    architecture: int, tokens: int, bits: int, group: int | None, operand: str = "i8", *, grouped: bool = False
+    architecture: int,
+    tokens: int,
+    bits: int,
+    group: int | None,
+    operand: str = "i8",
+    *,
+    grouped: bool = False,
+    rows: int = ROWS,
 ) -> Case:
     """`triton_prefill` with operands of one type."""
     kind = DTYPES[operand]
-    tile = tiles.prefill_tile(architecture, kind.primitive_bitwidth, bits, group, tokens)
+    tile = tiles.prefill_tile(architecture, kind.primitive_bitwidth, bits, group, tokens, rows)
     float_dtype = "fp16" if operand == "i8" else operand
     integer = operand == "i8"
     scales = (CHANNELS // (group or CHANNELS) if grouped else 1) if integer else -1
@@ -124,6 +136,29 @@ def prefill_case(
         matrix=_matrix(architecture, integer=integer),
         weights=tile.rows * 128,
         load_bits=64 if group == 16 else 128,
+    )
+
+
+def bytes_case(architecture: int, tokens: int, rows: int) -> Case:
+    """`triton_bytes`, whose operands are copied by descriptors."""
+    tile = tiles.bytes_tile(architecture, tokens, rows)
+    types = {
+        "x": f"tensordesc<i8[{tile.tokens}, 128]>", "codes": f"tensordesc<i8[{tile.rows}, 128]>", "x_scale": "*fp32",
+        "scale": "*fp16", "bias": "*fp16", "y": "*fp16", "tokens": "i32", "rows": "i32",
+    }  # fmt: skip
+    constants = {
+        "WIDTH": CHANNELS, "X_GROUPS": 1, "HAS_BIAS": True,
+        "BLOCK_TOKENS": tile.tokens, "BLOCK_ROWS": tile.rows, "STRIP": tile.strip, "STAGES": tile.stages,
+    }  # fmt: skip
+    return Case(
+        name=f"bytes w8 grow i8 rows {tile.rows} tokens {tile.tokens} warps {tile.warps} stages {tile.stages}",
+        architecture=architecture,
+        kernel=bytes_kernel,
+        types=types,
+        constants=constants,
+        warps=tile.warps,
+        stages=tile.stages,
+        matrix=_matrix(architecture, integer=True),
     )
 
 
@@ -177,25 +212,29 @@ def checked_cases(architecture: int) -> list[Case]:
     return [
         decode_case(architecture, 1, 4, 128),
         prefill_case(architecture, 600, 4, 128),
-        prefill_case(architecture, 600, 8, None),
+        prefill_case(architecture, 200, 8, None),
+        *([bytes_case(architecture, 600, ROWS)] if architecture >= LEAST_ARCHITECTURE else []),
     ]
 
 
 def all_cases(architecture: int) -> Iterator[Case]:
     """Every shipped tile, with the weights that use it."""
-    for tokens in tiles.DECODE_BUCKETS:
+    for tokens in (1, 8, 16, 32):
         for bits, group in ((4, 128), (4, 32), (6, 128), (8, None)):
-            yield decode_case(architecture, tokens, bits, group)
-    yield decode_case(architecture, 1, 4, 128, rows=1024)
+            for rows in (1024, MANY_ROWS):
+                yield decode_case(architecture, tokens, bits, group, rows=rows)
     yield decode_case(architecture, 1, 4, 128, zero_point=True)
     for bits, group in ((4, 128), (6, 128), (8, None)):
         yield decode_case(architecture, 1, bits, group, "bf16")
-    for tokens in (16, 32, 64, 600, 1024):
+    for tokens in (16, 32, 64, 600):
         for bits, group in ((4, 128), (6, 128), (8, None)):
-            if tokens < 1024 or bits == 8:
-                yield prefill_case(architecture, tokens, bits, group)
-        if tokens < 1024:
-            yield prefill_case(architecture, tokens, 4, 128, "fp16")
+            for rows in (1024, MANY_ROWS):
+                yield prefill_case(architecture, tokens, bits, group, rows=rows)
+        yield prefill_case(architecture, tokens, 4, 128, "fp16", rows=1024)
+        yield prefill_case(architecture, tokens, 4, 128, "fp16", rows=MANY_ROWS)
+    if architecture >= LEAST_ARCHITECTURE:
+        yield bytes_case(architecture, 600, 1024)
+        yield bytes_case(architecture, 2048, MANY_ROWS)
     yield prefill_case(architecture, 600, 4, 128, grouped=True)
     yield prefill_case(architecture, 600, 4, 32, grouped=True)
     yield prefill_case(architecture, 600, 6, 128, grouped=True)

@@ -1,5 +1,7 @@
 """Launch shapes: a table that answers for every size, and whose answers a device can launch."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -9,28 +11,59 @@ ARCHITECTURES = [80, 86, 89, 90, 100, 120]
 TOKENS = [1, 8, 9, 16, 17, 32, 33, 64, 65, 600, 5000]
 
 
+SIZES = [16, 1024, 5120, 50000]
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("bits", [4, 6, 8])
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_decoding_covers_its_tokens_with_one_bucket(architecture, bits, tokens):
-    """Eight to a matrix instruction; a weight of few rows gives more programs than one of many."""
-    few, many = (tiles.decode_tile(architecture, bits, tokens, rows) for rows in (1024, 50000))
+def test_decoding_takes_its_tokens_in_one_program_as_long_as_it_can(architecture, bits, tokens):
+    """The weight would be read twice otherwise. Slices are shared out evenly among the warps."""
+    for rows in SIZES:
+        tile = tiles.decode_tile(architecture, bits, tokens, rows)
 
-    assert few.tokens in tiles.DECODE_BUCKETS
-    assert tokens <= few.tokens or few.tokens == max(tiles.DECODE_BUCKETS)
-    assert few.rows <= many.rows
-    assert few.slices == few.warps
+        assert tile.tokens >= min(tokens, tiles.DECODE_TOKENS)
+        assert tile.slices % tile.warps == 0
+        assert tile.rows % 16 == 0
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
-    "operand_bits, bits, group", [(8, 4, 128), (8, 4, 32), (8, 8, None), (16, 4, 128), (32, 4, 64)]
+    "operand_bits, bits, group", [(8, 4, 128), (8, 4, 32), (8, 6, 64), (8, 8, None), (16, 4, 128), (32, 4, 64)]
 )
 def test_prefill_tiles_grow_with_the_tokens(architecture, operand_bits, bits, group):
-    sizes = [tiles.prefill_tile(architecture, operand_bits, bits, group, tokens).tokens for tokens in TOKENS]
+    for rows in SIZES:
+        found = [tiles.prefill_tile(architecture, operand_bits, bits, group, tokens, rows) for tokens in TOKENS]
 
-    assert sizes == sorted(sizes)
-    assert all(size >= min(tokens, 16) for size, tokens in zip(sizes, TOKENS, strict=True))
+        assert [tile.tokens for tile in found] == sorted(tile.tokens for tile in found)
+        assert all(tile.tokens >= min(tokens, 16) for tile, tokens in zip(found, TOKENS, strict=True))
+
+
+def test_large_products_of_bytes_get_large_tiles():
+    """With fewer tiles than multiprocessors, some of these have no work."""
+    few, many = (tiles.bytes_tile(90, 600, rows) for rows in (1024, 100000))
+
+    assert few.rows * few.tokens < many.rows * many.tokens
+
+
+def test_a_device_that_nobody_measured_takes_the_lines_of_the_newest_older_one():
+    assert tiles.decode_tile(89, 4, 1, 5120) == tiles.decode_tile(80, 4, 1, 5120)
+    assert tiles.decode_tile(120, 4, 1, 50000) == tiles.decode_tile(90, 4, 1, 50000)
+
+
+def test_every_line_of_the_table_is_taken_by_something():
+    """A line that an earlier one hides would be tuned for nothing."""
+    taken = set()
+    for architecture, tokens, rows in itertools.product((80, 90, 100), TOKENS, (16, 50000, 10**6)):
+        for bits in (4, 6, 8):
+            taken.add(tiles.decode_tile(architecture, bits, tokens, rows))
+            for operand, group in itertools.product((8, 16, 32), (None,) if bits == 8 else (None, 128, 32)):
+                taken.add(tiles.prefill_tile(architecture, operand, bits, group, tokens, rows))
+        taken.add(tiles.bytes_tile(architecture, tokens, rows))
+
+    for line in tiles.table():
+        shape = {name: line[name] for name in ("tokens", "rows", "warps", "stages")}
+        assert any(all(getattr(tile, name) == value for name, value in shape.items()) for tile in taken), line
 
 
 @pytest.mark.parametrize("whole", [False, True])

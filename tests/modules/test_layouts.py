@@ -9,7 +9,7 @@ import torch
 from accelerate import cpu_offload
 from torch import Tensor, nn
 
-from optimum_qvlm.kernels import PACKED, TRANSIENT, cpu_rows, cpu_table, dispatch
+from optimum_qvlm.kernels import PACKED, TRANSIENT, cpu_int4, cpu_rows, cpu_table, dispatch
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.quant.affine import quantize_weight
 from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
@@ -35,6 +35,12 @@ def make_module(
     return QuantLinear.from_quantized(
         quantize_weight(weight, spec, signed=True), bias, LinearFormat(weight=spec, activation=activation)
     )
+
+
+def put(module: QuantLinear, layout: str) -> QuantLinear:
+    """`module` in a layout, whatever this machine would choose."""
+    module._hold(dispatch.store(dispatch.restore(module._stored(), module.grid), module.grid, layout))
+    return module
 
 
 def inputs(tokens: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -197,6 +203,7 @@ def test_to_linear_and_weight_do_not_depend_on_the_layout():
 def test_both_sides_of_the_measured_threshold_compute_the_same(tokens, bits, symmetric):
     """It chooses among kernels of equal arithmetic, so only the order of sums differs."""
     packed = make_module(bits, symmetric=symmetric)
+    packed.weight_scale.data[::3] *= -1
     prepared = copy.deepcopy(packed).prepare()
 
     torch.testing.assert_close(prepared(inputs(tokens)), packed(inputs(tokens)), rtol=1e-5, atol=1e-4)
@@ -209,11 +216,86 @@ def test_both_sides_of_the_measured_threshold_compute_the_same(tokens, bits, sym
 def test_rows_compute_the_definition(dtype, tokens, symmetric, activation_bits):
     """Whatever this machine would choose: integer sums are exact on all, only their speed differs."""
     module = make_module(8, None, symmetric=symmetric, sizes=(96, 40), dtype=dtype, activation_bits=activation_bits)
+    module.weight_scale.data[::3] *= -1  # symmetric grids may be turned around
     x = inputs(tokens, dtype)
     expected = module(x)
 
-    module._hold(dispatch.store(dispatch.restore(module._stored(), module.grid), module.grid, cpu_rows.LAYOUT))
+    put(module, cpu_rows.LAYOUT)
 
     step = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(module(x), expected, rtol=step, atol=step * 10)
     assert module.pack().layout == PACKED
+
+
+def make_int4(*, symmetric: bool = True, activation_bits: int | None = None) -> QuantLinear:
+    """A bf16 module in the layout of PyTorch's int4 operator, its scales of both signs."""
+    module = make_module(4, 32, symmetric=symmetric, dtype=torch.bfloat16, activation_bits=activation_bits)
+    module.weight_scale.data[::3] *= -1
+    module.decode_tokens = 8
+    return put(module, cpu_int4.LAYOUT)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("activation_bits", [None, 8])
+@pytest.mark.parametrize("tokens", [0, 1, 8, 9, 60])
+def test_int4_computes_what_the_packed_form_does(symmetric, activation_bits, tokens):
+    """On both sides of the threshold above which activations are rounded."""
+    module = make_int4(symmetric=symmetric, activation_bits=activation_bits)
+    x, found = inputs(tokens, torch.bfloat16), module(inputs(tokens, torch.bfloat16))
+
+    expected = module.pack()(x)
+
+    assert module.layout == PACKED
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=0.2)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int4_is_saved_and_loaded_like_any_layout(symmetric):
+    """States of either form go into modules of either form, and copies and pickles compute the same."""
+    module = make_int4(symmetric=symmetric)
+    packed, x = module.packed_state(), inputs(3, torch.bfloat16)
+    target = make_int4(symmetric=symmetric)
+    target.weight_packed.data.zero_()
+
+    target.load_state_dict(module.state_dict())
+
+    for other in (target, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(other(x), module(x))
+        require_same(other.packed_state(), packed)
+    require_same({name: tensor for name, tensor in module.pack().state_dict().items() if name in WEIGHT}, packed)
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.float()])
+def test_casts_of_an_int4_module_leave_its_scales(cast):
+    """The operator's zeros lie beside the scales; a cast must change neither."""
+    module = make_int4(symmetric=False)
+    weight = module.weight
+
+    cast(module)
+
+    assert module.weight_scale.dtype == torch.bfloat16 and torch.equal(module.weight, weight)
+    assert module(inputs(dtype=module.bias.dtype)).dtype == module.bias.dtype
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Traces of other tests count against the limit of one function."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int4_is_traced_compiled_and_differentiated(symmetric):
+    """Other code sees one operation, whatever it holds."""
+    module = make_int4(symmetric=symmetric)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for tokens in (3, 7, 60):
+            assert torch.equal(compiled(inputs(tokens, torch.bfloat16)), module(inputs(tokens, torch.bfloat16)))
+
+    x = inputs(4).requires_grad_()
+    module.float()(x).sum().backward()
+
+    torch.testing.assert_close(x.grad, module.weight.float().sum(dim=0).expand(4, -1), rtol=1e-2, atol=1e-1)

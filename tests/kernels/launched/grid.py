@@ -74,13 +74,20 @@ def make_activations(tokens: int, channels: int, dtype: torch.dtype = torch.floa
     return x.to(device=DEVICE, dtype=dtype)
 
 
-def assert_product(y: Tensor, x: Tensor, weight: CodedWeight, bias: Tensor | None = None) -> None:
-    """`y` is `x W^T + bias` up to rounding to its dtype and the order of sums, at every element."""
-    dense = reference.dequantize_rows(weight, 0, weight.codes.shape[0]).double()
-    exact = x.double() @ dense.T
-    magnitude = x.double().abs() @ dense.abs().T
+def assert_product(
+    y: Tensor, x: Tensor, weight: CodedWeight, bias: Tensor | None = None, *, dense: torch.dtype | None = None
+) -> None:
+    """`y` is `x W^T + bias` up to rounding to its dtype and the order of sums, at every element.
+
+    With `dense` the weight was rounded to that dtype first, and partial sums may have been too.
+    """
+    whole = reference.dequantize_rows(weight, 0, weight.codes.shape[0])
+    whole = whole.double() if dense is None else whole.to(dense).double()
+    exact = x.double() @ whole.T
+    magnitude = x.double().abs() @ whole.abs().T
     if bias is not None:
         exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
-    excess = (y.double() - exact).abs() - (ROUNDING[y.dtype] * exact.abs() + ORDER * magnitude)
+    order = ORDER if dense is None else ROUNDING[dense]
+    excess = (y.double() - exact).abs() - (ROUNDING[y.dtype] * exact.abs() + order * magnitude)
     assert bool(torch.isfinite(y).all())
     assert float(excess.max()) <= 0
