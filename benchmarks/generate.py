@@ -6,6 +6,7 @@ and medians of the ratios within a round.
 
 import argparse
 import ctypes
+import itertools
 import json
 import math
 import re
@@ -31,13 +32,14 @@ STATUS, CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass(slots=True, kw_only=True)
 class Speed:
-    """One variant after one length of prompt: medians, and memory in MB.
+    """One variant, batch and length of prompt: medians over all prompts of the batch, and memory in MB.
 
     `megabytes` are its tensors as they lie in memory, `checkpoint_megabytes` those that a save writes,
     `peak_megabytes` its tensors and the most that a round needed beside them.
     """
 
     variant: str
+    batch: int
     prompt: int
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
@@ -59,22 +61,26 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32", choices=DTYPES, help="dtype of what is not quantized")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--prompt", type=int, nargs="+", default=[64], help="tokens of the prompt, one table for each")
-    parser.add_argument("--batch", type=int, default=1, help="identical prompts at once; speeds are those of all")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="identical prompts, a table for each")
     parser.add_argument("--image", action="store_true", help="an image before the prompt")
     parser.add_argument("--tokens", type=int, default=16, help="tokens decoded per round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cpu-time", action="store_true", help="time of the process, for a machine that is shared")
     parser.add_argument("--static-cache", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="with the static cache: compile the decoding step")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the decoding step; with the static cache on a GPU it becomes a CUDA graph",
+    )
     parser.add_argument("--exact-decode", action="store_true", help="round activations while decoding too")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     variants = build_all(arguments)
     found = []
-    for prompt in arguments.prompt:
-        speeds = measure(variants, prompt, arguments)
+    for batch, prompt in itertools.product(arguments.batch, arguments.prompt):
+        speeds = measure(variants, prompt, batch, arguments)
         print_table(speeds)
         found += speeds
     if arguments.json is not None:
@@ -86,13 +92,13 @@ def main() -> None:
 def print_table(speeds: list[Speed]) -> None:
     """One line per variant."""
     memory = f"{'MB':>8} {'saved MB':>9} {'peak MB':>8}"
-    heading = f"{'variant':12} {'prompt':>6} {'prefill tok/s':>14} {'decode tok/s':>13} {memory}"
+    heading = f"{'variant':12} {'batch':>5} {'prompt':>6} {'prefill tok/s':>14} {'decode tok/s':>13} {memory}"
     print(f"{heading}  decode against, prefill against")
     for speed in speeds:
         against = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in speed.decode_ratio.items())
         prefill = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in speed.prefill_ratio.items())
         print(
-            f"{speed.variant:12} {speed.prompt:6} {speed.prefill_tokens_per_second:14.1f} "
+            f"{speed.variant:12} {speed.batch:5} {speed.prompt:6} {speed.prefill_tokens_per_second:14.1f} "
             f"{speed.decode_tokens_per_second:13.2f} {speed.megabytes:8.1f} {speed.checkpoint_megabytes:9.1f} "
             f"{speed.peak_megabytes:8.1f}  {against}; {prefill}",
             flush=True,
@@ -124,17 +130,17 @@ def loaded_variant(arguments: argparse.Namespace, scheme: str | None, dtype: tor
     return auto.from_pretrained(arguments.model, **options).eval()
 
 
-def measure(variants: dict[str, Any], prompt: int, arguments: argparse.Namespace) -> list[Speed]:
+def measure(variants: dict[str, Any], prompt: int, batch: int, arguments: argparse.Namespace) -> list[Speed]:
     """Rounds in which the variants take turns; the first round warms up and is not counted."""
-    steps = {name: decoder(model, arguments) for name, model in variants.items()}
-    inputs = {name: prompt_of(model, prompt, arguments) for name, model in variants.items()}
+    inputs = {name: prompt_of(model, prompt, batch, arguments) for name, model in variants.items()}
+    decoders = {name: Decoder(model, inputs[name], arguments) for name, model in variants.items()}
     prefill: dict[str, list[float]] = {name: [] for name in variants}
     decode: dict[str, list[float]] = {name: [] for name in variants}
     working: dict[str, float] = dict.fromkeys(variants, math.nan)
     for number in range(arguments.rounds + 1):
-        for name, model in variants.items():
+        for name, decoder in decoders.items():
             before = start_of_peak(arguments)
-            first, rest = one_round(model, steps[name], inputs[name], arguments)
+            first, rest = decoder.round()
             if number > 0:
                 prefill[name].append(first)
                 decode[name].append(rest)
@@ -142,9 +148,10 @@ def measure(variants: dict[str, Any], prompt: int, arguments: argparse.Namespace
     return [
         Speed(
             variant=name,
+            batch=batch,
             prompt=inputs[name]["input_ids"].shape[1],
             prefill_tokens_per_second=inputs[name]["input_ids"].numel() / statistics.median(prefill[name]),
-            decode_tokens_per_second=arguments.batch * arguments.tokens / statistics.median(decode[name]),
+            decode_tokens_per_second=batch * arguments.tokens / statistics.median(decode[name]),
             megabytes=packed_bytes(model) / 1e6,
             checkpoint_megabytes=checkpoint_bytes(model) / 1e6,
             peak_megabytes=(packed_bytes(model) + working[name]) / 1e6,
@@ -160,38 +167,80 @@ def ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
-def one_round(
-    model: Any, step: Callable[..., Tensor], inputs: dict[str, Tensor], arguments: argparse.Namespace
-) -> tuple[float, float]:
-    """Seconds of the prefill, and of all decoding steps."""
-    batch, length = inputs["input_ids"].shape
-    cache = None
-    if arguments.static_cache:
-        cache = StaticCache(config=model.config.get_text_config(), max_cache_len=length + arguments.tokens)
-    with torch.inference_mode():
-        started = now(arguments)
-        output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        token = output.logits[:, -1:].argmax(-1)
-        prefilled = now(arguments)
-        cache = output.past_key_values
-        for position in range(length, length + arguments.tokens):
-            token = step(token, cache, torch.full((batch, 1), position, device=arguments.device))
-        decoded = now(arguments)
-    return prefilled - started, decoded - prefilled
+class Decoder:
+    """Greedy decoding of one variant with batches of one size, from a prompt of one length.
 
+    With the static cache and compilation on a CUDA device, a step is compiled whole and replayed as one CUDA graph.
+    """
 
-def decoder(model: Any, arguments: argparse.Namespace) -> Callable[..., Tensor]:
-    """One greedy step: token [batch, 1], cache, position [batch, 1] -> token."""
+    def __init__(self, model: Any, inputs: dict[str, Tensor], arguments: argparse.Namespace) -> None:
+        self.model, self.inputs, self.arguments = model, inputs, arguments
+        batch, self.length = inputs["input_ids"].shape
+        self.cache: Any = None
+        if arguments.static_cache:
+            room = self.length + arguments.tokens
+            self.cache = StaticCache(config=model.config.get_text_config(), max_cache_len=room)
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device=arguments.device)
+        self.position = torch.zeros_like(self.token)
+        self.step: Callable[[Any], Tensor] = self.next_token
+        if arguments.compile:
+            self.step = torch.compile(self.next_token, fullgraph=True, dynamic=False)
+        self.graph: torch.cuda.CUDAGraph | None = None
 
-    def step(token: Tensor, cache: Any, position: Tensor) -> Tensor:
-        output = model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
+    def prefill(self) -> Any:
+        """Read the prompt; the first token is there afterwards. Returns the cache."""
+        if self.cache is not None:
+            self.cache.reset()
+        output = self.model(**self.inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.token.copy_(output.logits[:, -1:].argmax(-1))
+        self.position.fill_(self.length)
+        return output.past_key_values
+
+    def decode(self, cache: Any) -> None:
+        """As many tokens as were asked for."""
+        if self.graph is None and self.cache is not None and self.arguments.compile and self.token.is_cuda:
+            self.capture(cache)
+        for _ in range(self.arguments.tokens):
+            if self.graph is None:
+                self.advance(cache)
+            else:
+                self.graph.replay()
+
+    def advance(self, cache: Any) -> None:
+        """One token."""
+        self.token.copy_(self.step(cache))
+        self.position.add_(1)
+
+    def next_token(self, cache: Any) -> Tensor:
+        """What follows the tokens at the positions, [batch, 1]."""
+        output = self.model(input_ids=self.token, position_ids=self.position, past_key_values=cache, use_cache=True)
         following: Tensor = output.logits[:, -1:].argmax(-1)
         return following
 
-    return torch.compile(step, mode="reduce-overhead", fullgraph=True) if arguments.compile else step
+    def capture(self, cache: Any) -> None:
+        """Make the graph of a step, and read the prompt again: trying the step out went on in the cache."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.advance(cache)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.advance(cache)
+        self.prefill()
+
+    def round(self) -> tuple[float, float]:
+        """Seconds of the prefill, and of all decoding steps."""
+        with torch.inference_mode():
+            started = now(self.arguments)
+            cache = self.prefill()
+            prefilled = now(self.arguments)
+            self.decode(cache)
+            return prefilled - started, now(self.arguments) - prefilled
 
 
-def prompt_of(model: Any, tokens: int, arguments: argparse.Namespace) -> dict[str, Tensor]:
+def prompt_of(model: Any, tokens: int, batch: int, arguments: argparse.Namespace) -> dict[str, Tensor]:
     """Seeded tokens, after an image where one is asked for."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, 1000, (1, tokens), generator=generator)
@@ -201,8 +250,8 @@ def prompt_of(model: Any, tokens: int, arguments: argparse.Namespace) -> dict[st
         count = (vision.image_size // vision.patch_size) ** 2
         ids = torch.cat([torch.full((1, count), model.config.image_token_id), ids], dim=1)
         pixels = torch.randn(1, 3, vision.image_size, vision.image_size, generator=generator)
-        inputs["pixel_values"] = pixels.to(arguments.device, model.dtype).repeat(arguments.batch, 1, 1, 1)
-    return {"input_ids": ids.to(arguments.device).repeat(arguments.batch, 1), **inputs}
+        inputs["pixel_values"] = pixels.to(arguments.device, model.dtype).repeat(batch, 1, 1, 1)
+    return {"input_ids": ids.to(arguments.device).repeat(batch, 1), **inputs}
 
 
 def checkpoint_bytes(model: Any) -> int:

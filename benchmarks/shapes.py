@@ -62,11 +62,15 @@ SHAPES: dict[str, Callable[[], Any]] = {
 
 
 def random_model(shape: str, scheme: str | None, dtype: torch.dtype, device: str, **settings: Any) -> Any:
-    """A model of `shape`, its linears quantized to `scheme` or left as they are where it is None.
+    """A model of `shape`, its linears quantized to `scheme` or left as they are where it is None."""
+    return model_of(SHAPES[shape](), scheme, dtype, device, **settings)
+
+
+def model_of(config: Any, scheme: str | None, dtype: torch.dtype, device: str, **settings: Any) -> Any:
+    """As `random_model`, of a configuration.
 
     Tensors are made one module at a time: a full-precision copy of a quantized linear never exists.
     """
-    config = SHAPES[shape]()
     auto = AutoModelForCausalLM if isinstance(config, LlamaConfig) else AutoModelForImageTextToText
     with init_empty_weights(include_buffers=False):
         model = auto.from_config(config, dtype=dtype)
