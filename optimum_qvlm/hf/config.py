@@ -259,7 +259,7 @@ class QVLMConfig(QuantizationConfigMixin):
         """A quantile is a static bound, whose gain needs no margin."""
         default = FAST_CLIPS if self.effort == "fast" else ClipGrids()
         if self.error_feedback:
-            default = replace(default, weight=FEEDBACK_CLIPS)
+            default = replace(default, weight=FEEDBACK_CLIPS[:: 2 if self.effort == "fast" else 1])
         if static:
             default = replace(default, activation=PAPER_QUANTILES, activation_margin=0.0)
         return replace(

@@ -20,10 +20,10 @@ Effort = Literal["fast", "balanced"]
 Transforms = Literal["auto"] | Kind
 
 FAST_CLIPS = ClipGrids(activation=(1.0,), weight=(1.0, 0.9, 0.8))
-"""What `effort="fast"` tries."""
+"""What `effort="fast"` tries without error feedback."""
 
 FEEDBACK_CLIPS = tuple(1.0 - step / 40 for step in range(13))
-"""Weight clips that are tried with error feedback, whatever the effort: there each costs little."""
+"""Weight clips that are tried with error feedback, where each costs little; every second with `effort="fast"`."""
 
 REFINING_SWEEPS = 2
 """Of scales and codes behind error feedback with `effort="balanced"`."""

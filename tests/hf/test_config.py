@@ -152,6 +152,7 @@ def test_effort_and_feedback_reach_the_search():
     plain = QVLMConfig(error_feedback=False)
 
     assert set(fast.clips.activation) < set(balanced.clips.activation)
+    assert set(fast.clips.weight) < set(balanced.clips.weight)
     assert set(QVLMConfig(error_feedback=False, effort="fast").options().search.clips.weight) < set(
         plain.options().search.clips.weight
     )
