@@ -248,6 +248,8 @@ def full_precision_pass(model: Any, batches: list[Batch]) -> float:
                     **{name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"},
                     use_cache=False,
                 )
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
         seconds = clock() - started
     return seconds
 

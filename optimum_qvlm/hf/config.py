@@ -12,7 +12,14 @@ from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.hf.migration import migrate
 from optimum_qvlm.hf.record import CalibrationRecord, config_digest, config_identity, read_record
 from optimum_qvlm.hf.settings import LISTS, require_group, require_valid
-from optimum_qvlm.pipeline.options import FAST_CLIPS, CalibrationOptions, Effort, LinearChoice, site_options
+from optimum_qvlm.pipeline.options import (
+    FAST_CLIPS,
+    FEEDBACK_CLIPS,
+    CalibrationOptions,
+    Effort,
+    LinearChoice,
+    site_options,
+)
 from optimum_qvlm.quant.spec import GroupSize, Scheme
 from optimum_qvlm.search.encoder import EncoderOptions
 from optimum_qvlm.search.rounding import ClipGrids
@@ -251,6 +258,8 @@ class QVLMConfig(QuantizationConfigMixin):
     def _grids(self, static: bool) -> ClipGrids:
         """A quantile is a static bound, whose gain needs no margin."""
         default = FAST_CLIPS if self.effort == "fast" else ClipGrids()
+        if self.error_feedback:
+            default = replace(default, weight=FEEDBACK_CLIPS[:: 2 if self.effort == "fast" else 1])
         if static:
             default = replace(default, activation=PAPER_QUANTILES, activation_margin=0.0)
         return replace(

@@ -125,8 +125,9 @@ class LearnedLinear(nn.Module):
     def weight_clip(self) -> float:
         """Mean over rows and groups of the ratio of the range that the grid covers now."""
         found = self._start().rounded(self._folded(), self.log_scale).scale.float()
-        full = quantize_weight(self._folded(), self.format.weight, scale_dtype=torch.float32).scale
-        return float((found / full).mean())
+        signed = bool((found < 0).any())
+        full = quantize_weight(self._folded(), self.format.weight, scale_dtype=torch.float32, signed=signed).scale
+        return float((found / full).abs().mean())
 
     def _clip(self) -> float:
         log_clip, clip = self.site.log_clip, self.format.activation_clip

@@ -20,7 +20,13 @@ Effort = Literal["fast", "balanced"]
 Transforms = Literal["auto"] | Kind
 
 FAST_CLIPS = ClipGrids(activation=(1.0,), weight=(1.0, 0.9, 0.8))
-"""What `effort="fast"` tries."""
+"""What `effort="fast"` tries without error feedback."""
+
+FEEDBACK_CLIPS = tuple(1.0 - step / 40 for step in range(13))
+"""Weight clips that are tried with error feedback, where each costs little; every second with `effort="fast"`."""
+
+REFINING_SWEEPS = 2
+"""Of scales and codes behind error feedback with `effort="balanced"`."""
 
 FOLDED: tuple[Kind, ...] = ("off", "equalize")
 """Transforms among which a site chooses whose norm takes up the equalizer."""
@@ -85,14 +91,15 @@ def site_options(
 ) -> SiteOptions:
     """What the search of a site may do with these clips.
 
-    `"fast"` tries a single balance of equalisation. With `fold` there is no rotation, which no norm can take up.
+    `"fast"` tries a single balance of equalisation, and refines nothing behind error feedback. With `fold` there is no
+    rotation, which no norm can take up.
     """
     kinds: tuple[Kind, ...] = (transforms,) if transforms != "auto" else FOLDED if fold else KINDS
     exponents = _FAST_EXPONENTS if effort == "fast" else TransformOptions().exponents
     return SiteOptions(
         clips=clips,
         transforms=None if kinds == ("off",) else TransformOptions(kinds=kinds, exponents=exponents),
-        feedback=FeedbackOptions() if error_feedback else None,
+        feedback=FeedbackOptions(sweeps=0 if effort == "fast" else REFINING_SWEEPS) if error_feedback else None,
     )
 
 

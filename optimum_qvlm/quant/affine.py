@@ -15,7 +15,7 @@ class QuantizedWeight:
 
     Attributes:
         codes: int8 [out_features, in_features], in -2^(bits-1) .. 2^(bits-1)-1.
-        scale: [out_features, groups], in the dtype that is stored.
+        scale: [out_features, groups], in the dtype that is stored. Not zero; negative ones turn the grid around.
         zero_point: int8 [out_features, groups], or None on a symmetric grid.
     """
 
@@ -25,7 +25,12 @@ class QuantizedWeight:
 
 
 def quantize_weight(
-    weight: Tensor, spec: WeightSpec, *, clip: Tensor | float = 1.0, scale_dtype: torch.dtype | None = None
+    weight: Tensor,
+    spec: WeightSpec,
+    *,
+    clip: Tensor | float = 1.0,
+    scale_dtype: torch.dtype | None = None,
+    signed: bool = False,
 ) -> QuantizedWeight:
     """Round to nearest on the grid of `spec`.
 
@@ -36,9 +41,11 @@ def quantize_weight(
             [out_features, groups]. Values outside saturate.
         scale_dtype: dtype in which scales are stored, by default the weight's. Scales are rounded to it
             before the codes are chosen, so a stored weight reloads to the same values.
+        signed: symmetric scales take the sign that puts the value of largest magnitude on the negative side, which has
+            one step more, and at `clip` 1 on the lowest code itself.
 
-    A symmetric scale is `clip * peak / (2^bits - 1) * 2`, as in compressed-tensors. A group of zeros gets
-    scale 1.
+    A symmetric scale is `clip * peak / (2^bits - 1) * 2`, as in compressed-tensors, and with `signed`
+    `-clip * value / 2^(bits - 1)`, where `value` is that of largest magnitude. A group of zeros gets scale 1.
 
     Raises:
         SpecError: the group does not divide the input channels.
@@ -46,12 +53,16 @@ def quantize_weight(
     grouped = split_groups(weight, spec).float()
     ratio = clip.unsqueeze(-1).float() if isinstance(clip, Tensor) else clip
     low, high = -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1
+    top, bottom = grouped.amax(dim=-1, keepdim=True), grouped.amin(dim=-1, keepdim=True)
+    signed, turned = signed and spec.symmetric, top > -bottom
     if spec.symmetric:
-        width = 2 * grouped.abs().amax(dim=-1, keepdim=True) * ratio
+        width = 2 * torch.maximum(top, -bottom) * ratio
     else:
-        bottom = grouped.amin(dim=-1, keepdim=True).clamp(max=0) * ratio
-        width = grouped.amax(dim=-1, keepdim=True).clamp(min=0) * ratio - bottom
-    scale = _stored(width / (high - low), scale_dtype or weight.dtype)
+        bottom = bottom.clamp(max=0) * ratio
+        width = top.clamp(min=0) * ratio - bottom
+    scale = _stored(width / (-2 * low if signed else high - low), scale_dtype or weight.dtype)
+    if signed:
+        scale = torch.where(turned, -scale, scale)
     steps = grouped / scale.float()
     zero = None if spec.symmetric else torch.round(low - bottom / scale.float()).clamp_(low, high)
     if zero is not None:

@@ -146,7 +146,7 @@ def _round_together(
         rows = [len(problem.weights[name]) for name in names]
         stacked = torch.cat([problem.weights[name] for name in names])
         rounded, ratio = round_with_feedback(
-            corrected_target(stacked, halves, rounding.transform, feedback.damping),
+            corrected_target(stacked, halves, rounding.transform, feedback.ridge),
             halves[0].hessian + halves[1].hessian,
             spec,
             scale_dtype=problem.scale_dtype,

@@ -1,9 +1,10 @@
-"""SiteRounding of weights with error feedback: what rounding one channel does wrong, the channels after it make good.
+"""Rounding of weights with error feedback: what rounding one channel does wrong, the channels after it make good.
 
 The recursion is GPTQ's (Frantar et al., arXiv 2210.17323) on the second moment of the transformed, rounded inputs.
 The target is the least-squares answer to full-precision outputs, as in GPTAQ (Li et al., arXiv 2504.02692).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +14,12 @@ from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight, quanti
 from optimum_qvlm.quant.spec import WeightSpec
 from optimum_qvlm.quant.transform import SiteTransform
 from optimum_qvlm.search.problem import SiteProblem, SiteRounding
+from optimum_qvlm.search.refinement import BLOCK, refined
 
 ROWS_AT_ONCE = 1024
-BLOCK = 128
-"""Channels whose feedback is applied one by one; what is behind them is updated once per block."""
+
+SHARE_ROWS = 256
+"""Rows of a weight, evenly spread, on which the share is measured that a correction of its target holds elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,17 +27,30 @@ class FeedbackOptions:
     """How errors are fed back.
 
     Attributes:
-        damping: added to the diagonal of the Hessian, as a share of its mean.
+        damping: added to the diagonal of the Hessian, as a share of its mean, where weights are rounded, since
+            correlations of few tokens hold less on others.
+        ridge: the same where the target is fitted.
         asymmetry: share of the difference between full-precision and quantized inputs that the target makes good,
             0..1. The difference that rounding this site's own inputs makes is always made good.
         activation_margin: takes the place of that of the clips, since the target makes good what clipping shrinks.
         ordered: channels with the largest second moment first: whole groups, and the channels in each.
+        signed: symmetric scales of fewer than 8 bits are negative where the largest magnitude of a group is positive,
+            so that it lies where the grid has one step more. With 8 bits that gains nothing.
+        sweeps: times that all scales and codes of fewer than 8 bits are decided again afterwards, each with all others
+            known.
     """
 
-    damping: float = 0.01
+    damping: float = 0.05
+    ridge: float = 0.01
     asymmetry: float = 1.0
     activation_margin: float = 0.02
     ordered: bool = True
+    signed: bool = True
+    sweeps: int = 0
+
+    def turns(self, spec: WeightSpec) -> bool:
+        """Whether scales of that grid may be negative."""
+        return self.signed and spec.symmetric and spec.bits < 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +89,10 @@ def corrected_target(
     folded = transform.fold(weight)
     missing = [weight.float() @ half.cross - folded @ half.hessian for half in halves]
     gain = size = 0.0
+    some = slice(None, None, -(-len(weight) // SHARE_ROWS))
     for fit, test in ((0, 1), (1, 0)):
-        change = _solved(halves[fit].hessian, missing[fit], damping)
-        gain += float((change * missing[test]).sum())
+        change = _solved(halves[fit].hessian, missing[fit][some], damping)
+        gain += float((change * missing[test][some]).sum())
         size += float(((change @ halves[test].hessian) * change).sum())
     kept = min(max(gain / max(size, 1e-30), 0.0), 1.0)
     share = 2 * kept / (1 + kept)  # both halves together hold half the noise of one
@@ -97,29 +114,36 @@ def round_with_feedback(
         target: what would be best without rounding.
         hessian: second moment [in, in] of what the weight multiplies.
         spec: the grid. Groups of at most `BLOCK` channels get their scale when their turn comes, by the error that
-            is left after feedback inside the group; larger ones before, by the error of plain rounding.
+            is left after feedback inside the group; larger ones before, by what plain rounding leaves to be made good.
         scale_dtype: dtype in which scales are stored.
         clips: ratios to choose scales from.
-        options: damping and order.
+        options: everything else. Sweeps move scales away from the clips, and the ratios that are returned with them.
     """
     width = target.shape[1] if spec.group is None else spec.group
     order = _order(hessian.diagonal(), width, ordered=options.ordered)
     factor = _inverse_factor(hessian[order][:, order], options.damping)
-    back = torch.argsort(order)
-    group_order = order[::width] // width
+    back, moment = torch.argsort(order), _damped(hessian, options.damping)
+    cost = factor.diagonal().square().reciprocal()
+    group_order, signed = order[::width] // width, options.turns(spec)
     pieces = []
     for rows in target.float().split(ROWS_AT_ONCE):
         if width <= BLOCK:
-            codes, scale, zero, ratio = _round_groups(rows[:, order], factor, spec, width, clips, scale_dtype)
+            codes, scale, zero, ratio = _round_groups(
+                rows[:, order], factor, spec, width, clips, scale_dtype, signed=signed
+            )
             place = torch.argsort(group_order)
             scale, ratio = scale[:, place], ratio[:, place]
             zero = None if zero is None else zero[:, place]
         else:
-            ratio = clip_by_moment(rows, spec, _grouped(hessian, width), scale_dtype, clips)
-            nearest = quantize_weight(rows, spec, clip=ratio, scale_dtype=scale_dtype)
+            ratio = _clip_by_cost(rows, spec, cost[back], scale_dtype, clips, signed=signed)
+            nearest = quantize_weight(rows, spec, clip=ratio, scale_dtype=scale_dtype, signed=signed)
             scale, zero = nearest.scale, nearest.zero_point
             codes = _round_fixed(rows[:, order], factor, spec, scale[:, order // width], _pick(zero, order // width))
-        pieces.append((codes[:, back], scale, zero, ratio))
+        found = QuantizedWeight(codes[:, back], scale, zero)
+        if options.sweeps > 0 and spec.bits < 8:
+            found = refined(rows, moment, found, spec, sweeps=options.sweeps)
+            ratio = ratio * (found.scale.float() / scale.float()).abs()
+        pieces.append((found.codes, found.scale, zero, ratio))
     codes, scale, ratio = (torch.cat([piece[i] for piece in pieces]) for i in (0, 1, 3))  # type: ignore[misc]
     zeros = [piece[2] for piece in pieces if piece[2] is not None]
     return QuantizedWeight(codes, scale, torch.cat(zeros) if zeros else None), ratio
@@ -129,21 +153,51 @@ def clip_by_moment(
     rows: Tensor, spec: WeightSpec, second_moment: Tensor, scale_dtype: torch.dtype, grid: tuple[float, ...]
 ) -> Tensor:
     """Ratio [rows, groups] of least error `d G d^T` of plain rounding, with `second_moment` G [groups, n, n]."""
-    best_error = torch.full((rows.shape[0], second_moment.shape[0]), float("inf"), device=rows.device)
-    best = torch.ones_like(best_error)
-    for ratio in grid:
-        rounded = dequantize_weight(quantize_weight(rows, spec, clip=ratio, scale_dtype=scale_dtype))
+
+    def error(clip: float) -> Tensor:
+        rounded = dequantize_weight(quantize_weight(rows, spec, clip=clip, scale_dtype=scale_dtype))
         change = split_groups(rows.float() - rounded, spec).transpose(0, 1)
-        error = ((change @ second_moment) * change).sum(-1).T
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best = torch.where(better, torch.full_like(best, ratio), best)
-    return best
+        return ((change @ second_moment) * change).sum(-1).T
+
+    return _best_of(grid, error)
 
 
 def conditional_moments(hessian: Tensor, damping: float) -> Tensor:
-    """What a unit error of each channel [in] costs once the channels after it have made good what they can."""
-    return _inverse_factor(hessian, damping).diagonal().square().reciprocal()
+    """What a unit error of each channel [in] costs once the channels after it have made good what they can.
+
+    These are the squared pivots of the damped Hessian when its channels are eliminated from the last to the first.
+    """
+    return _cholesky(hessian.flip(0, 1), damping).diagonal().flip(0).square()
+
+
+def _clip_by_cost(
+    rows: Tensor,
+    spec: WeightSpec,
+    cost: Tensor,
+    scale_dtype: torch.dtype,
+    grid: tuple[float, ...],
+    *,
+    signed: bool,
+) -> Tensor:
+    """Ratio [rows, groups] of least error of plain rounding, a channel's square error weighed with its `cost` [in]."""
+
+    def error(clip: float) -> Tensor:
+        nearest = quantize_weight(rows, spec, clip=clip, scale_dtype=scale_dtype, signed=signed)
+        change = rows.float() - dequantize_weight(nearest)
+        return split_groups(change.square_().mul_(cost), spec).sum(-1)
+
+    return _best_of(grid, error)
+
+
+def _best_of(grid: tuple[float, ...], error: Callable[[float], Tensor]) -> Tensor:
+    """For every entry of the errors the ratio of the grid that makes it least, the first of equals."""
+    least = error(grid[0])
+    best = torch.full_like(least, grid[0])
+    for ratio in grid[1:]:
+        found = error(ratio)
+        best = torch.where(found < least, ratio, best)
+        least = torch.minimum(found, least)
+    return best
 
 
 def _round_groups(
@@ -153,16 +207,18 @@ def _round_groups(
     width: int,
     clips: tuple[float, ...],
     scale_dtype: torch.dtype,
+    *,
+    signed: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Group after group, trying every clip: codes [rows, in], scales, zero points and clips [rows, groups]."""
     work, count = rows.T.contiguous(), rows.shape[0]
     whole = WeightSpec(bits=spec.bits, symmetric=spec.symmetric)
-    codes = torch.empty_like(work, dtype=torch.int8)
+    codes, grid = torch.empty_like(work, dtype=torch.int8), torch.tensor(clips, device=work.device)
     scales, zeros, ratios = [], [], []
     for start in range(0, work.shape[0], width):
         stop = start + width
         part = work[start:stop]
-        tried = [quantize_weight(part.T, whole, clip=clip, scale_dtype=scale_dtype) for clip in clips]
+        tried = [quantize_weight(part.T, whole, clip=clip, scale_dtype=scale_dtype, signed=signed) for clip in clips]
         scale = torch.cat([t.scale.squeeze(1) for t in tried])
         zero = None if spec.symmetric else torch.cat([t.zero_point.squeeze(1) for t in tried])  # type: ignore[union-attr]
         found, errors = _feed_back(part.repeat(1, len(clips)), factor[start:stop, start:stop], spec.bits, scale, zero)
@@ -171,7 +227,7 @@ def _round_groups(
         codes[start:stop] = found[:, chosen].to(torch.int8)
         work[stop:] -= factor[start:stop, stop:].T @ errors[:, chosen]
         scales.append(scale[chosen])
-        ratios.append(torch.tensor(clips, device=best.device)[best])
+        ratios.append(grid[best])
         if zero is not None:
             zeros.append(zero[chosen])
     return codes.T, torch.stack(scales, 1), torch.stack(zeros, 1) if zeros else None, torch.stack(ratios, 1)
@@ -227,6 +283,13 @@ def _order(diagonal: Tensor, width: int, *, ordered: bool) -> Tensor:
     return (groups.unsqueeze(1) * width + inside).reshape(-1)
 
 
+def _damped(hessian: Tensor, damping: float) -> Tensor:
+    """The Hessian with `damping` of its mean on the diagonal; the identity where it is zero."""
+    mean = float(hessian.diagonal().mean())
+    eye = torch.eye(hessian.shape[0], device=hessian.device)
+    return hessian + damping * mean * eye if mean > 0 else eye
+
+
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """Upper triangular U with `U^T U` the inverse of the damped Hessian."""
     inverse = torch.cholesky_inverse(_cholesky(hessian, damping))
@@ -251,12 +314,6 @@ def _cholesky(hessian: Tensor, damping: float) -> Tensor:
 def _solved(hessian: Tensor, right: Tensor, damping: float) -> Tensor:
     """`right H^-1` [out, in] with the damped Hessian."""
     return torch.cholesky_solve(right.T, _cholesky(hessian, damping)).T
-
-
-def _grouped(hessian: Tensor, width: int) -> Tensor:
-    """Diagonal blocks [groups, width, width]."""
-    groups = hessian.shape[0] // width
-    return torch.stack([hessian[g * width : (g + 1) * width, g * width : (g + 1) * width] for g in range(groups)])
 
 
 def _pick(zero: Tensor | None, columns: Tensor) -> Tensor | None:

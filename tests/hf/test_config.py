@@ -147,13 +147,18 @@ def test_servable_searches_only_what_norms_can_take_up():
 
 
 def test_effort_and_feedback_reach_the_search():
-    """Fast tries fewer candidates; without feedback each weight is rounded on its own."""
+    """Fast tries fewer candidates and refines nothing; without feedback each weight is rounded on its own."""
     balanced, fast = QVLMConfig().options().search, QVLMConfig(effort="fast").options().search
+    plain = QVLMConfig(error_feedback=False)
 
+    assert set(fast.clips.activation) < set(balanced.clips.activation)
     assert set(fast.clips.weight) < set(balanced.clips.weight)
+    assert set(QVLMConfig(error_feedback=False, effort="fast").options().search.clips.weight) < set(
+        plain.options().search.clips.weight
+    )
+    assert fast.feedback.sweeps == 0 < balanced.feedback.sweeps
     assert len(fast.transforms.exponents) < len(balanced.transforms.exponents)
-    assert balanced.feedback is not None
-    assert QVLMConfig(error_feedback=False).options().search.feedback is None
+    assert plain.options().search.feedback is None
 
 
 @pytest.mark.parametrize("value", ["lm_head", [1], ["lm_head", None], 5], ids=["text", "number", "none", "no list"])

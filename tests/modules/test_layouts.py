@@ -33,7 +33,7 @@ def make_module(
     activation = None if activation_bits is None else ActivationSpec(bits=activation_bits)
     bias = nn.Parameter(torch.randn(sizes[1], generator=generator).to(dtype))
     return QuantLinear.from_quantized(
-        quantize_weight(weight, spec), bias, LinearFormat(weight=spec, activation=activation)
+        quantize_weight(weight, spec, signed=True), bias, LinearFormat(weight=spec, activation=activation)
     )
 
 

@@ -95,7 +95,7 @@ def test_any_number_of_tokens_goes_through(shape, activation_bits):
 def test_codes_come_out_as_they_went_in(bits, symmetric, rows, columns, group):
     """Packing must be lossless for every width and for zero points along the rows."""
     format = make_format(bits, group, symmetric=symmetric)
-    quantized = quantize_weight(make_linear(columns, rows).weight.detach(), format.weight)
+    quantized = quantize_weight(make_linear(columns, rows).weight.detach(), format.weight, signed=True)
 
     found = QuantLinear.from_quantized(quantized, None, format).quantized()
 

@@ -39,7 +39,7 @@ def case(request):
     folded = SiteTransform(equalizer, format.rotation).fold(weight)
     static = format.activation is not None and format.activation.static
     start = QuantLinear.from_quantized(
-        quantize_weight(folded, format.weight, clip=0.9),
+        quantize_weight(folded, format.weight, clip=0.9, signed=True),
         noise(12, seed=2),
         format,
         input_equalizer=equalizer,
@@ -153,10 +153,11 @@ def test_linears_of_a_site_share_what_is_learned_about_its_activation(case):
         assert torch.equal(first.packed().input_equalizer, second.packed().input_equalizer)
 
 
-def test_the_reported_weight_clip_is_the_share_of_the_range():
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_reported_weight_clip_is_the_share_of_the_range(signed):
     """It is for reading, and must stay what the report says that it is."""
     start = QuantLinear.from_quantized(
-        quantize_weight(noise(12, 32), CASES["w4a16"].weight, clip=0.8), None, CASES["w4a16"]
+        quantize_weight(noise(12, 32), CASES["w4a16"].weight, clip=0.8, signed=signed), None, CASES["w4a16"]
     )
     learned = LearnedLinear(start, noise(12, 32), LearnedSite(start))
 

@@ -230,6 +230,54 @@ def test_clip_shrinks_the_scale_and_saturates_the_rest(bits):
     assert torch.equal(clipped.codes[outside], ends[outside])
 
 
+@given(
+    bits=st.integers(2, 7),
+    group=st.sampled_from([None, 8, 24]),
+    clip=st.floats(0.5, 1.0),
+    scale_dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 2**16),
+)
+def test_a_signed_scale_puts_the_peak_on_the_lowest_code(bits, group, clip, scale_dtype, seed):
+    """There is one step more on that side, so steps are smaller, and what lies between the ends is half a step off."""
+    weight, spec = random_weight(4, 24, seed=seed), WeightSpec(bits=bits, group=group)
+
+    plain = quantize_weight(weight, spec, clip=clip, scale_dtype=scale_dtype)
+    found = quantize_weight(weight, spec, clip=clip, scale_dtype=scale_dtype, signed=True)
+
+    grouped, codes = split_groups(weight, spec), split_groups(found.codes, spec)
+    place = grouped.abs().argmax(-1, keepdim=True)
+    peak = grouped.gather(-1, place)
+    rows = peak != 0
+    expected = (-clip * peak / 2 ** (bits - 1)).squeeze(-1)
+    torch.testing.assert_close(found.scale.float()[rows[..., 0]], expected[rows[..., 0]], rtol=2**-7, atol=0)
+    assert bool((codes.gather(-1, place)[rows] == -(2 ** (bits - 1))).all())
+    assert bool((found.scale.abs() <= plain.scale).all())
+    step = found.scale.float().unsqueeze(-1)
+    inside = (grouped / step <= 2 ** (bits - 1) - 0.5) & (grouped / step >= -(2 ** (bits - 1)) - 0.5)
+    error = split_groups(dequantize_weight(found) - weight, spec).abs()
+    assert bool((error <= HALF_STEP * step.abs())[inside].all())
+
+
+def test_signs_follow_the_peak_of_each_group():
+    weight = torch.tensor([[3.0, -1.0, 1.0, -3.0, 2.0, -2.0, 0.0, 0.0]])
+
+    found = quantize_weight(weight, WeightSpec(bits=4, group=2), signed=True)
+
+    assert found.scale.sign().tolist() == [[-1.0, 1.0, 1.0, 1.0]]
+    assert found.scale.tolist() == [[-0.375, 0.375, 0.25, 1.0]]
+    assert dequantize_weight(found)[0, [0, 3, 4]].tolist() == [3.0, -3.0, 1.75]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_zero_points_need_no_signs(bits):
+    """A grid with a zero point lies where the weights are already."""
+    weight, spec = random_weight(), WeightSpec(bits=bits, group=32, symmetric=False)
+
+    plain, found = quantize_weight(weight, spec), quantize_weight(weight, spec, signed=True)
+
+    assert torch.equal(found.codes, plain.codes) and torch.equal(found.scale, plain.scale)
+
+
 def test_a_whole_number_is_a_clip_too():
     """Callers write clip=1, which type checkers accept for a float."""
     spec = WeightSpec(bits=4)

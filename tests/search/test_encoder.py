@@ -59,10 +59,11 @@ def gradient(function, at):
 
 @pytest.mark.parametrize("spec", SPECS, ids=SPEC_NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_start_at_what_the_search_found_bit_for_bit(spec, dtype):
+@pytest.mark.parametrize("signed", [False, True])
+def test_weights_start_at_what_the_search_found_bit_for_bit(spec, dtype, signed):
     """Else the step would undo the search before it begins."""
     weight = noise(6, 32).to(dtype)
-    found = quantize_weight(weight, spec, clip=0.8)
+    found = quantize_weight(weight, spec, clip=0.8, signed=signed)
     start = WeightStart.of(found, weight.float(), spec)
     none = torch.zeros(found.scale.shape)
 
@@ -92,7 +93,7 @@ def test_codes_that_are_not_the_nearest_are_kept(spec):
 def test_what_is_packed_is_what_was_learned_on(spec, dtype):
     """The loss of the last step must be that of the saved model."""
     weight = noise(6, 32)
-    start = WeightStart.of(quantize_weight(weight, spec, scale_dtype=dtype), weight, spec)
+    start = WeightStart.of(quantize_weight(weight, spec, scale_dtype=dtype, signed=True), weight, spec)
     change = 0.3 * noise(*start.scale.shape, seed=1)
 
     rounded = start.rounded(weight, change)

@@ -53,12 +53,13 @@ ORDER = 2.0**-19
 def make_weight(
     rows: int, channels: int, bits: int, group: int | None, *, zero_point: bool = False, seed: int = 0
 ) -> tuple[CodedWeight, WeightGrid]:
-    """All codes of `bits`, scales over three decades."""
+    """All codes of `bits`, scales of either sign over three decades."""
     generator = torch.Generator().manual_seed(seed)
     groups = 1 if group is None else channels // group
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
     codes = torch.randint(low, high, (rows, channels), generator=generator).to(torch.int8)
     scale = 10 ** (torch.rand(rows, groups, generator=generator) * 3 - 3)
+    scale *= torch.randint(2, (rows, groups), generator=generator) * 2 - 1
     zero = torch.randint(low, high, (rows, groups), generator=generator).to(torch.int8) if zero_point else None
     weight = CodedWeight(codes.to(DEVICE), scale.to(DEVICE), None if zero is None else zero.to(DEVICE))
     return weight, WeightGrid(in_features=channels, out_features=rows, bits=bits, group=group, zero_point=zero_point)
