@@ -134,7 +134,7 @@ def make_linear(scheme: str, rows: int, channels: int, device: torch.device) -> 
     module = QuantLinear(channels, rows, format, bias=False, scale_dtype=torch.bfloat16, device=device)
     module.weight_packed.data.random_(-(2**31), 2**31 - 1)
     module.weight_scale.data.fill_(0.01)
-    module.decode_tokens = 16 if scheme != "w8a8" else 0
+    module.decode_tokens = 16
     return module.prepare()
 
 

@@ -37,7 +37,7 @@ PADDING = 64
 OFFSET = 8
 """Codes are stored unsigned, this much higher."""
 
-FEW_TOKENS = {True: 16, False: 48}
+FEW_TOKENS = {True: 32, False: 48}
 """Up to how many tokens the operator is faster than dequantized slices: where the CPU multiplies bf16, where not."""
 
 SLICE_ELEMENTS = 2**19

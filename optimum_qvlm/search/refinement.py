@@ -7,6 +7,7 @@ with all others known, by coordinate descent on the same error, so that no step 
 import torch
 from torch import Tensor
 
+from optimum_qvlm.kernels.recursion import descend
 from optimum_qvlm.quant.affine import QuantizedWeight
 from optimum_qvlm.quant.spec import WeightSpec
 
@@ -64,7 +65,8 @@ class _Descent:
             local = self.slope[here] - own @ change
             for first in range(0, self.width, BLOCK):
                 block = slice(first, min(first + BLOCK, self.width))
-                moved = self._move_codes(group, self.codes[here][block], local[block], own[block, block])
+                bounds = self.scale[group], self.low[group], self.high[group]
+                moved = descend(self.codes[here][block], local[block], own[block, block], *bounds)
                 change[block] += moved
                 if block.stop < self.width:
                     local -= own[:, block] @ moved
@@ -91,18 +93,6 @@ class _Descent:
         gains = usable & (step * (2 * toward - step * curve) > 0)
         self.scale[group] = torch.where(gains, wanted, scale)
         return codes * torch.where(gains, step, 0.0)
-
-    def _move_codes(self, group: int, codes: Tensor, local: Tensor, own: Tensor) -> Tensor:
-        """Take the best code of each channel of a block [channels, rows], one after the other: change of the values."""
-        scale, low, high = self.scale[group], self.low[group], self.high[group]
-        moved = torch.empty_like(codes)
-        for channel, pivot in enumerate(own.diagonal().tolist()):
-            steps = local[channel] / (pivot * scale)
-            code = torch.round(steps.add_(codes[channel])).clamp_(low, high)
-            torch.sub(code, codes[channel], out=moved[channel]).mul_(scale)
-            codes[channel] = code
-            local[channel + 1 :].addr_(own[channel + 1 :, channel], moved[channel], alpha=-1)
-        return moved
 
     def _missing(self) -> Tensor:
         return self.target - self.codes * self._spread(self.scale)

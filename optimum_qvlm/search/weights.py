@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optimum_qvlm.kernels.recursion import feed_back
 from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight, quantize_weight, split_groups
 from optimum_qvlm.quant.spec import WeightSpec
 from optimum_qvlm.quant.transform import SiteTransform
@@ -221,7 +222,7 @@ def _round_groups(
         tried = [quantize_weight(part.T, whole, clip=clip, scale_dtype=scale_dtype, signed=signed) for clip in clips]
         scale = torch.cat([t.scale.squeeze(1) for t in tried])
         zero = None if spec.symmetric else torch.cat([t.zero_point.squeeze(1) for t in tried])  # type: ignore[union-attr]
-        found, errors = _feed_back(part.repeat(1, len(clips)), factor[start:stop, start:stop], spec.bits, scale, zero)
+        found, errors = feed_back(part.repeat(1, len(clips)), factor[start:stop, start:stop], spec.bits, scale, zero)
         best = errors.square().sum(0).view(len(clips), count).argmin(0)
         chosen = best * count + torch.arange(count, device=best.device)
         codes[start:stop] = found[:, chosen].to(torch.int8)
@@ -241,36 +242,10 @@ def _round_fixed(rows: Tensor, factor: Tensor, spec: WeightSpec, scale: Tensor, 
         stop = min(start + BLOCK, work.shape[0])
         fixed = None if zero is None else zero.T[start:stop]
         block = factor[start:stop, start:stop]
-        found, errors = _feed_back(work[start:stop].clone(), block, spec.bits, scale.T[start:stop], fixed)
+        found, errors = feed_back(work[start:stop].clone(), block, spec.bits, scale.T[start:stop], fixed)
         codes[start:stop] = found.to(torch.int8)
         work[stop:] -= factor[start:stop, stop:].T @ errors
     return codes.T
-
-
-def _feed_back(block: Tensor, factor: Tensor, bits: int, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The recursion over the channels of one block [channels, rows], which it uses up.
-
-    Scales and zero points are [rows], or [channels, rows]. Returns codes as floats and the scaled errors.
-    """
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    scale = scale.float().expand_as(block)
-    shift = None if zero is None else zero.float().expand_as(block)
-    codes, errors = torch.empty_like(block), torch.empty_like(block)
-    pivots = factor.diagonal().tolist()
-    for channel, pivot in enumerate(pivots):
-        value, step = block[channel], scale[channel]
-        code = torch.round(value / step)
-        if shift is None:
-            code.clamp_(low, high)
-            near = code * step
-        else:
-            code.add_(shift[channel]).clamp_(low, high)
-            near = (code - shift[channel]) * step
-        codes[channel] = code
-        error = torch.sub(value, near, out=errors[channel]).div_(pivot)
-        if channel + 1 < len(pivots):
-            block[channel + 1 :].addr_(factor[channel, channel + 1 :], error, alpha=-1)
-    return codes, errors
 
 
 def _order(diagonal: Tensor, width: int, *, ordered: bool) -> Tensor:
