@@ -60,7 +60,8 @@ def quantize_weight(
     else:
         bottom = bottom.clamp(max=0) * ratio
         width = top.clamp(min=0) * ratio - bottom
-    scale = _stored(width / (-2 * low if signed else high - low), scale_dtype or weight.dtype)
+    steps_across = width.new_full((), -2.0 * low if signed else float(high - low))  # divides alike on every device
+    scale = _stored(width / steps_across, scale_dtype or weight.dtype)
     if signed:
         scale = torch.where(turned, -scale, scale)
     steps = grouped / scale.float()

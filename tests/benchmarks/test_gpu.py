@@ -54,7 +54,7 @@ def test_models_are_timed_at_600_tokens_and_decode_128():
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_every_script_of_a_stage_is_there(device):
     scripts = {part for stage in gpu.make_stages(device) for part in stage.command if part.endswith(".py")}
-    assert len(scripts) == 5
+    assert len(scripts) == 6
     assert all((ROOT / script).exists() for script in scripts)
 
 

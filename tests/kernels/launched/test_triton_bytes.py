@@ -18,6 +18,16 @@ from tests.kernels.launched.grid import (
 
 COPIES = INTERPRETED or (torch.cuda.is_available() and tiles.architecture(DEVICE) >= LEAST_ARCHITECTURE)
 
+SIZES = [
+    (70, 300, 45),
+    (1, 16, 1),
+    (129, 384, 0),
+    *(
+        pytest.param(*size, marks=[pytest.mark.slow] if INTERPRETED else [])
+        for size in ((128, 128, 128), (200, 256, 130))
+    ),
+]
+
 pytestmark = [*MARKS, pytest.mark.skipif(not COPIES, reason="this device does not copy tiles")]
 
 
@@ -28,9 +38,7 @@ def packed(rows: int, channels: int) -> tuple[PackedWeight, tuple]:
 
 @pytest.mark.parametrize("activation", ["token", "static"])
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(
-    "rows, channels, tokens", [(128, 128, 128), (70, 300, 45), (1, 16, 1), (200, 256, 130), (129, 384, 0)]
-)
+@pytest.mark.parametrize("rows, channels, tokens", SIZES)
 def test_products_of_any_size_are_exact_up_to_their_scales(rows, channels, tokens, biased, activation):
     """Tiles reach past the last row and token, and past the channels into the padding."""
     ready, (weight, _) = packed(rows, channels)

@@ -4,11 +4,16 @@ import pytest
 import torch
 
 from optimum_qvlm.kernels import recursion, triton_recursion
-from tests.kernels.launched.grid import DEVICE, MARKS
+from tests.kernels.launched.grid import DEVICE, INTERPRETED, MARKS
 
 pytestmark = MARKS
 
-SIZES = [(64, 40), (128, 33), (16, 7), (48, 64), (1, 1)]
+SIZES = [
+    (48, 40),
+    (16, 7),
+    (1, 1),
+    *(pytest.param(*size, marks=[pytest.mark.slow] if INTERPRETED else []) for size in ((64, 40), (128, 33))),
+]
 """Channels and rows: ragged against programs, and channels that are no power of two."""
 
 
