@@ -110,6 +110,7 @@ def bytes_tile(architecture: int, tokens: int, rows: int) -> PrefillTile:
     return PrefillTile(**_shape(_entry("bytes", architecture, tokens, wanted)))
 
 
+@functools.lru_cache(maxsize=1024)
 def quantize_tile(width: int, group: int | None, rotation: int | None, *, whole: bool) -> QuantizeTile:
     """The tile of `triton_quantize`: a rotation takes at least the sixteen rows of a matrix instruction."""
     least = max(128, 16 * (rotation or 1))

@@ -57,9 +57,11 @@ def bytes_kernel(
 
 def takes(x: Tensor, weight: PackedWeight) -> bool:
     """Whether codes [tokens, width] and this weight can be multiplied here."""
-    fits = weight.bits == 8 and weight.group is None and weight.zero_point is None and x.dtype == torch.int8
-    aligned = all(t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0 for t in (x, weight.codes))
-    return fits and aligned and x.shape[0] >= LEAST_TOKENS and tiles.architecture(x.device) >= LEAST_ARCHITECTURE
+    if weight.bits != 8 or weight.group is not None or weight.zero_point is not None or x.dtype != torch.int8:
+        return False
+    if x.shape[0] < LEAST_TOKENS or tiles.architecture(x.device) < LEAST_ARCHITECTURE:
+        return False
+    return all(t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0 for t in (x, weight.codes))
 
 
 def linear_bytes(x: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -78,7 +80,7 @@ def linear_bytes(x: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor 
         return y
     tile = tiles.bytes_tile(tiles.architecture(x.device), tokens, rows)
     with torch.cuda.device_of(x):
-        bytes_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(tokens, tile.tokens),)](
+        bytes_kernel[(-(-rows // tile.rows) * -(-tokens // tile.tokens),)](
             TensorDescriptor.from_tensor(x, [tile.tokens, 128]),
             TensorDescriptor.from_tensor(weight.codes, [tile.rows, 128]),
             x_scale,

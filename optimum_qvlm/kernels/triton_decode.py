@@ -146,7 +146,7 @@ def linear_decode(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
         return y
     tile = tiles.decode_tile(tiles.architecture(x.device), weight.bits, tokens, rows)
     with torch.cuda.device_of(x):
-        decode_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(tokens, tile.tokens))](
+        decode_kernel[(-(-rows // tile.rows), -(-tokens // tile.tokens))](
             x,
             weight.codes,
             weight.scale,

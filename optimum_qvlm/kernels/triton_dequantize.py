@@ -59,7 +59,7 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
         return out
     block_rows = 16
     with torch.cuda.device_of(out):
-        dequantize_kernel[(triton.cdiv(rows, block_rows), weight.width // 128)](
+        dequantize_kernel[(-(-rows // block_rows), weight.width // 128)](
             weight.codes,
             weight.scale,
             weight.scale if weight.zero_point is None else weight.zero_point,

@@ -215,7 +215,7 @@ def linear_prefill(
     architecture = tiles.architecture(x.device)
     tile = tiles.prefill_tile(architecture, operand.primitive_bitwidth, weight.bits, weight.group, tokens, rows)
     with torch.cuda.device_of(x):
-        prefill_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(tokens, tile.tokens),)](
+        prefill_kernel[(-(-rows // tile.rows) * -(-tokens // tile.tokens),)](
             x,
             x if x_scale is None else x_scale,
             weight.codes,

@@ -218,7 +218,7 @@ def _launch(x: Tensor, rounding: Rounding, out: Tensor, scale: Tensor) -> None:
     whole = rounds and group is None and not static
     tile = tiles.quantize_tile(width, group, rounding.rotation, whole=whole)
     with torch.cuda.device_of(x):
-        quantize_kernel[(tokens, 1 if whole else triton.cdiv(width, tile.span))](
+        quantize_kernel[(tokens, 1 if whole else -(-width // tile.span))](
             x,
             x if rounding.equalizer is None else rounding.equalizer,
             x if rounding.scale is None else rounding.scale,

@@ -78,7 +78,7 @@ def feed_back(block: Tensor, factor: Tensor, bits: int, scale: Tensor, zero: Ten
     scale, scale_stride = _by_channel(scale, rows)
     shift, zero_stride = (scale, 0) if zero is None else _by_channel(zero, rows)
     with torch.cuda.device_of(block):
-        feed_back_kernel[(triton.cdiv(rows, ROWS),)](
+        feed_back_kernel[(-(-rows // ROWS),)](
             block.contiguous(),
             factor.contiguous(),
             scale,
@@ -106,7 +106,7 @@ def descend(codes: Tensor, slope: Tensor, curvature: Tensor, scale: Tensor, low:
     assert codes.is_contiguous()
     moved = torch.empty_like(codes)
     with torch.cuda.device_of(codes):
-        descend_kernel[(triton.cdiv(rows, ROWS),)](
+        descend_kernel[(-(-rows // ROWS),)](
             codes,
             slope.contiguous(),
             curvature.contiguous(),
