@@ -92,25 +92,14 @@ def prefill_kernel(
                         product_x += tl.sum(first.to(SUM), axis=0) + tl.sum(second.to(SUM), axis=0)
                 else:
                     group = (block * 128 + part * PART) // GROUP
-                    factor, shift, x_factor = _factors(
-                        scale, zero, x_scale_token, group, safe_row, rows, X_GROUPS, HAS_ZERO
-                    )
-                    product = _dot(w_first, first, empty, INTEGER)
-                    if HAS_ZERO:
-                        product_x = tl.sum(first.to(SUM), axis=0)
-                    sums += _rescaled(
-                        product, product_x, factor, shift, x_factor, FOLD, X_GROUPS, HAS_ZERO, FLOAT_TRICK
-                    )
-                    group = (block * 128 + 64 + part * PART) // GROUP
-                    factor, shift, x_factor = _factors(
-                        scale, zero, x_scale_token, group, safe_row, rows, X_GROUPS, HAS_ZERO
-                    )
-                    product = _dot(w_second, second, empty, INTEGER)
-                    if HAS_ZERO:
-                        product_x = tl.sum(second.to(SUM), axis=0)
-                    sums += _rescaled(
-                        product, product_x, factor, shift, x_factor, FOLD, X_GROUPS, HAS_ZERO, FLOAT_TRICK
-                    )
+                    sums += _group_sums(
+                        w_first, first, empty, scale, zero, x_scale_token, group, safe_row, rows,
+                        FOLD, X_GROUPS, HAS_ZERO, FLOAT_TRICK, INTEGER,
+                    )  # fmt: skip
+                    sums += _group_sums(
+                        w_second, second, empty, scale, zero, x_scale_token, group + 64 // GROUP, safe_row, rows,
+                        FOLD, X_GROUPS, HAS_ZERO, FLOAT_TRICK, INTEGER,
+                    )  # fmt: skip
         if GROUP >= 128:
             sums += _rescaled(product, product_x, factor, shift, x_factor, FOLD, X_GROUPS, HAS_ZERO, FLOAT_TRICK)
             factor, shift, x_factor = next_factor, next_shift, next_x_factor
@@ -170,6 +159,21 @@ def _factors(scale, zero, x_scale_token, group, row, rows, X_GROUPS: tl.constexp
     if X_GROUPS > 1:
         x_factor = tl.load(x_scale_token + group)
     return factor, shift, x_factor
+
+
+@triton.jit
+def _group_sums(
+    weight, x, empty, scale, zero, x_scale_token, group, row, rows,
+    FOLD: tl.constexpr, X_GROUPS: tl.constexpr, HAS_ZERO: tl.constexpr, FLOAT_TRICK: tl.constexpr,
+    INTEGER: tl.constexpr,
+):  # fmt: skip
+    """Sums over the channels of a group smaller than a block, rescaled."""
+    factor, shift, x_factor = _factors(scale, zero, x_scale_token, group, row, rows, X_GROUPS, HAS_ZERO)
+    x_sum = x_factor
+    if HAS_ZERO:
+        x_sum = tl.sum(x.to(empty.dtype), axis=0)
+    product = _dot(weight, x, empty, INTEGER)
+    return _rescaled(product, x_sum, factor, shift, x_factor, FOLD, X_GROUPS, HAS_ZERO, FLOAT_TRICK)
 
 
 @triton.jit

@@ -123,8 +123,8 @@ def round_with_feedback(
     width = target.shape[1] if spec.group is None else spec.group
     order = _order(hessian.diagonal(), width, ordered=options.ordered)
     factor = _inverse_factor(hessian[order][:, order], options.damping)
-    back, moment = torch.argsort(order), _damped(hessian, options.damping)
-    cost = factor.diagonal().square().reciprocal()
+    back, cost = torch.argsort(order), factor.diagonal().square().reciprocal()
+    moment = _damped(hessian, options.damping) if options.sweeps > 0 and spec.bits < 8 else None
     group_order, signed = order[::width] // width, options.turns(spec)
     pieces = []
     for rows in target.float().split(ROWS_AT_ONCE):
@@ -141,7 +141,7 @@ def round_with_feedback(
             scale, zero = nearest.scale, nearest.zero_point
             codes = _round_fixed(rows[:, order], factor, spec, scale[:, order // width], _pick(zero, order // width))
         found = QuantizedWeight(codes[:, back], scale, zero)
-        if options.sweeps > 0 and spec.bits < 8:
+        if moment is not None:
             found = refined(rows, moment, found, spec, sweeps=options.sweeps)
             ratio = ratio * (found.scale.float() / scale.float()).abs()
         pieces.append((found.codes, found.scale, zero, ratio))
@@ -260,9 +260,10 @@ def _order(diagonal: Tensor, width: int, *, ordered: bool) -> Tensor:
 
 def _damped(hessian: Tensor, damping: float) -> Tensor:
     """The Hessian with `damping` of its mean on the diagonal; the identity where it is zero."""
-    mean = float(hessian.diagonal().mean())
-    eye = torch.eye(hessian.shape[0], device=hessian.device)
-    return hessian + damping * mean * eye if mean > 0 else eye
+    damped = hessian.clone()
+    mean = hessian.diagonal().mean()
+    damped.diagonal().add_(torch.where(mean > 0, damping * mean, 1.0))
+    return damped
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
