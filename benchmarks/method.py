@@ -10,7 +10,9 @@ partitions: final error, divergence and cost at depths 1 to 4, and at depth 3 fo
 with the same sizes, and fixed.
 ablation: dependency and the encoder step, alone and together, against neither.
 
-`--quick` is a check that everything runs, not a measurement. Seconds are processor seconds: run on one thread.
+`--quick` is a check that everything runs, not a measurement. Seconds are processor seconds on a CPU: run on one thread,
+or share the work among `--workers`, which have one each. Of SmolLM2 the first 7 layers and short texts take minutes on
+a CPU, all layers on a GPU.
 """
 
 import argparse
@@ -41,17 +43,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, help="quantize only the first so many of SmolLM2; default: all")
     parser.add_argument("--epochs", type=int, default=10, help="of the encoder step")
     parser.add_argument("--lr", type=float, help="of the encoder step; default: that of QVLMConfig")
+    parser.add_argument("--device", default="cpu", help="where layers are searched")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share seeds, or samples of the proxy")
     parser.add_argument("--output", type=Path, help="folder for records and scatter plots")
     parser.add_argument("--quick", action="store_true", help="2 samples, 8 questions, 1 seed, 1 epoch")
     chosen = parser.parse_args(arguments)
     if chosen.quick:
-        chosen.samples, chosen.questions, chosen.seeds, chosen.draws, chosen.epochs = 2, 8, 1, 1, 1
+        chosen.samples, chosen.questions, chosen.seeds, chosen.draws, chosen.epochs = 2, 8, min(chosen.seeds, 2), 1, 1
         chosen.chunk = min(chosen.chunk, 32)
     logging.disable_progress_bar()
     sizes = Sizes(samples=chosen.samples, questions=chosen.questions, chunk=chosen.chunk, layers=chosen.layers)
     with tempfile.TemporaryDirectory() as scratch:
         for name in chosen.models:
-            subject = Subject(name, Path(scratch), sizes)
+            subject = Subject(name, Path(scratch), sizes, chosen.device)
             for table in chosen.tables:
                 for scheme in chosen.schemes:
                     record: Record = {}
@@ -65,10 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def lines_of(table: str, subject: Subject, scheme: str, chosen: Any, record: Record) -> Iterator[str]:
     """The lines of one table for one model and scheme."""
     if table == "proxy":
-        return proxy_table(subject, scheme, chosen.samples, record)
+        return proxy_table(subject, scheme, chosen.samples, chosen.workers, record)
     if table == "partitions":
-        seeds = 1 if subject.name == "smollm2" else chosen.seeds
-        return partition_table(subject, scheme, seeds, chosen.draws, record)
+        return partition_table(subject, scheme, chosen.seeds, chosen.draws, chosen.workers, record)
     if subject.name == "smollm2":
         raise SystemExit("the ablation needs a model with a vision tower; choose --models plain outlier")
     encoder = {"encoder_epochs": chosen.epochs} | ({} if chosen.lr is None else {"encoder_lr": chosen.lr})

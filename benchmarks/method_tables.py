@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from intervals import of_correlation, of_mean
 from proxies import all_proxies
-from subjects import CPU, Quantized, Subject
+from subjects import Quantized, Subject
 from torch import Tensor, nn
+from workers import in_turn
 
 from optimum_qvlm.pipeline.calibrate import CalibrationData, calibrate
 from optimum_qvlm.pipeline.capture import first_tensor
@@ -36,37 +37,37 @@ class Pair:
     proxies: dict[str, float]
 
 
-def measure_pairs(subject: Subject, scheme: str, samples: int) -> list[Pair]:
-    """Every pair of layers on every sample alone, both the search and the proxies."""
+def measure_pairs(subject: Subject, number: int, scheme: str) -> list[Pair]:
+    """Every pair of layers on one sample alone, both the search and the proxies."""
     config = subject.config(scheme)
     plan = subject.plan(config)
     nearest = copy.deepcopy(subject.full)
-    calibrate(nearest, plan, replace(config.options(), method="rtn"), None, CPU)
+    calibrate(nearest, plan, replace(config.options(), method="rtn"), None, torch.device(subject.device))
     options = EntropyOptions.of(plan, "step_squared", SAMPLED_TOKENS, 0)
     data = subject.data(batch=1)
+    batch = data.batches[number]
+    alone = CalibrationData(batches=[batch], recipe=data.recipe, labels=data.labels[number : number + 1])
+    outputs = layer_outputs(nearest, plan, batch)
     pairs = []
-    for number, batch in enumerate(data.batches[:samples]):
-        alone = CalibrationData(batches=[batch], recipe=data.recipe, labels=data.labels[number : number + 1])
-        outputs = layer_outputs(nearest, plan, batch)
-        for shift in (0, 1):
-            _, result, _ = subject.calibrated(config, alone, pairs_from(plan, shift))
-            for error in result.joint:
-                block = error.block
-                if block.first == block.last:
-                    continue
-                first, second = outputs[block.part][block.first], outputs[block.part][block.last]
-                said = {name: proxy(first, second) for name, proxy in all_proxies(options).items()}
-                change = float((second - first).norm() / first.norm())
-                pairs.append(
-                    Pair(
-                        sample=number,
-                        part=block.part,
-                        layer=block.first,
-                        gain=error.before - error.after,
-                        before=error.before,
-                        proxies={**said, "error before": error.before, "change by the layer": change},
-                    )
+    for shift in (0, 1):
+        _, result, _ = subject.calibrated(config, alone, pairs_from(plan, shift))
+        for error in result.joint:
+            block = error.block
+            if block.first == block.last:
+                continue
+            first, second = outputs[block.part][block.first], outputs[block.part][block.last]
+            said = {name: proxy(first, second) for name, proxy in all_proxies(options).items()}
+            change = float((second - first).norm() / first.norm())
+            pairs.append(
+                Pair(
+                    sample=number,
+                    part=block.part,
+                    layer=block.first,
+                    gain=error.before - error.after,
+                    before=error.before,
+                    proxies={**said, "error before": error.before, "change by the layer": change},
                 )
+            )
     return pairs
 
 
@@ -83,13 +84,14 @@ def pairs_from(plan: QuantPlan, shift: int) -> tuple[Block, ...]:
 
 def layer_outputs(model: Any, plan: QuantPlan, batch: dict[str, Tensor]) -> dict[str, list[Tensor]]:
     """Real tokens [tokens, channels] that each layer of each part returns."""
+    device = next(model.parameters()).device
     seen: dict[str, list[Tensor]] = {part.name: [] for part in plan.parts}
     handles = []
     for part in plan.parts:
         for layer in part.layers:
             handles.append(model.get_submodule(layer.path).register_forward_hook(_keeper(seen[part.name])))
     with torch.no_grad():
-        model(**batch, use_cache=False)
+        model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
     for handle in handles:
         handle.remove()
     return seen
@@ -105,9 +107,9 @@ def _keeper(kept: list[Tensor]) -> Any:
     return keep
 
 
-def proxy_table(subject: Subject, scheme: str, samples: int, record: Record) -> Iterator[str]:
+def proxy_table(subject: Subject, scheme: str, samples: int, workers: int, record: Record) -> Iterator[str]:
     """Correlation of each proxy with the gain of the joint search, over samples and layers."""
-    pairs = measure_pairs(subject, scheme, samples)
+    pairs = [pair for found in in_turn(measure_pairs, subject, range(samples), workers, scheme) for pair in found]
     record["pairs"] = [
         {"sample": p.sample, "part": p.part, "layer": p.layer, "gain": p.gain, "before": p.before, **p.proxies}
         for p in pairs
@@ -135,7 +137,9 @@ def proxy_table(subject: Subject, scheme: str, samples: int, record: Record) -> 
         )
 
 
-def partition_table(subject: Subject, scheme: str, seeds: int, draws: int, record: Record) -> Iterator[str]:
+def partition_table(
+    subject: Subject, scheme: str, seeds: int, draws: int, workers: int, record: Record
+) -> Iterator[str]:
     """Error and cost at depths 1 to 4, and for other partitions at depth 3, against that by entropy."""
     sizes = subject.sizes
     yield f"{subject.name} {scheme}: {sizes.samples} samples, {seeds} seeds, {sizes.questions} questions"
@@ -144,20 +148,19 @@ def partition_table(subject: Subject, scheme: str, seeds: int, draws: int, recor
         f"{'layer passes':>13} {'seconds':>8}"
     )
     runs: dict[str, list[Quantized]] = {}
-    for seed in range(seeds):
-        data = subject.data(seed)
-        for name, blocks, depth in partitions(subject, scheme, data, seed, draws):
-            config = subject.config(scheme, max_block_depth=depth, seed=seed)
-            runs.setdefault(name, []).append(subject.quantized(config, data, blocks))
+    for found in in_turn(partitioned, subject, range(seeds), workers, scheme, draws):
+        for name, run in found.items():
+            runs.setdefault(name, []).append(run)
     base = torch.stack([run.kl for run in runs["entropy 3"]]).mean(0)
-    for name, found in runs.items():
-        kl = torch.stack([run.kl for run in found]).mean(0)
+    for name, alike in runs.items():
+        kl = torch.stack([run.kl for run in alike]).mean(0)
         cells = {
-            "blocks": mean(len(run.result.plan.blocks) for run in found),
-            "final_error": mean(run.final_error for run in found),
+            "blocks": mean(len(run.result.plan.blocks) for run in alike),
+            "final_error": mean(run.final_error for run in alike),
             "kl": float(kl.mean()),
-            "layer_passes": mean(run.layer_forwards() for run in found),
-            "seconds": mean(run.seconds for run in found),
+            "kl_of_seeds": [float(run.kl.mean()) for run in alike],
+            "layer_passes": mean(run.layer_forwards() for run in alike),
+            "seconds": mean(run.seconds for run in alike),
         }
         gain = of_mean(kl - base)
         record[name] = {**cells, "kl_to_entropy": [gain.value, gain.low, gain.high]}
@@ -167,21 +170,21 @@ def partition_table(subject: Subject, scheme: str, seeds: int, draws: int, recor
         )
 
 
-def partitions(
-    subject: Subject, scheme: str, data: CalibrationData, seed: int, draws: int
-) -> Iterator[tuple[str, tuple[Block, ...] | None, int]]:
-    """Name, blocks (None where dependency forms them) and depth of each partition that is compared."""
-    for depth in (1, 2, 3, 4):
-        yield f"entropy {depth}", None, depth
-    config = subject.config(scheme, seed=seed)
-    plan = subject.plan(config)
-    _, by_entropy, _ = subject.calibrated(config, data)
-    _, alone, _ = subject.calibrated(subject.config(scheme, method="layerwise", seed=seed), data)
-    errors = {part.name: [e.error for e in alone.layers if e.part == part.name] for part in plan.parts}
-    yield "error", by_error(plan.parts, errors), 3
+def partitioned(subject: Subject, seed: int, scheme: str, draws: int) -> dict[str, Quantized]:
+    """What each partition that is compared leads to, with one calibration set."""
+    data = subject.data(seed)
+
+    def run(depth: int, blocks: tuple[Block, ...] | None = None) -> Quantized:
+        return subject.quantized(subject.config(scheme, max_block_depth=depth, seed=seed), data, blocks)
+
+    runs = {f"entropy {depth}": run(depth) for depth in (1, 2, 3, 4)}
+    plan = runs["entropy 3"].result.plan
+    errors = {p.name: [e.error for e in runs["entropy 1"].result.layers if e.part == p.name] for p in plan.parts}
+    runs["error"] = run(3, by_error(plan.parts, errors))
     for draw in range(draws):
-        yield f"random {draw}" if draws > 1 else "random", shuffled(plan.parts, by_entropy.plan, seed * 100 + draw), 3
-    yield "fixed", tuple(block for part in plan.parts for block in tiles(part, 3)), 3
+        runs[f"random {draw}" if draws > 1 else "random"] = run(3, shuffled(plan.parts, plan, seed * 100 + draw))
+    runs["fixed"] = run(3, tuple(block for part in plan.parts for block in tiles(part, 3)))
+    return runs
 
 
 def by_error(parts: Sequence[PlannedPart], errors: dict[str, list[float]]) -> tuple[Block, ...]:

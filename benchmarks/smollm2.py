@@ -87,8 +87,11 @@ def read_text(
     tokens: int = 512,
     seed: int = 0,
     tuning: bool = False,
+    held_out_first: bool = False,
 ) -> Text:
     """Technical English that every Python has (its own help), cut in chunks and drawn with the seed.
+
+    With `held_out_first` the number of calibration chunks does not change which are held out.
 
     A quarter of the text is kept apart: it alone is drawn from with `tuning`, and nothing else may settle how the
     method works; without, what is drawn was never looked at before.
@@ -101,6 +104,8 @@ def read_text(
     pool = shuffled[:apart] if tuning else shuffled[apart:]
     order = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))].tolist()
     drawn = [chunks[number].unsqueeze(0) for number in order[: calibration_chunks + held_out_chunks]]
+    if held_out_first:
+        drawn = drawn[held_out_chunks:] + drawn[:held_out_chunks]
     return Text(
         calibration=[batch_of(ids) for ids in drawn[:calibration_chunks]],
         held_out=[batch_of(ids) | {"labels": ids} for ids in drawn[calibration_chunks:]],

@@ -25,7 +25,6 @@ from optimum_qvlm.pipeline.result import CalibrationResult
 from optimum_qvlm.report.fidelity import answer_logits, right_answers
 from optimum_qvlm.search.plan import Block, QuantPlan
 
-CPU = torch.device("cpu")
 NAMES = ("plain", "outlier", "smollm2")
 
 
@@ -46,12 +45,11 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantized:
-    """One calibrated model: what was reported, its processor seconds, and its answers to the held-out questions.
+    """What was reported of a calibration, its seconds, and how its model answers the held-out questions.
 
     `kl` holds nats per held-out token, `right` one number per question.
     """
 
-    model: nn.Module
     result: CalibrationResult
     seconds: float
     kl: Tensor
@@ -72,38 +70,54 @@ class Quantized:
 
 
 class Subject:
-    """One model in full precision, with calibration batches by seed and held-out questions."""
+    """One model in full precision, with calibration batches by seed and held-out questions.
 
-    def __init__(self, name: str, scratch: Path, sizes: Sizes) -> None:
-        self.name, self.sizes = name, sizes
-        self.text = None
+    `scratch` is where its checkpoint is written, and found again by other processes. Layers are searched on `device`
+    and models answer there; the model itself lies on the CPU.
+    """
+
+    def __init__(self, name: str, scratch: Path, sizes: Sizes, device: str = "cpu") -> None:
+        self.name, self.scratch, self.sizes, self.device = name, scratch, sizes, device
         if name == "smollm2":
-            self.folder = smollm2.write_checkpoint(scratch / name)
+            self.folder = scratch / name
+            if not self.folder.exists():
+                smollm2.write_checkpoint(self.folder)
             self.full: Any = AutoModelForCausalLM.from_pretrained(self.folder)
-            self.text = smollm2.read_text(
-                self.folder,
-                calibration_chunks=sizes.samples,
-                held_out_chunks=max(sizes.questions // 64, 1),
-                tokens=sizes.chunk,
-            )
-            self.held_out: Sequence[Batch] = self.text.held_out
+            self.held_out: Sequence[Batch] = self.text(0).held_out
         else:
             self.folder = tiny_vlm.variant_folder(name, scratch)
             self.full = AutoModelForImageTextToText.from_pretrained(self.folder)
             self.held_out = tiny_vlm.held_out(tiny_vlm.make_samples("heldout", sizes.questions, 0), self.folder)
-        self.reference = answer_logits(self.full, self.held_out)
+        self.reference = self.answers(copy.deepcopy(self.full))
+
+    def text(self, seed: int) -> smollm2.Text:
+        """Chunks of the text model: held-out ones are the same for every seed, those for calibration are not."""
+        held_out, sizes = max(self.sizes.questions // 64, 1), self.sizes
+        drawn = smollm2.read_text(
+            self.folder,
+            calibration_chunks=sizes.samples * (seed + 1),
+            held_out_chunks=held_out,
+            tokens=sizes.chunk,
+            held_out_first=True,
+        )
+        return smollm2.Text(calibration=drawn.calibration[sizes.samples * seed :], held_out=drawn.held_out)
+
+    def answers(self, model: Any) -> list[Tensor]:
+        """Logits of a model for the held-out questions; the model is moved to the device."""
+        return answer_logits(model.to(self.device), self.held_out)
 
     def config(self, scheme: str, **settings: Any) -> QVLMConfig:
         """A configuration whose tower has the bits of the language model, as in the paper."""
-        count = 0 if self.text is None or self.sizes.layers is None else self.full.config.num_hidden_layers
+        text = self.name == "smollm2" and self.sizes.layers is not None
+        count = self.full.config.num_hidden_layers if text else 0
         kept = [f"layers.{number}" for number in range(self.sizes.layers or 0, count)]
         return QVLMConfig(scheme, **({"vision_scheme": scheme, "modules_to_not_convert": kept or None} | settings))
 
     def data(self, seed: int = 0, batch: int | None = None) -> CalibrationData:
-        """Calibration batches; SmolLM2 has the same for every seed."""
+        """Calibration batches of a seed."""
         recipe = Recipe(source="user", samples=self.sizes.samples, seed=seed, fingerprint="")
-        if self.text is not None:
-            batches = self.text.calibration
+        if self.name == "smollm2":
+            batches = self.text(seed).calibration
             return CalibrationData(batches=batches, recipe=recipe, labels=[b["input_ids"] for b in batches])
         size = self.sizes.batch if batch is None else batch
         options = LoaderOptions(num_samples=self.sizes.samples, batch_size=size, max_length=2048, seed=seed)
@@ -120,21 +134,24 @@ class Subject:
     def calibrated(
         self, config: QVLMConfig, data: CalibrationData | None, blocks: tuple[Block, ...] | None = None
     ) -> tuple[nn.Module, CalibrationResult, float]:
-        """A quantized copy of the model, what was reported, and processor seconds. `blocks` fixes the partition."""
+        """A quantized copy of the model, what was reported, and seconds. `blocks` fixes the partition.
+
+        Seconds are of the processor on a CPU, of the clock elsewhere.
+        """
         model = copy.deepcopy(self.full)
         options = replace(config.options(), blocks=blocks)
-        started = time.process_time()
-        result = calibrate(model, self.plan(config), options, data, CPU)
-        return model, result, time.process_time() - started
+        clock = time.process_time if self.device == "cpu" else time.perf_counter
+        started = clock()
+        result = calibrate(model, self.plan(config), options, data, torch.device(self.device))
+        return model, result, clock() - started
 
     def quantized(
         self, config: QVLMConfig, data: CalibrationData | None, blocks: tuple[Block, ...] | None = None
     ) -> Quantized:
         """As `calibrated`, compared with full precision on the held-out questions."""
         model, result, seconds = self.calibrated(config, data, blocks)
-        logits = answer_logits(model, self.held_out)
+        logits = self.answers(model)
         return Quantized(
-            model=model,
             result=result,
             seconds=seconds,
             kl=torch.cat([divergence(a, b) for a, b in zip(self.reference, logits, strict=True)]),

@@ -79,15 +79,26 @@ def assert_product(
 ) -> None:
     """`y` is `x W^T + bias` up to rounding to its dtype and the order of sums, at every element.
 
-    With `dense` the weight was rounded to that dtype first, and partial sums may have been too.
+    With `dense` the weight was rounded to that dtype first, and partial sums may have been too. Without, sums of codes
+    and of zero points are taken apart, so that what cancels between them counts too.
     """
     whole = reference.dequantize_rows(weight, 0, weight.codes.shape[0])
     whole = whole.double() if dense is None else whole.to(dense).double()
     exact = x.double() @ whole.T
-    magnitude = x.double().abs() @ whole.abs().T
+    parts = whole.abs() if dense is not None or weight.zero_point is None else sizes_of_parts(weight)
+    magnitude = x.double().abs() @ parts.T
     if bias is not None:
         exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
     order = ORDER if dense is None else ROUNDING[dense]
     excess = (y.double() - exact).abs() - (ROUNDING[y.dtype] * exact.abs() + order * magnitude)
     assert bool(torch.isfinite(y).all())
     assert float(excess.max()) <= 0
+
+
+def sizes_of_parts(weight: CodedWeight) -> Tensor:
+    """Sizes of codes and zero points together, times those of the scales, fp64 [rows, channels]."""
+    assert weight.zero_point is not None
+    width = weight.codes.shape[1] // weight.scale.shape[1]
+    codes = weight.codes.double().abs().unflatten(1, (-1, width))
+    sizes = (codes + weight.zero_point.double().abs().unsqueeze(-1)) * weight.scale.double().abs().unsqueeze(-1)
+    return sizes.flatten(1)

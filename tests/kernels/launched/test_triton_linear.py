@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from optimum_qvlm.kernels import (
@@ -215,6 +215,7 @@ def first_block_kernel(x, codes, y, WIDTH: tl.constexpr):
     grouped=st.booleans(),
     seed=st.integers(0, 2**16),
 )
+@example(format=(6, 16), zero_point=True, rows=17, groups=2, tokens=6, activation=16, grouped=False, seed=148)
 def test_any_size_is_the_definition(format, zero_point, rows, groups, tokens, activation, grouped, seed):
     bits, group = format
     channels = 37 * groups if group is None else group * groups
