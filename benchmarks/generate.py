@@ -6,13 +6,15 @@ and medians of the ratios within a round.
 
 import argparse
 import ctypes
+import fcntl
 import itertools
 import json
 import math
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,7 @@ def main() -> None:
         help="compile the decoding step; with the static cache on a GPU it becomes a CUDA graph",
     )
     parser.add_argument("--exact-decode", action="store_true", help="round activations while decoding too")
+    parser.add_argument("--turns", type=Path, help="file by which processes that share a GPU measure in turn")
     parser.add_argument("--fuse", action="store_true", help="each scheme also with its linears fused")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -153,8 +156,9 @@ def measure(variants: dict[str, Any], prompt: int, batch: int, arguments: argpar
     working: dict[str, float] = dict.fromkeys(variants, math.nan)
     for number in range(arguments.rounds + 1):
         for name, decoder in decoders.items():
-            before = start_of_peak(arguments)
-            first, rest = decoder.round()
+            with turn(arguments.turns, alone=number > 0):
+                before = start_of_peak(arguments)
+                first, rest = decoder.round()
             if number > 0:
                 prefill[name].append(first)
                 decode[name].append(rest)
@@ -174,6 +178,17 @@ def measure(variants: dict[str, Any], prompt: int, batch: int, arguments: argpar
         )
         for name, model in variants.items()
     ]
+
+
+@contextmanager
+def turn(file: Path | None, *, alone: bool) -> Iterator[None]:
+    """Hold a lock: with all others that warm up, or alone. So nobody measures while somebody compiles."""
+    if file is None:
+        yield
+        return
+    with file.open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
 
 
 def ratio(slow: list[float], fast: list[float]) -> float:
