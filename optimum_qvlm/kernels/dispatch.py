@@ -1,5 +1,6 @@
 """Which code runs: a layout is chosen once per weight and device, and names the module that computes with it."""
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -31,6 +32,8 @@ Each has `LAYOUT`, its name, and
     store(weight: CodedWeight, grid) -> StoredWeight        loses nothing
     restore(stored: StoredWeight, grid) -> CodedWeight      undoes `store`
     linear(x, stored: StoredWeight, bias, rounding, grid) -> Tensor
+and may have
+    bind(stored: StoredWeight, bias, rounding, grid) -> Callable[[Tensor], Tensor]        faster from the second call on
 """
 
 QUANTIZERS = {"cuda": "triton_quantize"}
@@ -98,6 +101,17 @@ def linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, rounding: Round
         y: Tensor = _backend(stored.layout).linear(x, stored, bias, rounding, grid)
         return y
     return reference.linear(x, restore(stored, grid), bias, rounding)
+
+
+def bind(stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: WeightGrid) -> Callable[[Tensor], Tensor]:
+    """`linear` with all but the activation, which must fit: nothing is checked. The tensors stay in use."""
+    if stored.layout in CHECKPOINT_LAYOUTS:
+        return lambda x: linear(x, stored, bias, rounding, grid)
+    backend = _backend(stored.layout)
+    if hasattr(backend, "bind"):
+        bound: Callable[[Tensor], Tensor] = backend.bind(stored, bias, rounding, grid)
+        return bound
+    return lambda x: backend.linear(x, stored, bias, rounding, grid)
 
 
 def linear_backward(gradient: Tensor, stored: StoredWeight, rounding: Rounding, grid: WeightGrid) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from optimum_qvlm.kernels import dispatch
+from optimum_qvlm.kernels.bound import is_plain
 from optimum_qvlm.kernels.checks import FULL_BITS, require_activations, require_rounding, require_same_device
 from optimum_qvlm.kernels.weights import NOTHING, Rounding, StoredWeight, WeightGrid
 
@@ -97,8 +98,7 @@ def _linear(
     stored, rounding, grid = _read(weight, scale, zero_point, *rest)
     require_activations(x, grid.in_features)
     if x.numel() <= grid.decode_tokens * grid.in_features:
-        plain = rounding.equalizer is None and rounding.rotation is None
-        rounding = NOTHING if plain else Rounding(equalizer=rounding.equalizer, rotation=rounding.rotation)
+        rounding = rounding.unrounded()
     if rounding is not NOTHING:
         require_rounding(x, rounding.bits, rounding.group, rounding.clip, rounding.rotation)
     require_same_device(x, weight=weight, scale=scale, bias=bias, equalizer=rounding.equalizer)
@@ -189,10 +189,10 @@ class _Linear(torch.autograd.Function):
 
 
 def _linear_tracking(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Any, *rest: Any) -> Any:
-    """Where autograd looks. Without gradients plain tensors skip a second way through the dispatcher."""
+    """Where autograd looks. Tensors that nobody watches skip a second way through the dispatcher."""
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, weight, scale, zero_point, bias, *rest)  # type: ignore[no-untyped-call]
-    if type(x) is Tensor and not torch.compiler.is_compiling():
+    if is_plain(x, bias):
         return _linear(x, weight, scale, zero_point, bias, *rest)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.optimum_qvlm.linear.default(x, weight, scale, zero_point, bias, *rest)

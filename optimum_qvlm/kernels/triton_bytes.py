@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from optimum_qvlm.kernels import tiles
+from optimum_qvlm.kernels.recording import empty, start
 from optimum_qvlm.kernels.triton_layout import PackedWeight
 from optimum_qvlm.kernels.triton_prefill import place
 
@@ -75,27 +76,27 @@ def linear_bytes(x: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor 
         dtype: of the result.
     """
     tokens, rows = x.shape[0], weight.out_features
-    y = x.new_empty(tokens, rows, dtype=dtype)
+    y = empty(x, tokens, rows, dtype=dtype)
     if y.numel() == 0:
         return y
     tile = tiles.bytes_tile(tiles.architecture(x.device), tokens, rows)
-    with torch.cuda.device_of(x):
-        bytes_kernel[(-(-rows // tile.rows) * -(-tokens // tile.tokens),)](
-            TensorDescriptor.from_tensor(x, [tile.tokens, 128]),
-            TensorDescriptor.from_tensor(weight.codes, [tile.rows, 128]),
-            x_scale,
-            weight.scale,
-            weight.scale if bias is None else bias,
-            y,
-            tokens,
-            rows,
-            WIDTH=weight.width,
-            X_GROUPS=0 if x_scale.dim() == 1 else 1,
-            HAS_BIAS=bias is not None,
-            BLOCK_TOKENS=tile.tokens,
-            BLOCK_ROWS=tile.rows,
-            STRIP=tile.strip,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
-        )
+    arguments = {
+        "x": TensorDescriptor.from_tensor(x, [tile.tokens, 128]),
+        "codes": TensorDescriptor.from_tensor(weight.codes, [tile.rows, 128]),
+        "x_scale": x_scale,
+        "scale": weight.scale,
+        "bias": weight.scale if bias is None else bias,
+        "y": y,
+        "tokens": tokens,
+        "rows": rows,
+        "WIDTH": weight.width,
+        "X_GROUPS": 0 if x_scale.dim() == 1 else 1,
+        "HAS_BIAS": bias is not None,
+        "BLOCK_TOKENS": tile.tokens,
+        "BLOCK_ROWS": tile.rows,
+        "STRIP": tile.strip,
+        "STAGES": tile.stages,
+    }
+    grid = (-(-rows // tile.rows) * -(-tokens // tile.tokens),)
+    start(bytes_kernel, grid, arguments, x.device, num_warps=tile.warps)
     return y

@@ -5,12 +5,12 @@ Each warp of a program takes its own blocks of the reduction axis and their sums
 order: no atomics, and the same bits in every run.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from optimum_qvlm.kernels import tiles
+from optimum_qvlm.kernels.recording import empty, start
 from optimum_qvlm.kernels.triton_layout import PackedWeight
 from optimum_qvlm.kernels.triton_unpack import load_weight
 
@@ -141,33 +141,33 @@ def linear_decode(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
         bias: [out_features] or None.
     """
     tokens, rows = x.shape[0], weight.out_features
-    y = x.new_empty(tokens, rows)
+    y = empty(x, tokens, rows)
     if y.numel() == 0:
         return y
     tile = tiles.decode_tile(tiles.architecture(x.device), weight.bits, tokens, rows)
-    with torch.cuda.device_of(x):
-        decode_kernel[(-(-rows // tile.rows), -(-tokens // tile.tokens))](
-            x,
-            weight.codes,
-            weight.scale,
-            weight.scale if weight.zero_point is None else weight.zero_point,
-            weight.scale if bias is None else bias,
-            y,
-            tokens,
-            rows,
-            x.stride(0),
-            CHANNELS=weight.in_features,
-            WIDTH=weight.width,
-            GROUP=0 if weight.group is None else weight.group,
-            BITS=weight.bits,
-            HAS_ZERO=weight.zero_point is not None,
-            HAS_BIAS=bias is not None,
-            ASM=tiles.speaks_ptx(x.device),
-            FULL=tokens % tile.tokens == 0,
-            BLOCK_TOKENS=tile.tokens,
-            BLOCK_ROWS=tile.rows,
-            SLICES=tile.slices,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
-        )
+    arguments = {
+        "x": x,
+        "codes": weight.codes,
+        "scale": weight.scale,
+        "zero": weight.scale if weight.zero_point is None else weight.zero_point,
+        "bias": weight.scale if bias is None else bias,
+        "y": y,
+        "tokens": tokens,
+        "rows": rows,
+        "token_stride": x.stride(0),
+        "CHANNELS": weight.in_features,
+        "WIDTH": weight.width,
+        "GROUP": 0 if weight.group is None else weight.group,
+        "BITS": weight.bits,
+        "HAS_ZERO": weight.zero_point is not None,
+        "HAS_BIAS": bias is not None,
+        "ASM": tiles.speaks_ptx(x.device),
+        "FULL": tokens % tile.tokens == 0,
+        "BLOCK_TOKENS": tile.tokens,
+        "BLOCK_ROWS": tile.rows,
+        "SLICES": tile.slices,
+        "STAGES": tile.stages,
+    }
+    grid = (-(-rows // tile.rows), -(-tokens // tile.tokens))
+    start(decode_kernel, grid, arguments, x.device, num_warps=tile.warps)
     return y

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from optimum_qvlm.kernels import tiles
+from optimum_qvlm.kernels.recording import empty, start
 from optimum_qvlm.kernels.triton_layout import PackedWeight
 from optimum_qvlm.kernels.triton_unpack import load_weight
 
@@ -54,24 +55,24 @@ def _store(
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The weight [out_features, in_features] in `dtype`, rounded once from the product of code and scale."""
     rows = weight.out_features
-    out = weight.codes.new_empty(rows, weight.in_features, dtype=dtype)
+    out = empty(weight.codes, rows, weight.in_features, dtype=dtype)
     if out.numel() == 0:
         return out
     block_rows = 16
-    with torch.cuda.device_of(out):
-        dequantize_kernel[(-(-rows // block_rows), weight.width // 128)](
-            weight.codes,
-            weight.scale,
-            weight.scale if weight.zero_point is None else weight.zero_point,
-            out,
-            rows,
-            CHANNELS=weight.in_features,
-            WIDTH=weight.width,
-            GROUP=0 if weight.group is None else weight.group,
-            BITS=weight.bits,
-            HAS_ZERO=weight.zero_point is not None,
-            ASM=tiles.speaks_ptx(out.device),
-            BLOCK_ROWS=block_rows,
-            num_warps=4,
-        )
+    arguments = {
+        "codes": weight.codes,
+        "scale": weight.scale,
+        "zero": weight.scale if weight.zero_point is None else weight.zero_point,
+        "out": out,
+        "rows": rows,
+        "CHANNELS": weight.in_features,
+        "WIDTH": weight.width,
+        "GROUP": 0 if weight.group is None else weight.group,
+        "BITS": weight.bits,
+        "HAS_ZERO": weight.zero_point is not None,
+        "ASM": tiles.speaks_ptx(out.device),
+        "BLOCK_ROWS": block_rows,
+    }
+    grid = (-(-rows // block_rows), weight.width // 128)
+    start(dequantize_kernel, grid, arguments, out.device, num_warps=4)
     return out

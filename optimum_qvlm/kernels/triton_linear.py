@@ -1,6 +1,8 @@
 """Quantized linears on GPUs: which kernel runs for how many tokens."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from torch.nn import functional as F
 
 from optimum_qvlm.kernels import reference, tiles, triton_bytes
 from optimum_qvlm.kernels.checks import FULL_BITS
+from optimum_qvlm.kernels.recording import ALIGNMENT, Recording, record
 from optimum_qvlm.kernels.triton_decode import linear_decode
 from optimum_qvlm.kernels.triton_dequantize import dequantize
 from optimum_qvlm.kernels.triton_layout import PackedWeight, is_packable, pack, stored_bits, unpack
@@ -18,6 +21,9 @@ from optimum_qvlm.kernels.weights import CodedWeight, Rounding, StoredWeight, We
 LAYOUT = "triton"
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+RECORDINGS = 4
+"""How many counts of tokens a linear remembers its launches for: one decodes, others are prompts that came twice."""
 
 
 def accepts(grid: WeightGrid, device: torch.device) -> bool:
@@ -51,6 +57,40 @@ def linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, rounding: Round
     tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()
     y = _product(tokens, weight, bias, rounding)
     return y.view(*x.shape[:-1], grid.out_features)
+
+
+def bind(stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: WeightGrid) -> Callable[[Tensor], Tensor]:
+    """`linear` with all but the activation; its launches are repeated for activations of a shape that it has met."""
+    return _Bound(stored, bias, rounding, grid)
+
+
+class _Bound:
+    def __init__(self, stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: WeightGrid) -> None:
+        self.stored, self.bias, self.rounding, self.grid = stored, bias, rounding, grid
+        self.weight = _packed(stored, grid)
+        read = (stored.values, stored.scale, stored.zero_point, bias, rounding.scale, rounding.equalizer)
+        self.constants = [tensor for tensor in read if tensor is not None]
+        self.recordings: dict[Any, Recording | None] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not x.is_cuda or not x.is_contiguous() or x.dtype not in DTYPES or x.numel() == 0:
+            return linear(x, self.stored, self.bias, self.rounding, self.grid)
+        shape = x.shape
+        tokens, dtype = x.numel() // self.grid.in_features, x.dtype
+        key = (tokens, dtype, x.data_ptr() % ALIGNMENT)
+        out = (*shape[:-1], self.grid.out_features)
+        recording = self.recordings.get(key)
+        if recording is not None:
+            return recording(x, out)
+        flat = x.view(tokens, self.grid.in_features)
+        if key in self.recordings:
+            return _product(flat, self.weight, self.bias, self.rounding).view(out)
+        if len(self.recordings) == RECORDINGS:
+            self.recordings.pop(next(iter(self.recordings)))
+        y, self.recordings[key] = record(
+            lambda flat: _product(flat, self.weight, self.bias, self.rounding), flat, self.constants
+        )
+        return y.view(out)
 
 
 def _product(x: Tensor, weight: PackedWeight, bias: Tensor | None, rounding: Rounding) -> Tensor:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from optimum_qvlm.kernels import tiles
+from optimum_qvlm.kernels.recording import empty, start
 from optimum_qvlm.kernels.triton_layout import PackedWeight
 from optimum_qvlm.kernels.triton_unpack import load_bytes, load_weight
 
@@ -209,7 +210,7 @@ def linear_prefill(
         dtype: of the result.
     """
     tokens, rows = x.shape[0], weight.out_features
-    y = x.new_empty(tokens, rows, dtype=dtype)
+    y = empty(x, tokens, rows, dtype=dtype)
     if y.numel() == 0:
         return y
     x_groups = -1 if x_scale is None else 0 if x_scale.dim() == 1 else x_scale.shape[1]
@@ -218,32 +219,32 @@ def linear_prefill(
     operand = _OPERANDS[torch.float16 if small and x.dtype == torch.int8 else x.dtype]
     architecture = tiles.architecture(x.device)
     tile = tiles.prefill_tile(architecture, operand.primitive_bitwidth, weight.bits, weight.group, tokens, rows)
-    with torch.cuda.device_of(x):
-        prefill_kernel[(-(-rows // tile.rows) * -(-tokens // tile.tokens),)](
-            x,
-            x if x_scale is None else x_scale,
-            weight.codes,
-            weight.scale,
-            weight.scale if weight.zero_point is None else weight.zero_point,
-            weight.scale if bias is None else bias,
-            y,
-            tokens,
-            rows,
-            x.stride(0),
-            CHANNELS=x.shape[1],
-            WIDTH=weight.width,
-            GROUP=0 if weight.group is None else weight.group,
-            BITS=weight.bits,
-            X_GROUPS=x_groups,
-            DTYPE=operand,
-            HAS_ZERO=weight.zero_point is not None,
-            HAS_BIAS=bias is not None,
-            ASM=tiles.speaks_ptx(x.device),
-            FLOAT_TRICK=operand == tl.int8 and architecture < 90 and weight.zero_point is None,
-            BLOCK_TOKENS=tile.tokens,
-            BLOCK_ROWS=tile.rows,
-            STRIP=tile.strip,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
-        )
+    arguments = {
+        "x": x,
+        "x_scale": x if x_scale is None else x_scale,
+        "codes": weight.codes,
+        "scale": weight.scale,
+        "zero": weight.scale if weight.zero_point is None else weight.zero_point,
+        "bias": weight.scale if bias is None else bias,
+        "y": y,
+        "tokens": tokens,
+        "rows": rows,
+        "token_stride": x.stride(0),
+        "CHANNELS": x.shape[1],
+        "WIDTH": weight.width,
+        "GROUP": 0 if weight.group is None else weight.group,
+        "BITS": weight.bits,
+        "X_GROUPS": x_groups,
+        "DTYPE": operand,
+        "HAS_ZERO": weight.zero_point is not None,
+        "HAS_BIAS": bias is not None,
+        "ASM": tiles.speaks_ptx(x.device),
+        "FLOAT_TRICK": operand == tl.int8 and architecture < 90 and weight.zero_point is None,
+        "BLOCK_TOKENS": tile.tokens,
+        "BLOCK_ROWS": tile.rows,
+        "STRIP": tile.strip,
+        "STAGES": tile.stages,
+    }
+    grid = (-(-rows // tile.rows) * -(-tokens // tile.tokens),)
+    start(prefill_kernel, grid, arguments, x.device, num_warps=tile.warps)
     return y

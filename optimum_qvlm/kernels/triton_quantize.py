@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from optimum_qvlm.kernels import tiles
+from optimum_qvlm.kernels.recording import empty, start
 from optimum_qvlm.kernels.reference import transform_tokens
 from optimum_qvlm.kernels.weights import Rounding
 
@@ -173,12 +174,12 @@ def quantize_padded(x: Tensor, rounding: Rounding, width: int) -> tuple[Tensor, 
     Columns past the channels get code 0, and their groups scale 1.
     """
     x, rounding = _rotated(x, rounding)
-    codes = x.new_empty(x.shape[0], width, dtype=torch.int8)
+    codes = empty(x, x.shape[0], width, dtype=torch.int8)
     if rounding.scale is not None:
         scale = rounding.scale
     else:
         groups = 1 if rounding.group is None else width // rounding.group
-        scale = x.new_empty(x.shape[0], groups, dtype=torch.float32)
+        scale = empty(x, x.shape[0], groups, dtype=torch.float32)
     _launch(x, rounding, codes, scale)
     return codes, scale
 
@@ -189,7 +190,7 @@ def transform(x: Tensor, rounding: Rounding) -> Tensor:
         return x
     if not fuses(rounding):
         return transform_tokens(x, rounding.equalizer, rounding.rotation).to(x.dtype)
-    transformed = torch.empty_like(x, memory_format=torch.contiguous_format)
+    transformed = empty(x, *x.shape)
     _launch(x, rounding, transformed, transformed)
     return transformed
 
@@ -217,27 +218,27 @@ def _launch(x: Tensor, rounding: Rounding, out: Tensor, scale: Tensor) -> None:
     group = rounding.group if rounds and not static else None
     whole = rounds and group is None and not static
     tile = tiles.quantize_tile(width, group, rounding.rotation, whole=whole)
-    with torch.cuda.device_of(x):
-        quantize_kernel[(tokens, 1 if whole else -(-width // tile.span))](
-            x,
-            x if rounding.equalizer is None else rounding.equalizer,
-            x if rounding.scale is None else rounding.scale,
-            out,
-            scale,
-            rounding.clip,
-            x.stride(0),
-            out.stride(0),
-            scale.stride(0),
-            CHANNELS=channels,
-            WIDTH=width,
-            GROUP=0 if group is None else group,
-            ROTATION=0 if rounding.rotation is None else rounding.rotation,
-            EQUALIZED=rounding.equalizer is not None,
-            STATIC=static,
-            ROUNDS=rounds,
-            QMAX=2 ** (rounding.bits - 1) - 1,
-            SPAN=tile.span,
-            CHUNK=tile.chunk,
-            ASM=tiles.speaks_ptx(x.device),
-            num_warps=tile.warps,
-        )
+    arguments = {
+        "x": x,
+        "equalizer": x if rounding.equalizer is None else rounding.equalizer,
+        "fixed": x if rounding.scale is None else rounding.scale,
+        "out": out,
+        "scales": scale,
+        "clip": rounding.clip,
+        "token_stride": x.stride(0),
+        "out_stride": out.stride(0),
+        "scale_stride": scale.stride(0),
+        "CHANNELS": channels,
+        "WIDTH": width,
+        "GROUP": 0 if group is None else group,
+        "ROTATION": 0 if rounding.rotation is None else rounding.rotation,
+        "EQUALIZED": rounding.equalizer is not None,
+        "STATIC": static,
+        "ROUNDS": rounds,
+        "QMAX": 2 ** (rounding.bits - 1) - 1,
+        "SPAN": tile.span,
+        "CHUNK": tile.chunk,
+        "ASM": tiles.speaks_ptx(x.device),
+    }
+    grid = (tokens, 1 if whole else -(-width // tile.span))
+    start(quantize_kernel, grid, arguments, x.device, num_warps=tile.warps)

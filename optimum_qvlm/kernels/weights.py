@@ -84,6 +84,12 @@ class Rounding:
     equalizer: Tensor | None = None
     rotation: int | None = None
 
+    def unrounded(self) -> "Rounding":
+        """The transform alone."""
+        if self.equalizer is None and self.rotation is None:
+            return NOTHING
+        return Rounding(equalizer=self.equalizer, rotation=self.rotation)
+
 
 NOTHING = Rounding()
 """Activations as they are."""

@@ -1,5 +1,6 @@
 """A linear layer whose weight is stored as packed integers."""
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -13,10 +14,12 @@ from optimum_qvlm.kernels import (
     PACKED,
     TRANSIENT,
     CodedWeight,
+    Rounding,
     StoredWeight,
     WeightGrid,
     dispatch,
 )
+from optimum_qvlm.kernels.bound import BoundLinear, is_plain
 from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight
 from optimum_qvlm.quant.packing import packed_width
 from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
@@ -66,6 +69,7 @@ class PackedLinear(nn.Module):
     input_equalizer: Tensor | None
     input_scale: Tensor | None
     bias: Tensor | None
+    _bound_linear: BoundLinear | None = None
     _is_hf_initialized = True  # transformers would dequantize each weight at load, to fill a copy with random values
 
     def __init__(
@@ -192,6 +196,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Product of the rounded input [..., in_features] with the weight, plus bias, in the input's dtype."""
+        if not self._holds_checkpoint() and is_plain(input, self.bias):
+            return self._bound()(input)
         format = self.format
         weight, activation = format.weight, format.activation
         y: Tensor = torch.ops.optimum_qvlm.linear.default(
@@ -215,12 +221,33 @@ class PackedLinear(nn.Module):
         )
         return y
 
+    def _bound(self) -> BoundLinear:
+        """The product as it is now: made anew when a tensor or a setting of it is another."""
+        held = self._parameters
+        read = (
+            held["weight_packed"], held["weight_scale"], held["weight_zero_point"], held["bias"],
+            held["input_equalizer"], held["input_scale"], self.format, self.layout, self.decode_tokens,
+        )  # fmt: skip
+        bound = self._bound_linear
+        if bound is None or not all(map(operator.is_, read, bound.made_of)):
+            activation = self.format.activation
+            rounding = Rounding(
+                bits=FULL_BITS if activation is None else activation.bits,
+                group=None if activation is None else activation.group,
+                clip=self.format.activation_clip,
+                scale=self.input_scale,
+                equalizer=self.input_equalizer,
+                rotation=self.format.rotation,
+            )
+            bound = self._bound_linear = BoundLinear(self._stored(), self.bias, rounding, self.grid, read)
+        return bound
+
     def _stored(self) -> StoredWeight:
         return StoredWeight(self.layout, self.weight_packed, self.weight_scale, self.weight_zero_point)
 
     def _hold(self, stored: StoredWeight) -> None:
         """Replace the parameters of the weight by tensors of another layout."""
-        self.layout = stored.layout
+        self.layout, self._bound_linear = stored.layout, None
         self.weight_packed, self.weight_scale = _frozen(stored.values), _frozen(stored.scale)
         if stored.zero_point is not None:
             self.weight_zero_point = _frozen(stored.zero_point)
@@ -236,6 +263,7 @@ class PackedLinear(nn.Module):
         On a device of another type the layout is chosen anew.
         """
         here = self.weight_packed.device
+        self._bound_linear = None
         prepared = not self._holds_checkpoint()
         moves = prepared and fn(torch.empty(0, device=here)).device.type != here.type
         if moves:

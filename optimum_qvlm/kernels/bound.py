@@ -1,0 +1,67 @@
+"""Quantized linears whose arguments are settled, called without PyTorch's dispatcher where nothing would notice."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from optimum_qvlm.kernels import dispatch
+from optimum_qvlm.kernels.checks import require_activations, require_rounding, require_same_device
+from optimum_qvlm.kernels.weights import Rounding, StoredWeight, WeightGrid
+
+
+def is_plain(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether nobody traces, transforms or differentiates what is done to `x`, so that an operation may be left out."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or is_in_torch_dispatch_mode():
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return False
+    return not torch._C._is_tracing() and torch._C._functorch.peek_interpreter_stack() is None
+
+
+class BoundLinear:
+    """`torch.ops.optimum_qvlm.linear` of one weight: the same kernels and results, its arguments checked once.
+
+    Copies and pickles of it are None, since a copy of a module has a weight of its own.
+    """
+
+    def __init__(
+        self,
+        stored: StoredWeight,
+        bias: Tensor | None,
+        rounding: Rounding,
+        grid: WeightGrid,
+        made_of: tuple[Any, ...] = (),
+    ) -> None:
+        """Settle all but the activation. `made_of` is for the owner, to see whether something was replaced since.
+
+        Raises:
+            SpecError: tensors lie on several devices, or the rounding does not fit the channels.
+        """
+        self.made_of = made_of
+        require_rounding(stored.values.new_empty(0, grid.in_features), *_grid_of(rounding))
+        require_same_device(stored.values, scale=stored.scale, bias=bias, equalizer=rounding.equalizer)
+        self.stored, self.few_elements = stored, grid.decode_tokens * grid.in_features
+        self.in_features, self.device = grid.in_features, stored.values.device
+        self.many = dispatch.bind(stored, bias, rounding, grid)
+        few = rounding.unrounded()
+        self.few = self.many if few is rounding else dispatch.bind(stored, bias, few, grid)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Product of the activations [..., in_features], plus bias, in their dtype.
+
+        Raises:
+            SpecError: they have other channels, or are on another device.
+        """
+        require_activations(x, self.in_features)
+        if x.device != self.device:
+            require_same_device(x, weight=self.stored.values)
+        return self.few(x) if x.numel() <= self.few_elements else self.many(x)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()
+
+
+def _grid_of(rounding: Rounding) -> tuple[int, int | None, float, int | None]:
+    return rounding.bits, rounding.group, rounding.clip, rounding.rotation
