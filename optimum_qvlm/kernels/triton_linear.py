@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from optimum_qvlm.kernels import reference, tiles, triton_bytes
+from optimum_qvlm.kernels import reference, tiles, triton_bytes, triton_levels
 from optimum_qvlm.kernels.checks import FULL_BITS
 from optimum_qvlm.kernels.triton_decode import linear_decode
 from optimum_qvlm.kernels.triton_dequantize import dequantize
@@ -29,7 +29,7 @@ def accepts(grid: WeightGrid, device: torch.device) -> bool:
 
 def store(weight: CodedWeight, grid: WeightGrid) -> StoredWeight:
     """Codes in the order of the kernels, see `triton_layout`."""
-    packed = pack(weight.codes, weight.scale, weight.zero_point, grid.bits)
+    packed = pack(weight.codes, weight.scale, weight.zero_point, grid.bits, two_level=_on_levels(grid))
     return StoredWeight(LAYOUT, packed.codes, packed.scale, packed.zero_point)
 
 
@@ -58,7 +58,11 @@ def _product(x: Tensor, weight: PackedWeight, bias: Tensor | None, rounding: Rou
         if weight.group is None:
             rounding = dataclasses.replace(rounding, group=None)
         codes, scale = quantize_padded(x, rounding, weight.width)
-        product = triton_bytes.linear_bytes if triton_bytes.takes(codes, weight) else linear_prefill
+        product = linear_prefill
+        if triton_levels.takes(codes, scale, weight):
+            product = triton_levels.linear_levels
+        elif triton_bytes.takes(codes, weight):
+            product = triton_bytes.linear_bytes
         return product(codes, scale, weight, bias, x.dtype)
     transformed = transform(x, rounding)
     if x.shape[0] <= tiles.DECODE_TOKENS:
@@ -76,4 +80,10 @@ def _packed(stored: StoredWeight, grid: WeightGrid) -> PackedWeight:
         bits=stored_bits(grid.bits),
         group=None if grid.groups == 1 else grid.group,
         in_features=grid.in_features,
+        two_level=_on_levels(grid),
     )
+
+
+def _on_levels(grid: WeightGrid) -> bool:
+    """Whether the layout has steps: one scale per row is its own."""
+    return grid.two_level and grid.groups > 1

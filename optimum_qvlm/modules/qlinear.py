@@ -146,6 +146,7 @@ class PackedLinear(nn.Module):
             activation_bits=FULL_BITS if activation is None else activation.bits,
             activation_group=None if activation is None else activation.group,
             decode_tokens=self.decode_tokens,
+            two_level=weight.two_level,
         )
 
     def prepare(self, *, transient: bool = False) -> Self:
@@ -207,6 +208,7 @@ class PackedLinear(nn.Module):
             self.out_features,
             weight.bits,
             weight.group,
+            weight.two_level,
             FULL_BITS if activation is None else activation.bits,
             None if activation is None else activation.group,
             format.activation_clip,
