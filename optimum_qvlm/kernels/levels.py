@@ -12,9 +12,6 @@ from optimum_qvlm.errors import SpecError
 LARGEST_MULTIPLE = 15
 """Of the step; 16 times the lowest code of four bits, of either sign, would not fit a byte."""
 
-MOST_BITS = 4
-"""Of codes that such scales are for."""
-
 
 def common_step(scale: Tensor) -> Tensor:
     """The largest step [rows] of which all scales [rows, groups] are multiples, in their dtype, which holds it exactly.

@@ -28,8 +28,8 @@ BULK_COPIES = 90
 LEVELS_TOKENS = 257
 """From how many tokens integer activations go through `triton_levels`, where the weight has scales on two levels."""
 
-WRITTEN_TOKENS = 1536
-"""From how many tokens the weight is written in eight bits there, once, before it is multiplied."""
+WRITTEN_TOKENS = 512
+"""From how many tokens a weight whose groups are too small for that is written in eight bits before it is multiplied."""
 
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148}
 """Of the largest device of an architecture."""

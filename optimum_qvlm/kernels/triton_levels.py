@@ -1,8 +1,8 @@
 """Linear of int8 codes with weights of up to four bits whose scales are multiples of one step per row.
 
-Codes times multiples are bytes, so sums stay integers to the end and are scaled once. Up to some number of tokens the
-bytes are made in registers, tile by tile, as the left operand of the product; beyond, where a tile would be made too
-often, the whole weight is written once and multiplied by `triton_bytes`.
+Codes times multiples are bytes, so sums stay integers to the end and are scaled once. The bytes are made in registers,
+tile by tile, as the left operand of the product. Weights in groups too small for that are written whole and multiplied
+by `triton_bytes`, which pays with more tokens.
 """
 
 import dataclasses
@@ -106,15 +106,14 @@ def takes(x: Tensor, x_scale: Tensor, weight: PackedWeight) -> bool:
     """Whether codes [tokens, width] with these scales are multiplied here."""
     if not weight.two_level or x.dtype != torch.int8 or (x_scale.dim() == 2 and x_scale.shape[1] != 1):
         return False
-    if x.shape[0] < tiles.LEVELS_TOKENS or tiles.architecture(x.device) < tiles.BULK_COPIES:
-        return False
-    if x.shape[0] < tiles.WRITTEN_TOKENS and not fits_registers(weight):
+    least = tiles.LEVELS_TOKENS if fits_registers(weight) else tiles.WRITTEN_TOKENS
+    if x.shape[0] < least or tiles.architecture(x.device) < tiles.BULK_COPIES:
         return False
     return all(t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0 for t in (x, weight.codes))
 
 
 def fits_registers(weight: PackedWeight) -> bool:
-    """Whether `linear_in_registers` takes this weight: its groups are no smaller than a tile, its scales are copied."""
+    """Whether `linear_in_registers` takes this weight: no group is smaller than a tile, and scales can be copied."""
     assert weight.group is not None
     aligned = weight.scale.stride(0) * weight.scale.element_size() % ALIGNMENT == 0
     return weight.group >= LEAST_GROUP and aligned and weight.scale.data_ptr() % ALIGNMENT == 0
@@ -130,7 +129,7 @@ def linear_levels(x: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor
         bias: [out_features] or None.
         dtype: of the result.
     """
-    if x.shape[0] < tiles.WRITTEN_TOKENS:
+    if fits_registers(weight):
         return linear_in_registers(x, x_scale, weight, bias, dtype)
     return linear_bytes(x, x_scale, written(weight), bias, dtype)
 

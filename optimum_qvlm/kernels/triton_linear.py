@@ -58,11 +58,9 @@ def _product(x: Tensor, weight: PackedWeight, bias: Tensor | None, rounding: Rou
         if weight.group is None:
             rounding = dataclasses.replace(rounding, group=None)
         codes, scale = quantize_padded(x, rounding, weight.width)
-        product = linear_prefill
         if triton_levels.takes(codes, scale, weight):
-            product = triton_levels.linear_levels
-        elif triton_bytes.takes(codes, weight):
-            product = triton_bytes.linear_bytes
+            return triton_levels.linear_levels(codes, scale, weight, bias, x.dtype)
+        product = triton_bytes.linear_bytes if triton_bytes.takes(codes, weight) else linear_prefill
         return product(codes, scale, weight, bias, x.dtype)
     transformed = transform(x, rounding)
     if x.shape[0] <= tiles.DECODE_TOKENS:

@@ -113,9 +113,9 @@ def test_every_code_times_every_multiple(scale_dtype):
 @needs_copies
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_what_a_module_calls_is_the_definition(group, monkeypatch):
-    """With few and many tokens, and where a group is too small for registers."""
-    monkeypatch.setattr(tiles, "LEVELS_TOKENS", 4)
-    monkeypatch.setattr(tiles, "WRITTEN_TOKENS", 9)
+    """With few tokens and more, in registers and, where a group is too small for that, written."""
+    monkeypatch.setattr(tiles, "LEVELS_TOKENS", 6)
+    monkeypatch.setattr(tiles, "WRITTEN_TOKENS", 12)
     monkeypatch.setattr(tiles, "BULK_COPIES", 80)
     weight, grid = make_levels(40, 256, 4, group)
     stored = triton_linear.store(weight, grid)
@@ -130,7 +130,7 @@ def test_what_a_module_calls_is_the_definition(group, monkeypatch):
 
 @pytest.mark.skipif(INTERPRETED or not COPIES, reason="a CPU copies nothing")
 def test_what_it_takes_is_what_it_computes():
-    """Few tokens, tokens with a scale per group and scales that are not copied go to the kernel that rescales."""
+    """Few tokens, tokens with a scale per group and scales on one level go to the kernel that rescales."""
     ready, weight, _ = packed(64, 256, 128)
     enough = torch.ones(tiles.LEVELS_TOKENS, 256, dtype=torch.int8, device=DEVICE)
     scale = torch.ones(tiles.LEVELS_TOKENS, 1, device=DEVICE)
@@ -139,7 +139,7 @@ def test_what_it_takes_is_what_it_computes():
     assert not takes(enough[:-1], scale[:-1], ready)
     assert not takes(enough, scale.repeat(1, 2), ready)
     assert not takes(enough, scale, packed(64, 256, 32)[0])
-    assert not fits_registers(packed(63, 256, 128)[0])
+    assert fits_registers(ready) and not fits_registers(packed(63, 256, 128)[0])
     plain = pack(weight.codes, weight.scale, None, 4)
     assert not takes(enough, scale, plain)
     assert_product(linear_levels(enough, scale, ready, None, torch.float32), enough.float(), weight)
