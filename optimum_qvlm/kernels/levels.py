@@ -1,7 +1,7 @@
 """Scales on two levels: those of a row are whole multiples of one step.
 
-A code of up to four bits times such a multiple is a whole number of eight bits, so a product with integer activations is
-one with an int8 weight that has one scale per row.
+A code of up to four bits times such a multiple is a whole number of eight bits, so a product with integer activations
+is one with an int8 weight that has one scale per row.
 """
 
 import torch

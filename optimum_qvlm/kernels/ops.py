@@ -18,7 +18,8 @@ LIBRARY = torch.library.Library("optimum_qvlm", "DEF")
 _WEIGHT = "Tensor weight, Tensor scale, Tensor? zero_point"
 _FORMAT = (
     "Tensor? equalizer, Tensor? input_scale, str layout, int in_features, int out_features, int weight_bits, "
-    "int? weight_group, bool two_level, int activation_bits, int? activation_group, float clip, int? rotation, int decode_tokens"
+    "int? weight_group, bool two_level, int activation_bits, int? activation_group, float clip, int? rotation, "
+    "int decode_tokens"
 )
 
 LIBRARY.define(

@@ -29,7 +29,7 @@ LEVELS_TOKENS = 257
 """From how many tokens integer activations go through `triton_levels`, where the weight has scales on two levels."""
 
 WRITTEN_TOKENS = 512
-"""From how many tokens a weight whose groups are too small for that is written in eight bits before it is multiplied."""
+"""From how many tokens a weight whose groups are too small for that is written in eight bits and then multiplied."""
 
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148}
 """Of the largest device of an architecture."""

@@ -264,7 +264,7 @@ class PackedLinear(nn.Module):
     def _blank(self) -> CodedWeight:
         """Zeros in place of the weight."""
         device, rows = self.weight_packed.device, self.out_features
-        scale = torch.zeros(rows, self.grid.groups, dtype=self.weight_scale.dtype, device=device)
+        scale = torch.ones(rows, self.grid.groups, dtype=self.weight_scale.dtype, device=device)
         zero = None if self.format.weight.symmetric else torch.zeros_like(scale, dtype=torch.int8)
         return CodedWeight(torch.zeros(rows, self.in_features, dtype=torch.int8, device=device), scale, zero)
 

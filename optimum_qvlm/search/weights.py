@@ -20,6 +20,10 @@ from optimum_qvlm.search.refinement import BLOCK, refined
 
 ROWS_AT_ONCE = 1024
 
+NEXT_MULTIPLE = 1.1
+"""A ratio that is tried beside the clips where scales are multiples of a step: that which is closest to the full range
+may lie below it, and the next one be better."""
+
 SHARE_ROWS = 256
 """Rows of a weight, evenly spread, on which the share is measured that a correction of its target holds elsewhere."""
 
@@ -234,6 +238,7 @@ def _round_groups(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Group after group, trying every clip: codes [rows, in], scales, zero points and clips [rows, groups]."""
     work, count = rows.T.contiguous(), rows.shape[0]
+    clips = clips if step is None else (*clips, NEXT_MULTIPLE)
     whole = WeightSpec(bits=spec.bits, symmetric=spec.symmetric)
     codes, grid = torch.empty_like(work, dtype=torch.int8), torch.tensor(clips, device=work.device)
     scales, zeros, ratios = [], [], []

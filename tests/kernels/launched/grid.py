@@ -72,7 +72,9 @@ def make_levels(
     """All codes of `bits`, scales that are 1 to 15 times a step of each row, of either sign, exact in `dtype`."""
     generator = torch.Generator().manual_seed(seed)
     weight, grid = make_weight(rows, channels, bits, group, seed=seed)
-    step = torch.randint(8, 16, (rows, 1), generator=generator) * 2.0 ** torch.randint(-9, 0, (rows, 1), generator=generator)
+    step = torch.randint(8, 16, (rows, 1), generator=generator) * 2.0 ** torch.randint(
+        -9, 0, (rows, 1), generator=generator
+    )
     multiples = torch.randint(1, 16, (rows, channels // group), generator=generator)
     multiples *= torch.randint(2, multiples.shape, generator=generator) * 2 - 1
     scale = (step * multiples / 64).to(DEVICE, dtype)
