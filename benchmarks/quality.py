@@ -4,8 +4,8 @@
 
 Every number is measured beside full precision in the same run, on samples that calibration did not see. A method may be
 followed by what it is to do without, as in `qvlm-transforms` or `qvlm-effort-freedom`: without `online` only transforms
-that norms take up are left, without `freedom` scales are multiples of one step per row. Calibration time is a multiple of
-one full-precision pass over the calibration set, loading included.
+that norms take up are left, without `freedom` scales are multiples of one step per row. Calibration time is a multiple
+of one full-precision pass over the calibration set, loading included.
 """
 
 import argparse
