@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 
 import torch
@@ -28,6 +29,9 @@ COLD_BYTES = 200 * 2**20
 SHAPES = ("5120x5120", "15360x5120", "27648x5120", "5120x13824")
 """LLaVA-1.5-13B's decoder: output; query, key and value as one; gate and up as one; down."""
 
+LEVELS = "-levels"
+"""Behind a scheme: with scales that are multiples of one step per row."""
+
 TOKENS = (1, 4, 16, 64, 256, 600, 2048)
 COPIED_BYTES = {"cuda": 2**30, "cpu": 2**26}
 
@@ -36,7 +40,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--schemes", nargs="+", default=list(NAMED_SCHEMES))
+    parser.add_argument("--schemes", nargs="+", default=[*NAMED_SCHEMES, f"w4a8{LEVELS}"])
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="OUTxIN")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--rounds", type=int, default=7)
@@ -52,7 +56,7 @@ def main() -> None:
     if device.type == "cuda":
         compile_kernels(arguments)
         print(compiled_baseline(arguments, device), flush=True)
-    columns = "".join(f" | {scheme:>7} us {'x bf16':>6} {'of copy':>7}" for scheme in arguments.schemes)
+    columns = "".join(f" | {scheme:>11} us {'x bf16':>6} {'of copy':>7}" for scheme in arguments.schemes)
     print(f"{'out x in':>14} {'tokens':>6} {'bf16 us':>8} {'of copy':>7}{columns}")
     for shape in arguments.shapes:
         measure(shape, arguments, device, bandwidth)
@@ -74,7 +78,7 @@ def measure(shape: str, arguments: argparse.Namespace, device: torch.device, ban
         for linears in modules.values():
             found = microseconds([call(linear, x) for linear in linears], arguments.rounds, device)
             share = weight_bytes(linears[0]) / found * 1e6 / bandwidth
-            line += f" | {found:10.1f} {base / found:5.2f}x {share:7.2f}"
+            line += f" | {found:14.1f} {base / found:5.2f}x {share:7.2f}"
         print(line, flush=True)
 
 
@@ -128,8 +132,10 @@ def dense_weights(rows: int, channels: int, sets: int, device: torch.device) -> 
 
 def make_linear(scheme: str, rows: int, channels: int, device: torch.device) -> QuantLinear:
     """A quantized linear with random codes, in the layout of its device."""
-    parsed = Scheme.parse(scheme)
+    parsed = Scheme.parse(scheme.removesuffix(LEVELS))
     spec = parsed.weight_spec(channels, "auto", symmetric=True)
+    if scheme.endswith(LEVELS):
+        spec = replace(spec, two_level=True)
     format = LinearFormat(weight=spec, activation=parsed.activation_spec(spec))
     module = QuantLinear(channels, rows, format, bias=False, scale_dtype=torch.bfloat16, device=device)
     module.weight_packed.data.random_(-(2**31), 2**31 - 1)

@@ -11,7 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +29,9 @@ from optimum_qvlm.quant.spec import NAMED_SCHEMES, Scheme, WeightSpec
 TOKENS = (1, 4, 16, 64, 256, 600)
 WIDTH = 26
 INT4PACK_GROUP = 128
+LEVELS = "-levels"
+"""Behind a scheme, as in `w4a8-levels`: with scales that are multiples of one step per row."""
+
 Call = Callable[[int], Any]
 
 
@@ -113,8 +116,10 @@ def operations(arguments: argparse.Namespace) -> tuple[dict[str, Callable[[Tenso
 
 def quantized(weight: Tensor, text: str, arguments: argparse.Namespace, rotation: int | None = None) -> QuantLinear:
     """A module in the layout of its device."""
-    scheme = Scheme.parse(text)
+    scheme = Scheme.parse(text.removesuffix(LEVELS))
     spec = scheme.weight_spec(weight.shape[1], "auto", symmetric=True)
+    if text.endswith(LEVELS):
+        spec = replace(spec, two_level=True)
     format = LinearFormat(weight=spec, activation=scheme.activation_spec(spec), rotation=rotation)
     rounded = quantize_weight(weight, spec, scale_dtype=getattr(torch, arguments.dtype))
     module = QuantLinear.from_quantized(rounded, None, format)

@@ -1,6 +1,6 @@
 """Measure launch shapes of the Triton kernels on the GPU that is here, and write its lines of the table anew.
 
-    python benchmarks/launch_table.py --kernels decode prefill bytes
+    python benchmarks/launch_table.py --kernels decode prefill bytes levels
 
 Every line of `optimum_qvlm/kernels/tiles.json` for this architecture is tried against candidates, on shapes of a 13B
 model. A line changes only where a candidate is faster by `--margin`, so that noise does not. Candidates are compiled
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimum_qvlm.kernels import tiles, triton_bytes, triton_decode, triton_prefill
+from optimum_qvlm.kernels import tiles, triton_bytes, triton_decode, triton_levels, triton_prefill
 from optimum_qvlm.kernels.triton_layout import PackedWeight, padded_width
 
 TABLE = Path(tiles.__file__).with_name(tiles.TABLE)
@@ -59,7 +59,7 @@ class Trial:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernels", nargs="+", default=["decode", "prefill", "bytes"])
+    parser.add_argument("--kernels", nargs="+", default=["decode", "prefill", "bytes", "levels"])
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 6, 8], help="of the weight")
     parser.add_argument("--margin", type=float, default=0.03, help="share of time that a change must save")
     parser.add_argument("--workers", type=int, default=8, help="processes that compile")
@@ -160,6 +160,9 @@ def call_of(trial: Trial, weights: list[PackedWeight]) -> Callable[[int], Tensor
         if line["kernel"] == "bytes":
             run = lambda n: triton_bytes.linear_bytes(x, scale, weights[n], None, torch.bfloat16)  # noqa: E731
             return with_tile("bytes_tile", prefill, run)
+        if line["kernel"] == "levels":
+            run = lambda n: triton_levels.linear_in_registers(x, scale, weights[n], None, torch.bfloat16)  # noqa: E731
+            return with_tile("levels_tile", prefill, run)
         run = lambda n: triton_prefill.linear_prefill(x, scale, weights[n], None, torch.bfloat16)  # noqa: E731
         return with_tile("prefill_tile", prefill, run)
     dtype = torch.float32 if line["operand"] == 32 else torch.bfloat16
@@ -183,12 +186,16 @@ def with_tile(name: str, tile: Any, call: Callable[[int], Tensor]) -> Callable[[
 
 def random_weight(line: dict[str, Any], rows: int, channels: int) -> PackedWeight:
     """Random codes as the kernel of a line reads them."""
-    bits = 4 if line.get("bits", 8) == "any" else line.get("bits", 8)
+    levels = line["kernel"] == "levels"
+    bits = 4 if levels or line.get("bits", 8) == "any" else line.get("bits", 8)
     group = None if bits == 8 else 32 if line.get("sums") == "several" else 128
     width = padded_width(channels)
     codes = torch.randint(-128, 128, (rows, width * bits // 8), dtype=torch.int8, device="cuda")
-    scale = torch.rand(1 if group is None else width // group, rows, device="cuda", dtype=torch.bfloat16) / 64
-    return PackedWeight(codes=codes, scale=scale, zero_point=None, bits=bits, group=group, in_features=channels)
+    groups = 1 if group is None else width // group + levels
+    scale = torch.rand(groups, rows, device="cuda", dtype=torch.bfloat16) / 64
+    return PackedWeight(
+        codes=codes, scale=scale, zero_point=None, bits=bits, group=group, in_features=channels, two_level=levels
+    )
 
 
 def compile_all(wanted: list[Trial], workers: int) -> set[str]:

@@ -3,9 +3,9 @@
     python benchmarks/quality.py --model smollm2 --schemes w4a8 w4a4 --methods rtn qvlm --seeds 3 --json quality.json
 
 Every number is measured beside full precision in the same run, on samples that calibration did not see. A method may be
-followed by what it is to do without, as in `qvlm-transforms`, `qvlm-feedback`, `qvlm-effort` or `qvlm-online`, which
-leaves only transforms that norms take up. Calibration time is a
-multiple of one full-precision pass over the calibration set, loading included.
+followed by what it is to do without, as in `qvlm-transforms` or `qvlm-effort-freedom`: without `online` only transforms
+that norms take up are left, without `freedom` scales are multiples of one step per row. Calibration time is a multiple
+of one full-precision pass over the calibration set, loading included.
 """
 
 import argparse
@@ -48,6 +48,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "online": {"servable": True},
     "feedback": {"error_feedback": False},
     "effort": {"effort": "fast"},
+    "freedom": {"two_level_scales": True},
 }
 """Settings that leave one ingredient out of the method before the dash."""
 
@@ -92,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("tiny_vlm", "tiny_vlm_outlier", "smollm2"), default="tiny_vlm")
     parser.add_argument("--schemes", nargs="+", default=["w4a8", "w4a4"])
-    parser.add_argument("--methods", nargs="+", default=["rtn", "qvlm"], help="rtn, paper, qvlm or qvlm-INGREDIENT")
+    parser.add_argument("--methods", nargs="+", default=["rtn", "qvlm"], help="rtn, paper, qvlm or qvlm-INGREDIENT-...")
     parser.add_argument("--seeds", type=int, default=3, help="calibration seeds")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--tuning", action="store_true", help="draw from the text that nothing is reported on, smollm2")
@@ -119,14 +120,17 @@ def method_settings(method: str) -> dict[str, Any]:
     Raises:
         SystemExit: this release has no such method or ingredient.
     """
-    name, _, without = method.partition("-")
-    if without and without not in WITHOUT:
-        raise SystemExit(f"{method}: {without!r} is no ingredient; use one of {', '.join(WITHOUT)}")
+    name, *without = method.split("-")
+    changes: dict[str, Any] = {}
+    for ingredient in without:
+        if ingredient not in WITHOUT:
+            raise SystemExit(f"{method}: {ingredient!r} is no ingredient; use one of {', '.join(WITHOUT)}")
+        changes |= WITHOUT[ingredient]
     if name == "paper":
-        return {"preset": "paper"} | WITHOUT.get(without, {})
+        return {"preset": "paper"} | changes
     if name not in ("rtn", "qvlm"):
         raise SystemExit(f"{method}: unknown method; use rtn, paper or qvlm")
-    return {"method": name} | WITHOUT.get(without, {})
+    return {"method": name} | changes
 
 
 def prepare(arguments: argparse.Namespace, scratch: Path) -> Callable[[int], Case]:
@@ -256,7 +260,7 @@ def full_precision_pass(model: Any, batches: list[Batch]) -> float:
 
 def print_table(results: list[Result], right: dict[tuple[str, str], list[Tensor]]) -> None:
     """Means over seeds, spread where there are several, accuracy with its paired interval to round-to-nearest."""
-    head = f"{'scheme':7} {'method':18} {'ratio':>16} {'KL':>9} {'agreement':>10}"
+    head = f"{'scheme':7} {'method':20} {'ratio':>16} {'KL':>9} {'agreement':>10}"
     print(f"{head} {'accuracy to rtn, 95 %':>31} {'passes':>7}")
     for scheme, method in right:
         rows = [r for r in results if (r.scheme, r.method) == (scheme, method)]
@@ -269,7 +273,7 @@ def print_table(results: list[Result], right: dict[tuple[str, str], list[Tensor]
                 difference = torch.stack(right[scheme, method]).mean(0) - torch.stack(right[scheme, "rtn"]).mean(0)
                 accuracy += f" {of_mean(100 * difference).text()}"
         print(
-            f"{scheme:7} {method:18} {mean(ratios):8.4f}{spread:>8} {mean(r.kl for r in rows):9.5f} "
+            f"{scheme:7} {method:20} {mean(ratios):8.4f}{spread:>8} {mean(r.kl for r in rows):9.5f} "
             f"{100 * mean(r.agreement for r in rows):9.2f}% {accuracy:>31} {mean(r.passes for r in rows):7.1f}"
         )
     print(f"peak memory {max(r.peak_bytes for r in results) / 2**30:.2f} GiB")

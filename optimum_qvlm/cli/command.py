@@ -216,6 +216,11 @@ def add_scheme_options(parser: argparse.ArgumentParser) -> None:
         help="weight grids centred on zero; --no-symmetric adds a zero point per group",
     )
     group.add_argument(
+        "--two-level-scales",
+        action="store_true",
+        help="make weight scales of a row multiples of one step, so that a GPU reads long prompts faster",
+    )
+    group.add_argument(
         "--method",
         choices=("qvlm", "layerwise", "rtn"),
         default="qvlm",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimum_qvlm.errors import CheckpointError
+from optimum_qvlm.errors import CheckpointError, SpecError
 from optimum_qvlm.hf.config import QVLMConfig
 from optimum_qvlm.hf.names import runtime_modules
 from optimum_qvlm.hf.record import CalibrationRecord
@@ -56,10 +56,16 @@ def prepare_modules(model: nn.Module, decode_tokens: int) -> None:
     """Put every weight into the layout that is fastest on its device, one after the other.
 
     Weights that are offloaded stay packed until a hook brings them to the device for a call.
+
+    Raises:
+        CheckpointError: a weight is not what its record says.
     """
-    for module in quantized_modules(model).values():
+    for path, module in quantized_modules(model).items():
         module.decode_tokens = decode_tokens
-        module.prepare(transient=_is_offloaded(module))
+        try:
+            module.prepare(transient=_is_offloaded(module))
+        except SpecError as error:
+            raise CheckpointError(f"{path}: {error}") from error
 
 
 def require_checkpoint(config: QVLMConfig, files: list[str]) -> CalibrationRecord:

@@ -11,7 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.hf.migration import migrate
 from optimum_qvlm.hf.record import CalibrationRecord, config_digest, config_identity, read_record
-from optimum_qvlm.hf.settings import LISTS, require_group, require_valid
+from optimum_qvlm.hf.settings import LISTS, require_group, require_levels, require_valid
 from optimum_qvlm.pipeline.options import (
     FAST_CLIPS,
     FEEDBACK_CLIPS,
@@ -56,6 +56,7 @@ _SETTINGS = (
     "transforms",
     "error_feedback",
     "servable",
+    "two_level_scales",
     "encoder_epochs",
     "encoder_lr",
     "encoder_eta",
@@ -108,6 +109,10 @@ class QVLMConfig(QuantizationConfigMixin):
             rounds each weight on its own.
         servable: leave out what other runtimes cannot do in a forward: of transforms, only equalizers that the norm
             before a site can take up are used.
+        two_level_scales: make the weight scales of a row whole multiples of one step, so that long prompts run as
+            products of bytes on a GPU. For symmetric weights of 2 to 4 bits in groups, with activations rounded to one
+            scale per token (8 bits) or to fixed ones; other linears that overrides ask for, and those of the vision
+            tower, keep their scales.
         encoder_epochs: passes over the samples in which tower and projector are optimised by gradients through the
             language model, after their search; 0 leaves that out.
         encoder_lr: learning rate of that.
@@ -155,6 +160,7 @@ class QVLMConfig(QuantizationConfigMixin):
         transforms: Literal["auto", "off", "equalize", "rotate", "both"] = "auto",
         error_feedback: bool = True,
         servable: bool = False,
+        two_level_scales: bool = False,
         encoder_epochs: int = 0,
         encoder_lr: float = 1e-2,
         encoder_eta: float = 1.0,
@@ -188,6 +194,7 @@ class QVLMConfig(QuantizationConfigMixin):
         self.transforms = transforms
         self.error_feedback = error_feedback
         self.servable = servable
+        self.two_level_scales = two_level_scales
         self.encoder_epochs = encoder_epochs
         self.encoder_lr = encoder_lr
         self.encoder_eta = encoder_eta
@@ -221,9 +228,7 @@ class QVLMConfig(QuantizationConfigMixin):
         """The same as validated values."""
         static = self.activation_range == "static"
         return CalibrationOptions(
-            language=LinearChoice(
-                scheme=Scheme.parse(self.scheme), group_size=self.group_size, symmetric=self.symmetric, static=static
-            ),
+            language=self._language(static),
             vision=LinearChoice(
                 scheme=None if self.vision_scheme is None else Scheme.parse(self.vision_scheme),
                 symmetric=self.symmetric,
@@ -253,6 +258,23 @@ class QVLMConfig(QuantizationConfigMixin):
                 error_weight=self.encoder_l2,
                 final_share=self.encoder_eta,
             ),
+        )
+
+    def _language(self, static: bool) -> LinearChoice:
+        """Of the decoder's linears.
+
+        Raises:
+            ConfigError: two-level scales are asked for and gain nothing.
+        """
+        scheme = Scheme.parse(self.scheme)
+        if self.two_level_scales:
+            require_levels(scheme, self.group_size, symmetric=self.symmetric, static=static)
+        return LinearChoice(
+            scheme=scheme,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            static=static,
+            two_level=self.two_level_scales,
         )
 
     def _grids(self, static: bool) -> ClipGrids:
@@ -336,7 +358,8 @@ class QVLMConfig(QuantizationConfigMixin):
         if value is None:
             return LinearChoice(scheme=None)
         if isinstance(value, str):
-            return LinearChoice(scheme=Scheme.parse(value), symmetric=self.symmetric, static=static)
+            scheme, levels = Scheme.parse(value), self.two_level_scales
+            return LinearChoice(scheme=scheme, symmetric=self.symmetric, static=static, two_level=levels)
         if not isinstance(value, Mapping) or set(value) - {"scheme", "group_size", "symmetric"}:
             raise ConfigError(
                 f"overrides[{pattern!r}] must be a scheme, None, or a dict with scheme, group_size, symmetric; "
@@ -353,6 +376,7 @@ class QVLMConfig(QuantizationConfigMixin):
             group_size=group_size,
             symmetric=symmetric,
             static=static,
+            two_level=self.two_level_scales,
         )
 
     def _validate(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any, get_args
 from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.pipeline.options import Effort, Method
 from optimum_qvlm.quant.entropy import SOFTNESS
+from optimum_qvlm.quant.spec import TWO_LEVEL_BITS, GroupSize, Scheme
 from optimum_qvlm.search.transforms import KINDS
 
 LISTS = ("modules_to_not_convert", "activation_clips", "weight_clips")
@@ -14,7 +15,7 @@ LISTS = ("modules_to_not_convert", "activation_clips", "weight_clips")
 
 _POSITIVE = ("num_samples", "batch_size", "max_length", "search_tokens", "max_block_depth")
 _COUNTS = ("seed", "decode_tokens", "encoder_epochs")
-_SWITCHES = ("symmetric", "error_feedback", "servable", "exact_decode")
+_SWITCHES = ("symmetric", "error_feedback", "servable", "two_level_scales", "exact_decode")
 _FACTORS = ("encoder_lr", "encoder_eta", "encoder_l1", "encoder_l2")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "method": get_args(Method),
@@ -66,6 +67,25 @@ def require_group(value: object, where: str) -> None:
     if value is None or value == "auto" or (_is_int(value) and value > 0):  # type: ignore[operator]
         return
     raise ConfigError(f'{where} must be "auto", None or a positive integer, got {value!r}')
+
+
+def require_levels(scheme: Scheme, group_size: GroupSize, *, symmetric: bool, static: bool) -> None:
+    """Refuse two-level scales where no product gains by them.
+
+    Raises:
+        ConfigError: says why.
+    """
+    if scheme.weight_bits > TWO_LEVEL_BITS or scheme.activation_bits is None:
+        why = f'weights of 2 to {TWO_LEVEL_BITS} bits and rounded activations, got scheme="{scheme}"; use "w4a8"'
+    elif scheme.activation_bits < 8 and not static:
+        why = f'one scale per token, which scheme="{scheme}" has with activation_range="static" only; use "w4a8"'
+    elif not symmetric:
+        why = "weights without zero points, got symmetric=False"
+    elif group_size is None:
+        why = "several groups to a row, got group_size=None"
+    else:
+        return
+    raise ConfigError(f"two_level_scales=True needs {why}, or leave two_level_scales False")
 
 
 def _require_names(keep: Any, overrides: Any) -> None:

@@ -19,7 +19,8 @@ LIBRARY = torch.library.Library("optimum_qvlm", "DEF")
 _WEIGHT = "Tensor weight, Tensor scale, Tensor? zero_point"
 _FORMAT = (
     "Tensor? equalizer, Tensor? input_scale, str layout, int in_features, int out_features, int weight_bits, "
-    "int? weight_group, int activation_bits, int? activation_group, float clip, int? rotation, int decode_tokens"
+    "int? weight_group, bool two_level, int activation_bits, int? activation_group, float clip, int? rotation, "
+    "int decode_tokens"
 )
 
 LIBRARY.define(
@@ -127,8 +128,10 @@ def _read(
     weight: Tensor, scale: Tensor, zero_point: Tensor | None, *rest: Any
 ) -> tuple[StoredWeight, Rounding, WeightGrid]:
     """The arguments after the schema's `bias` as values."""
-    equalizer, input_scale, layout, in_features, out_features, bits, group, a_bits, a_group, clip, rotation, few = rest
-    grid = _grid(in_features, out_features, bits, group, zero_point is not None, scale.dtype, a_bits, a_group, few)
+    equalizer, input_scale, layout, in_features, out_features, bits, group, levels, *activation, few = rest
+    a_bits, a_group, clip, rotation = activation
+    zero = zero_point is not None
+    grid = _grid(in_features, out_features, bits, group, levels, zero, scale.dtype, a_bits, a_group, few)
     if a_bits == FULL_BITS and equalizer is None and rotation is None:
         return StoredWeight(layout, weight, scale, zero_point), NOTHING, grid
     rounding = Rounding(
@@ -143,6 +146,7 @@ def _grid(
     out_features: int,
     bits: int,
     group: int | None,
+    two_level: bool,
     zero_point: bool,
     scale_dtype: torch.dtype,
     activation_bits: int,
@@ -160,6 +164,7 @@ def _grid(
         activation_bits=activation_bits,
         activation_group=activation_group,
         decode_tokens=decode_tokens,
+        two_level=two_level,
     )
 
 

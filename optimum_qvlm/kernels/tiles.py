@@ -22,10 +22,19 @@ DECODE_TOKENS = 32
 DENSE_TOKENS = 512
 """From how many tokens an unrounded activation is multiplied with the dequantized weight by the vendor's library."""
 
+BULK_COPIES = 90
+"""The oldest architecture that copies whole tiles."""
+
+LEVELS_TOKENS = 257
+"""From how many tokens integer activations go through `triton_levels`, where the weight has scales on two levels."""
+
+WRITTEN_TOKENS = 512
+"""From how many tokens a weight whose groups are too small for that is written in eight bits and then multiplied."""
+
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148}
 """Of the largest device of an architecture."""
 
-MANY = {"decode": 64, "prefill": 12288, "bytes": 98304}
+MANY = {"decode": 64, "prefill": 12288, "bytes": 98304, "levels": 98304}
 """Per multiprocessor, the size from which a product is large: weight rows in decoding, else elements of the result."""
 
 TABLE = "tiles.json"
@@ -108,6 +117,13 @@ def bytes_tile(architecture: int, tokens: int, rows: int) -> PrefillTile:
     """The tile of `triton_bytes`."""
     wanted = {"size": size_class("bytes", architecture, rows * tokens)}
     return PrefillTile(**_shape(_entry("bytes", architecture, tokens, wanted)))
+
+
+@functools.lru_cache(maxsize=1024)
+def levels_tile(architecture: int, tokens: int, rows: int) -> PrefillTile:
+    """The tile of `triton_levels`."""
+    wanted = {"size": size_class("levels", architecture, rows * tokens)}
+    return PrefillTile(**_shape(_entry("levels", architecture, tokens, wanted)))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -18,7 +18,7 @@ from optimum_qvlm.kernels.triton_prefill import place
 LEAST_TOKENS = 257
 """With fewer, copies of tiles start too late to pay."""
 
-LEAST_ARCHITECTURE = 90
+LEAST_ARCHITECTURE = tiles.BULK_COPIES
 
 ALIGNMENT = 16
 """Bytes at which a bulk copy may start."""

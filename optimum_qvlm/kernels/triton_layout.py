@@ -4,6 +4,8 @@ Input channels are padded to whole blocks of 128. Up to four bits, byte j of a b
 its low and that of channel j + 64 in its high nibble, in two's complement: both halves come out with one mask each and
 no interleaving. Five and six bits are a row of `code >> 2` in that order, and behind it one of `code & 3`, of whose 32
 bytes per block byte j holds channels j, j + 32, j + 64 and j + 96. Seven and eight bits are plain bytes.
+
+Scales on two levels have one more row, with the steps of which they are multiples.
 """
 
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from optimum_qvlm.errors import SpecError
+from optimum_qvlm.kernels.levels import common_step
 
 BLOCK = 128
 """Channels that are packed together."""
@@ -27,11 +30,13 @@ class PackedWeight:
 
     Attributes:
         codes: int8 [out_features, width * bits / 8], where width is `in_features` rounded up to whole blocks.
-        scale: [groups, out_features], floating, zero for groups that are padding only.
+        scale: [groups, out_features], floating, zero for groups that are padding only; with two levels followed by
+            the step [1, out_features].
         zero_point: int8 [groups, out_features]; None on a symmetric grid.
         bits: 4, 6 or 8, what is stored; codes of fewer bits fit as they are.
         group: channels that share a scale; None shares the row.
         in_features: channels without padding.
+        two_level: whether scales of a row are multiples of one step, see `optimum_qvlm.kernels.levels`.
     """
 
     codes: Tensor
@@ -40,6 +45,7 @@ class PackedWeight:
     bits: int
     group: int | None
     in_features: int
+    two_level: bool = False
 
     @property
     def out_features(self) -> int:
@@ -50,6 +56,11 @@ class PackedWeight:
     def width(self) -> int:
         """Channels with padding."""
         return padded_width(self.in_features)
+
+    @property
+    def groups(self) -> int:
+        """Scales per row with padding."""
+        return self.scale.shape[0] - self.two_level
 
 
 def padded_width(in_features: int) -> int:
@@ -69,7 +80,9 @@ def is_packable(bits: int, group: int | None) -> bool:
     return 2 <= bits <= 6 and (group in GROUPS or (group > 0 and group % BLOCK == 0))
 
 
-def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> PackedWeight:
+def pack(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, *, two_level: bool = False
+) -> PackedWeight:
     """Bring codes into the kernels' order.
 
     Args:
@@ -77,9 +90,10 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> 
         scale: [out_features, groups], floating; the dtype is kept.
         zero_point: int8 [out_features, groups], or None.
         bits: 2..8.
+        two_level: whether scales of a row are multiples of one step.
 
     Raises:
-        SpecError: there is no layout for these bits and groups.
+        SpecError: there is no layout for these bits and groups, or scales said to be multiples of a step are not.
     """
     channels = codes.shape[1]
     groups = scale.shape[1]
@@ -93,13 +107,17 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> 
     elif stored == 6:
         padded = torch.cat((_pack_nibbles(padded >> 2), _pack_pairs(padded)), dim=1)
     extent = 1 if group is None else -(-padded_width(channels) // group)
+    scales = _by_group(scale, extent)
+    if two_level:
+        scales = torch.cat((scales, common_step(scale.detach()).unsqueeze(0)))
     return PackedWeight(
         codes=padded.contiguous(),
-        scale=_by_group(scale, extent),
+        scale=scales,
         zero_point=None if zero_point is None else _by_group(zero_point, extent),
         bits=stored,
         group=group,
         in_features=channels,
+        two_level=two_level,
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from optimum_qvlm.kernels import reference, tiles, triton_bytes
+from optimum_qvlm.kernels import reference, tiles, triton_bytes, triton_levels
 from optimum_qvlm.kernels.checks import FULL_BITS
 from optimum_qvlm.kernels.recording import ALIGNMENT, Recording, record
 from optimum_qvlm.kernels.triton_decode import linear_decode
@@ -35,7 +35,7 @@ def accepts(grid: WeightGrid, device: torch.device) -> bool:
 
 def store(weight: CodedWeight, grid: WeightGrid) -> StoredWeight:
     """Codes in the order of the kernels, see `triton_layout`."""
-    packed = pack(weight.codes, weight.scale, weight.zero_point, grid.bits)
+    packed = pack(weight.codes, weight.scale, weight.zero_point, grid.bits, two_level=_on_levels(grid))
     return StoredWeight(LAYOUT, packed.codes, packed.scale, packed.zero_point)
 
 
@@ -98,6 +98,8 @@ def _product(x: Tensor, weight: PackedWeight, bias: Tensor | None, rounding: Rou
         if weight.group is None:
             rounding = dataclasses.replace(rounding, group=None)
         codes, scale = quantize_padded(x, rounding, weight.width)
+        if triton_levels.takes(codes, scale, weight):
+            return triton_levels.linear_levels(codes, scale, weight, bias, x.dtype)
         product = triton_bytes.linear_bytes if triton_bytes.takes(codes, weight) else linear_prefill
         return product(codes, scale, weight, bias, x.dtype)
     transformed = transform(x, rounding)
@@ -116,4 +118,10 @@ def _packed(stored: StoredWeight, grid: WeightGrid) -> PackedWeight:
         bits=stored_bits(grid.bits),
         group=None if grid.groups == 1 else grid.group,
         in_features=grid.in_features,
+        two_level=_on_levels(grid),
     )
+
+
+def _on_levels(grid: WeightGrid) -> bool:
+    """Whether the layout has steps: one scale per row is its own."""
+    return grid.two_level and grid.groups > 1

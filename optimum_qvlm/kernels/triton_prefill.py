@@ -214,7 +214,7 @@ def linear_prefill(
     if y.numel() == 0:
         return y
     x_groups = -1 if x_scale is None else 0 if x_scale.dim() == 1 else x_scale.shape[1]
-    assert x_groups in (-1, 0, 1, weight.scale.shape[0])
+    assert x_groups in (-1, 0, 1, weight.groups)
     small = weight.group is not None and weight.group < LEAST_GROUP
     operand = _OPERANDS[torch.float16 if small and x.dtype == torch.int8 else x.dtype]
     architecture = tiles.architecture(x.device)

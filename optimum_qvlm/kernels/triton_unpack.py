@@ -51,6 +51,19 @@ and.b32 $1, $2, 0xf0f0f0f0;
 and.b32 $0, t, 0xf0f0f0f0;
 }""")
 
+_NIBBLES_MULTIPLIED = tl.constexpr("""{
+.reg .b32 l, h, m, n;
+shr.u32 h, $2, 4;
+lop3.b32 l, $2, 0x0f0f0f0f, 0x08080808, 0x6a;
+lop3.b32 h, h, 0x0f0f0f0f, 0x08080808, 0x6a;
+mad.lo.u32 m, $3, 0xf7f7f7f8, 0x80808080;
+mad.lo.u32 n, $7, 0xf7f7f7f8, 0x80808080;
+mad.lo.u32 l, l, $3, m;
+mad.lo.u32 h, h, $7, n;
+xor.b32 $0, l, 0x80808080;
+xor.b32 $1, h, 0x80808080;
+}""")
+
 _SIX_BITS_FIRST = tl.constexpr("""{
 .reg .b32 h, l, u, v;
 shl.b32 h, $2, 4;
@@ -166,6 +179,30 @@ def sixteenfold_nibbles(packed, ASM: tl.constexpr):
         )
     else:
         return (packed << 4).to(tl.int8), (packed & -16).to(tl.int8)
+
+
+@triton.jit
+def multiplied_nibbles(packed, first, second, ASM: tl.constexpr):
+    """Codes of the low nibbles times `first` and of the high ones times `second`, as int8.
+
+    Both are int32 in -15..15 that broadcast, the same for any four bytes side by side. One product multiplies four
+    codes: codes from 0 to 15 times the multiple, less 8 times it, plus 128 are four bytes that none overflows.
+    """
+    if ASM:
+        first, packed = tl.broadcast(first, packed)
+        second, packed = tl.broadcast(second, packed)
+        return tl.inline_asm_elementwise(
+            _NIBBLES_MULTIPLIED,
+            "=r,=r,r,r,r,r,r,r,r,r,r",
+            [packed, first, second],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        low = ((packed << 4).to(tl.int8) >> 4).to(tl.int32) * first
+        high = (packed >> 4).to(tl.int32) * second
+        return low.to(tl.int8), high.to(tl.int8)
 
 
 @triton.jit

@@ -27,6 +27,7 @@ class WeightGrid:
         activation_bits: 2..8, or 16 where activations are not rounded.
         activation_group: channels of a token that share a scale; None shares the token.
         decode_tokens: up to how many tokens activations are not rounded whatever `activation_bits` says.
+        two_level: whether scales of a row are multiples of one step, see `optimum_qvlm.kernels.levels`.
     """
 
     in_features: int
@@ -38,6 +39,7 @@ class WeightGrid:
     activation_bits: int = 16
     activation_group: int | None = None
     decode_tokens: int = 0
+    two_level: bool = False
 
     @property
     def groups(self) -> int:

@@ -150,6 +150,7 @@ class PackedLinear(nn.Module):
             activation_bits=FULL_BITS if activation is None else activation.bits,
             activation_group=None if activation is None else activation.group,
             decode_tokens=self.decode_tokens,
+            two_level=weight.two_level,
         )
 
     def prepare(self, *, transient: bool = False) -> Self:
@@ -213,6 +214,7 @@ class PackedLinear(nn.Module):
             self.out_features,
             weight.bits,
             weight.group,
+            weight.two_level,
             FULL_BITS if activation is None else activation.bits,
             None if activation is None else activation.group,
             format.activation_clip,
@@ -290,7 +292,7 @@ class PackedLinear(nn.Module):
     def _blank(self) -> CodedWeight:
         """Zeros in place of the weight."""
         device, rows = self.weight_packed.device, self.out_features
-        scale = torch.zeros(rows, self.grid.groups, dtype=self.weight_scale.dtype, device=device)
+        scale = torch.ones(rows, self.grid.groups, dtype=self.weight_scale.dtype, device=device)
         zero = None if self.format.weight.symmetric else torch.zeros_like(scale, dtype=torch.int8)
         return CodedWeight(torch.zeros(rows, self.in_features, dtype=torch.int8, device=device), scale, zero)
 

@@ -297,4 +297,5 @@ class _Work:
                 activation_static=site.activation is not None and site.activation.static,
                 equalized=format.equalized,
                 rotation=format.rotation,
+                two_level=linear.weight.two_level,
             )

@@ -38,13 +38,16 @@ _FAST_EXPONENTS = (0.5,)
 class LinearChoice:
     """Scheme and grids asked for one linear or one part; `scheme` None keeps full precision.
 
-    `static` fixes the range of activations in calibration.
+    `static` fixes the range of activations in calibration. `two_level` makes the scales of a row multiples of one step
+    where that makes a product one of bytes: with symmetric weights of at most four bits in groups, and activations that
+    are rounded with one scale per token or for all.
     """
 
     scheme: Scheme | None
     group_size: GroupSize = "auto"
     symmetric: bool = True
     static: bool = False
+    two_level: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from torch import nn
 from optimum_qvlm.errors import ConfigError, SpecError, UnsupportedModelError
 from optimum_qvlm.models.adapter import Adapter, Part
 from optimum_qvlm.pipeline.options import CalibrationOptions, LinearChoice, matches, require_matches
-from optimum_qvlm.quant.spec import ActivationSpec
+from optimum_qvlm.quant.spec import TWO_LEVEL_BITS, ActivationSpec, WeightSpec
 from optimum_qvlm.search.plan import Block, PlannedLayer, PlannedLinear, PlannedPart, QuantPlan, Site
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -58,6 +58,13 @@ def require_no_experts(model: nn.Module, layers: Sequence[str]) -> None:
                     f"{layer}.{name} holds the experts of a mixture ({type(module).__name__}), which cannot be "
                     "quantized yet; use a dense model of this family"
                 )
+
+
+def on_two_levels(weight: WeightSpec, activation: ActivationSpec | None, in_features: int) -> WeightSpec:
+    """The grid with scales that are multiples of one step per row, where that makes its product one of bytes."""
+    whole = activation is not None and activation.group is None
+    fits = weight.symmetric and weight.bits <= TWO_LEVEL_BITS and weight.groups(in_features) > 1
+    return replace(weight, two_level=True) if whole and fits else weight
 
 
 class _Planner:
@@ -131,6 +138,8 @@ class _Planner:
             weight = choice.scheme.weight_spec(module.in_features, choice.group_size, symmetric=choice.symmetric)
             unseen = any(path.startswith(f"{layer}.") for layer in part.unused)  # nothing is measured there
             activation = choice.scheme.activation_spec(weight, static=choice.static and not unseen)
+            if choice.two_level and not part.vision:
+                weight = on_two_levels(weight, activation, module.in_features)
         except SpecError as error:
             raise SpecError(f"{name}: {error}") from error
         linear = PlannedLinear(

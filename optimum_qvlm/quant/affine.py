@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from optimum_qvlm.errors import SpecError
+from optimum_qvlm.quant.levels import fit_steps, to_multiples
 from optimum_qvlm.quant.spec import WeightSpec
 
 
@@ -31,6 +32,7 @@ def quantize_weight(
     clip: Tensor | float = 1.0,
     scale_dtype: torch.dtype | None = None,
     signed: bool = False,
+    step: Tensor | None = None,
 ) -> QuantizedWeight:
     """Round to nearest on the grid of `spec`.
 
@@ -43,9 +45,12 @@ def quantize_weight(
             before the codes are chosen, so a stored weight reloads to the same values.
         signed: symmetric scales take the sign that puts the value of largest magnitude on the negative side, which has
             one step more, and at `clip` 1 on the lowest code itself.
+        step: fp32 [out_features, 1] of `fit_steps`: symmetric scales become the closest multiples of it. Where it is
+            missing, and the grid's scales are on two levels, it is fitted to them.
 
     A symmetric scale is `clip * peak / (2^bits - 1) * 2`, as in compressed-tensors, and with `signed`
-    `-clip * value / 2^(bits - 1)`, where `value` is that of largest magnitude. A group of zeros gets scale 1.
+    `-clip * value / 2^(bits - 1)`, where `value` is that of largest magnitude. A group of zeros gets scale 1, or the
+    step of its row.
 
     Raises:
         SpecError: the group does not divide the input channels.
@@ -61,7 +66,10 @@ def quantize_weight(
         bottom = bottom.clamp(max=0) * ratio
         width = top.clamp(min=0) * ratio - bottom
     steps_across = width.new_full((), -2.0 * low if signed else float(high - low))  # divides alike on every device
-    scale = _stored(width / steps_across, scale_dtype or weight.dtype)
+    scale, dtype = width / steps_across, scale_dtype or weight.dtype
+    if step is None and spec.two_level:
+        step = fit_steps(scale.squeeze(-1), dtype)
+    scale = _stored(scale, dtype) if step is None else to_multiples(scale, step.unsqueeze(-1), dtype)
     if signed:
         scale = torch.where(turned, -scale, scale)
     steps = grouped / scale.float()

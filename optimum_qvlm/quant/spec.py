@@ -11,6 +11,9 @@ GroupSize = int | Literal["auto"] | None
 AUTO_GROUPS = (128, 64, 32, 16)
 """Group sizes that `"auto"` tries, in this order."""
 
+TWO_LEVEL_BITS = 4
+"""The most bits of codes that may be multiplied by the multiples of `optimum_qvlm.kernels.levels` and fit a byte."""
+
 NAMED_SCHEMES = ("w4a16", "w4a8", "w4a4", "w6a6", "w8a8")
 """Schemes that the documentation names; any `w<2..8>a<2..8 or 16>` is accepted."""
 
@@ -20,18 +23,23 @@ class WeightSpec:
     """Integer grid for one weight [out_features, in_features].
 
     `group` counts input channels that share a scale; None shares the whole row. With `symmetric` the grid is
-    centred on zero and needs no zero point.
+    centred on zero and needs no zero point. With `two_level` the scales of a row are whole multiples, 1 to 15, of one
+    step.
     """
 
     bits: int
     group: int | None = None
     symmetric: bool = True
+    two_level: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise SpecError(f"weight bits must lie in 2..8, got {self.bits}")
         if self.group is not None and self.group < 1:
             raise SpecError(f"group must be positive or None, got {self.group}")
+        if self.two_level and (not self.symmetric or self.bits > TWO_LEVEL_BITS):
+            grid = f"{self.bits} bits{'' if self.symmetric else ' and zero points'}"
+            raise SpecError(f"two-level scales are for symmetric grids of at most {TWO_LEVEL_BITS} bits, got {grid}")
 
     def groups(self, in_features: int) -> int:
         """Number of scales per row."""

@@ -40,6 +40,7 @@ class PartRow:
         activation_group: channels of a token that share a scale, None for whole tokens or no rounding.
         activation_static: whether calibration fixed the range of activations.
         symmetric: whether weight grids have no zero points.
+        two_level: whether weight scales are multiples of one step per row.
         weights: how many weights they hold.
         bytes: all their tensors on disk.
         error: of the output of the part's last layer, None where no calibration measured it.
@@ -51,6 +52,7 @@ class PartRow:
     activation_group: int | None
     activation_static: bool
     symmetric: bool
+    two_level: bool
     linears: int
     weights: int
     bytes: int
@@ -89,7 +91,8 @@ def part_rows(
     found: dict[tuple[Any, ...], list[str]] = {}
     for name, record in modules.items():
         activation = (record.activation_group, record.activation_static)
-        key = (part_of(name), scheme_of(record), record.weight_group, *activation, record.symmetric)
+        grid = (record.symmetric, record.two_level)
+        key = (part_of(name), scheme_of(record), record.weight_group, *activation, *grid)
         found.setdefault(key, []).append(name)
     return [
         PartRow(
@@ -99,12 +102,21 @@ def part_rows(
             activation_group=activation_group,
             activation_static=activation_static,
             symmetric=symmetric,
+            two_level=two_level,
             linears=len(names),
             weights=sum(modules[name].in_features * modules[name].out_features for name in names),
             bytes=sum(sizes.get(name, 0) for name in names),
             error=errors.get(part),
         )
-        for (part, scheme, weight_group, activation_group, activation_static, symmetric), names in found.items()
+        for (
+            part,
+            scheme,
+            weight_group,
+            activation_group,
+            activation_static,
+            symmetric,
+            two_level,
+        ), names in found.items()
     ]
 
 
@@ -134,7 +146,7 @@ def readable_bytes(count: int | float) -> str:
 def readable_group(row: PartRow) -> str:
     """How weights share scales, as in `64, zero point`."""
     shared = "row" if row.weight_group is None else str(row.weight_group)
-    return shared if row.symmetric else f"{shared}, zero point"
+    return f"{shared}, two levels" if row.two_level else shared if row.symmetric else f"{shared}, zero point"
 
 
 def readable_activation(row: PartRow) -> str:

@@ -30,6 +30,7 @@ class ModuleRow:
     scheme: str
     group: int | None
     symmetric: bool
+    two_level: bool
     site: str
     bytes_before: int
     bytes_after: int
@@ -88,6 +89,7 @@ def module_rows(
             scheme=scheme_of(records[linear.name]),
             group=records[linear.name].weight_group,
             symmetric=records[linear.name].symmetric,
+            two_level=records[linear.name].two_level,
             site=site.name,
             bytes_before=before[linear.name],
             bytes_after=after[linear.name],
@@ -112,7 +114,7 @@ def _cells(row: ModuleRow) -> tuple[str, ...]:
         row.part,
         row.name,
         row.scheme,
-        group if row.symmetric else f"{group}, zero point",
+        f"{group}, two levels" if row.two_level else group if row.symmetric else f"{group}, zero point",
         "own" if row.site == row.name else f"of {row.site.rpartition('.')[2]}",
         readable_bytes(row.bytes_before),
         readable_bytes(row.bytes_after),

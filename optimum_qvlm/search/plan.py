@@ -128,7 +128,7 @@ class ModuleRecord:
     `activation_clip` is the ratio of the dynamic peak that the largest code stands for, `weight_clip` the mean
     over rows and groups of the same ratio for the weight (already contained in the scales). `activation_static`
     marks a scale fixed in calibration, `equalized` and `rotation` the transform of the site
-    (`optimum_qvlm.quant.transform`).
+    (`optimum_qvlm.quant.transform`), `two_level` weight scales that are multiples of one step per row.
     """
 
     in_features: int
@@ -146,11 +146,14 @@ class ModuleRecord:
     activation_static: bool = False
     equalized: bool = False
     rotation: int | None = None
+    two_level: bool = False
 
     @property
     def weight(self) -> WeightSpec:
         """The weight's grid."""
-        return WeightSpec(bits=self.weight_bits, group=self.weight_group, symmetric=self.symmetric)
+        return WeightSpec(
+            bits=self.weight_bits, group=self.weight_group, symmetric=self.symmetric, two_level=self.two_level
+        )
 
     @property
     def activation(self) -> ActivationSpec | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from optimum_qvlm.kernels.recursion import descend
 from optimum_qvlm.quant.affine import QuantizedWeight
+from optimum_qvlm.quant.levels import to_multiples
 from optimum_qvlm.quant.spec import WeightSpec
 
 BLOCK = 128
@@ -16,7 +17,13 @@ BLOCK = 128
 
 
 def refined(
-    target: Tensor, hessian: Tensor, start: QuantizedWeight, spec: WeightSpec, *, sweeps: int
+    target: Tensor,
+    hessian: Tensor,
+    start: QuantizedWeight,
+    spec: WeightSpec,
+    *,
+    sweeps: int,
+    step: Tensor | None = None,
 ) -> QuantizedWeight:
     """Codes and scales of less error `d H d^T` in every row, with `d` the rounded weight less the target, or `start`.
 
@@ -28,8 +35,9 @@ def refined(
         start: where the descent starts.
         spec: the grid.
         sweeps: times that all scales and codes are gone through, group by group.
+        step: fp32 [out, 1], of which scales stay multiples; None where they may be any.
     """
-    descent = _Descent(target, hessian, start, spec)
+    descent = _Descent(target, hessian, start, spec, step)
     before = descent.errors()
     for _ in range(sweeps):
         descent.sweep()
@@ -42,8 +50,11 @@ class _Descent:
     `codes` are fp32 without zero point, `slope` is the Hessian times what is missing: half the negative gradient.
     """
 
-    def __init__(self, target: Tensor, hessian: Tensor, start: QuantizedWeight, spec: WeightSpec) -> None:
+    def __init__(
+        self, target: Tensor, hessian: Tensor, start: QuantizedWeight, spec: WeightSpec, step: Tensor | None
+    ) -> None:
         self.hessian, self.stored = hessian, start.scale.dtype
+        self.step = None if step is None else step.squeeze(1)
         self.width = target.shape[1] // start.scale.shape[1]
         self.scale = start.scale.float().T.clone(memory_format=torch.contiguous_format)
         zero = torch.zeros_like(self.scale) if start.zero_point is None else start.zero_point.float().T
@@ -87,12 +98,17 @@ class _Descent:
         """Take the best scale of the group for its codes, where it is better as stored: change of the values."""
         codes, scale = self.codes[here], self.scale[group]
         toward, curve = (codes * self.slope[here]).sum(0), (codes * (own @ codes)).sum(0)
-        wanted = (scale + toward / curve.clamp(min=1e-30)).to(self.stored).float()
-        step = wanted - scale
-        usable = (wanted.abs() >= torch.finfo(self.stored).tiny) & (wanted * scale > 0)
-        gains = usable & (step * (2 * toward - step * curve) > 0)
+        wanted = scale + toward / curve.clamp(min=1e-30)
+        if self.step is None:
+            wanted = wanted.to(self.stored).float()
+            usable = (wanted.abs() >= torch.finfo(self.stored).tiny) & (wanted * scale > 0)
+        else:
+            usable = wanted * scale > 0
+            wanted = to_multiples(wanted, self.step, self.stored).float()
+        move = wanted - scale
+        gains = usable & (move * (2 * toward - move * curve) > 0)
         self.scale[group] = torch.where(gains, wanted, scale)
-        return codes * torch.where(gains, step, 0.0)
+        return codes * torch.where(gains, move, 0.0)
 
     def _missing(self) -> Tensor:
         return self.target - self.codes * self._spread(self.scale)

@@ -5,19 +5,24 @@ The target is the least-squares answer to full-precision outputs, as in GPTAQ (L
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from optimum_qvlm.kernels.recursion import feed_back
 from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight, quantize_weight, split_groups
+from optimum_qvlm.quant.levels import fit_steps
 from optimum_qvlm.quant.spec import WeightSpec
 from optimum_qvlm.quant.transform import SiteTransform
 from optimum_qvlm.search.problem import SiteProblem, SiteRounding
 from optimum_qvlm.search.refinement import BLOCK, refined
 
 ROWS_AT_ONCE = 1024
+
+NEXT_MULTIPLE = 1.1
+"""A ratio that is tried beside the clips where scales are multiples of a step: that which is closest to the full range
+may lie below it, and the next one be better."""
 
 SHARE_ROWS = 256
 """Rows of a weight, evenly spread, on which the share is measured that a correction of its target holds elsewhere."""
@@ -126,23 +131,26 @@ def round_with_feedback(
     back, cost = torch.argsort(order), factor.diagonal().square().reciprocal()
     moment = _damped(hessian, options.damping) if options.sweeps > 0 and spec.bits < 8 else None
     group_order, signed = order[::width] // width, options.turns(spec)
+    free, step = replace(spec, two_level=False), None
     pieces = []
     for rows in target.float().split(ROWS_AT_ONCE):
+        if spec.two_level:
+            step = _steps(rows, free, cost[back], scale_dtype, clips, signed=signed)
         if width <= BLOCK:
             codes, scale, zero, ratio = _round_groups(
-                rows[:, order], factor, spec, width, clips, scale_dtype, signed=signed
+                rows[:, order], factor, free, width, clips, scale_dtype, signed=signed, step=step
             )
             place = torch.argsort(group_order)
             scale, ratio = scale[:, place], ratio[:, place]
             zero = None if zero is None else zero[:, place]
         else:
-            ratio = _clip_by_cost(rows, spec, cost[back], scale_dtype, clips, signed=signed)
-            nearest = quantize_weight(rows, spec, clip=ratio, scale_dtype=scale_dtype, signed=signed)
+            ratio = _clip_by_cost(rows, free, cost[back], scale_dtype, clips, signed=signed, step=step)
+            nearest = quantize_weight(rows, free, clip=ratio, scale_dtype=scale_dtype, signed=signed, step=step)
             scale, zero = nearest.scale, nearest.zero_point
             codes = _round_fixed(rows[:, order], factor, spec, scale[:, order // width], _pick(zero, order // width))
         found = QuantizedWeight(codes[:, back], scale, zero)
         if moment is not None:
-            found = refined(rows, moment, found, spec, sweeps=options.sweeps)
+            found = refined(rows, moment, found, spec, sweeps=options.sweeps, step=step)
             ratio = ratio * (found.scale.float() / scale.float()).abs()
         pieces.append((found.codes, found.scale, zero, ratio))
     codes, scale, ratio = (torch.cat([piece[i] for piece in pieces]) for i in (0, 1, 3))  # type: ignore[misc]
@@ -179,15 +187,31 @@ def _clip_by_cost(
     grid: tuple[float, ...],
     *,
     signed: bool,
+    step: Tensor | None = None,
 ) -> Tensor:
     """Ratio [rows, groups] of least error of plain rounding, a channel's square error weighed with its `cost` [in]."""
 
     def error(clip: float) -> Tensor:
-        nearest = quantize_weight(rows, spec, clip=clip, scale_dtype=scale_dtype, signed=signed)
+        nearest = quantize_weight(rows, spec, clip=clip, scale_dtype=scale_dtype, signed=signed, step=step)
         change = rows.float() - dequantize_weight(nearest)
         return split_groups(change.square_().mul_(cost), spec).sum(-1)
 
     return _best_of(grid, error)
+
+
+def _steps(
+    rows: Tensor,
+    spec: WeightSpec,
+    cost: Tensor,
+    scale_dtype: torch.dtype,
+    grid: tuple[float, ...],
+    *,
+    signed: bool,
+) -> Tensor:
+    """Steps [rows, 1] fitted to the scales that would be best without, see `fit_steps`."""
+    ratio = _clip_by_cost(rows, spec, cost, torch.float32, grid, signed=signed)
+    wanted = quantize_weight(rows, spec, clip=ratio, scale_dtype=torch.float32, signed=signed).scale
+    return fit_steps(wanted, scale_dtype, split_groups(cost.unsqueeze(0), spec).mean(-1))
 
 
 def _best_of(grid: tuple[float, ...], error: Callable[[float], Tensor]) -> Tensor:
@@ -210,16 +234,21 @@ def _round_groups(
     scale_dtype: torch.dtype,
     *,
     signed: bool,
+    step: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Group after group, trying every clip: codes [rows, in], scales, zero points and clips [rows, groups]."""
     work, count = rows.T.contiguous(), rows.shape[0]
+    clips = clips if step is None else (*clips, NEXT_MULTIPLE)
     whole = WeightSpec(bits=spec.bits, symmetric=spec.symmetric)
     codes, grid = torch.empty_like(work, dtype=torch.int8), torch.tensor(clips, device=work.device)
     scales, zeros, ratios = [], [], []
     for start in range(0, work.shape[0], width):
         stop = start + width
         part = work[start:stop]
-        tried = [quantize_weight(part.T, whole, clip=clip, scale_dtype=scale_dtype, signed=signed) for clip in clips]
+        tried = [
+            quantize_weight(part.T, whole, clip=clip, scale_dtype=scale_dtype, signed=signed, step=step)
+            for clip in clips
+        ]
         scale = torch.cat([t.scale.squeeze(1) for t in tried])
         zero = None if spec.symmetric else torch.cat([t.zero_point.squeeze(1) for t in tried])  # type: ignore[union-attr]
         found, errors = feed_back(part.repeat(1, len(clips)), factor[start:stop, start:stop], spec.bits, scale, zero)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 CPU = torch.device("cpu")
-SETTINGS = argparse.Namespace(schemes=["w4a8", "w8a8"], tokens=[1, 17], rounds=1, sets=2)
+SETTINGS = argparse.Namespace(schemes=["w4a8", "w4a8-levels"], tokens=[1, 17], rounds=1, sets=2)
 
 
 def test_a_line_for_each_number_of_tokens(capsys):

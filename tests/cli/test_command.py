@@ -101,6 +101,7 @@ def test_options_become_the_arguments_of_the_configuration(parser):
             *("--override", "a=b=none"),
             *("--override", '*.up_proj={"scheme": "w4a8", "group_size": 32}'),
             "--no-symmetric",
+            "--two-level-scales",
             *("--search-tokens", "99"),
             *("--processor", "some/processor"),
             "out",
@@ -120,6 +121,7 @@ def test_options_become_the_arguments_of_the_configuration(parser):
         "modules_to_not_convert": ["projector", "head"],
         "overrides": {"*.layers.0.*": "w8a8", "a=b": None, "*.up_proj": {"scheme": "w4a8", "group_size": 32}},
         "symmetric": False,
+        "two_level_scales": True,
         "search_tokens": 99,
         "processor": "some/processor",
     }

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 
@@ -104,6 +105,37 @@ def test_symmetric_must_be_a_boolean(value):
         QVLMConfig(symmetric=value)
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"scheme": "w8a8"}, 'weights of 2 to 4 bits and rounded activations, got scheme="w8a8"; use "w4a8"'),
+        ({"scheme": "w6a6"}, 'weights of 2 to 4 bits and rounded activations, got scheme="w6a6"; use "w4a8"'),
+        ({"scheme": "w4a16"}, 'weights of 2 to 4 bits and rounded activations, got scheme="w4a16"; use "w4a8"'),
+        ({"scheme": "w4a4"}, 'one scale per token, which scheme="w4a4" has with activation_range="static" only'),
+        ({"symmetric": False}, "weights without zero points, got symmetric=False"),
+        ({"group_size": None}, "several groups to a row, got group_size=None"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else next(iter(value.values())),
+)
+def test_two_level_scales_are_refused_where_nothing_gains_by_them(settings, message):
+    """They cost a little accuracy, for products of bytes that these do not have."""
+    with pytest.raises(ConfigError, match=re.escape(f"two_level_scales=True needs {message}")):
+        QVLMConfig(two_level_scales=True, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"scheme": "w3a8"}, {"scheme": "w4a4", "activation_range": "static"}], ids=str
+)
+def test_two_level_scales_reach_language_and_overrides_and_survive_json(settings):
+    config = through_json(QVLMConfig(two_level_scales=True, overrides=OVERRIDES, **settings))
+
+    options = config.options()
+    assert config.two_level_scales is True
+    assert options.language.two_level and not options.vision.two_level
+    assert [pattern for pattern, choice in options.overrides if choice.two_level] == ["lm_head", "*.down_proj"]
+    assert not QVLMConfig().options().language.two_level
+
+
 @pytest.mark.parametrize("value", ["gptq", "QVLM", None])
 def test_other_methods_are_refused(value):
     with pytest.raises(ConfigError, match=f"method must be one of qvlm, layerwise, rtn, got {value!r}"):
@@ -122,7 +154,7 @@ def test_transforms_are_known_kinds(value):
         QVLMConfig(transforms=value)
 
 
-@pytest.mark.parametrize("field", ["error_feedback", "servable"])
+@pytest.mark.parametrize("field", ["error_feedback", "servable", "two_level_scales"])
 @pytest.mark.parametrize("value", [None, 1, "yes"])
 def test_switches_are_true_or_false(field, value):
     with pytest.raises(ConfigError, match=f"{field} must be True or False, got {value!r}"):

@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 
 from optimum_qvlm.kernels import tiles
-from optimum_qvlm.kernels.triton_bytes import LEAST_ARCHITECTURE, bytes_kernel
+from optimum_qvlm.kernels.triton_bytes import bytes_kernel
 from optimum_qvlm.kernels.triton_decode import decode_kernel
 from optimum_qvlm.kernels.triton_dequantize import dequantize_kernel
+from optimum_qvlm.kernels.triton_levels import levels_kernel, write_bytes_kernel
 from optimum_qvlm.kernels.triton_prefill import prefill_kernel
 from optimum_qvlm.kernels.triton_quantize import quantize_kernel
 from tests.kernels.ahead_of_time import Resources, compile_kernel, read_resources
@@ -162,6 +163,40 @@ def bytes_case(architecture: int, tokens: int, rows: int) -> Case:
     )
 
 
+def levels_case(architecture: int, tokens: int, rows: int, group: int = 128) -> Case:
+    """`triton_levels`, whose left operand is made in registers."""
+    tile = tiles.levels_tile(architecture, tokens, rows)
+    types = {
+        "x": f"tensordesc<i8[{tile.tokens}, 64]>", "codes": f"tensordesc<i8[{tile.rows}, 64]>",
+        "scales": f"tensordesc<fp16[1, {tile.rows}]>", "x_scale": "*fp32", "scale": "*fp16", "bias": "*fp16",
+        "y": "*fp16", "tokens": "i32", "rows": "i32",
+    }  # fmt: skip
+    constants = {
+        "WIDTH": CHANNELS, "GROUP": group, "X_GROUPS": 1, "HAS_BIAS": True, "ASM": True,
+        "BLOCK_TOKENS": tile.tokens, "BLOCK_ROWS": tile.rows, "STRIP": tile.strip, "STAGES": tile.stages,
+    }  # fmt: skip
+    return Case(
+        name=f"levels w4 g{group} i8 rows {tile.rows} tokens {tile.tokens} warps {tile.warps} stages {tile.stages}",
+        architecture=architecture,
+        kernel=levels_kernel,
+        types=types,
+        constants=constants,
+        warps=tile.warps,
+        stages=tile.stages,
+        matrix=_matrix(architecture, integer=True),
+    )
+
+
+def written_case(architecture: int, group: int) -> Case:
+    """What `triton_levels` writes a whole weight with."""
+    types = {"codes": "*i8", "scale": "*fp16", "out": "*i8", "rows": "i32"}
+    constants = {"WIDTH": CHANNELS, "GROUP": group, "ASM": True, "BLOCK_ROWS": 64}
+    return Case(
+        name=f"levels written w4 g{group}", architecture=architecture, kernel=write_bytes_kernel, types=types,
+        constants=constants, warps=4, stages=3, matrix=(), weights=64 * 128, load_bits=128,
+    )  # fmt: skip
+
+
 def quantize_case(
     architecture: int, group: int | None, rotation: int | None, dtype: str, *, rounds: bool = True
 ) -> Case:
@@ -213,7 +248,9 @@ def checked_cases(architecture: int) -> list[Case]:
         decode_case(architecture, 1, 4, 128),
         prefill_case(architecture, 600, 4, 128),
         prefill_case(architecture, 200, 8, None),
-        *([bytes_case(architecture, 600, ROWS)] if architecture >= LEAST_ARCHITECTURE else []),
+        *([bytes_case(architecture, 600, ROWS)] if architecture >= tiles.BULK_COPIES else []),
+        *([levels_case(architecture, 600, ROWS)] if architecture >= tiles.BULK_COPIES else []),
+        written_case(architecture, 128),
     ]
 
 
@@ -232,9 +269,15 @@ def all_cases(architecture: int) -> Iterator[Case]:
                 yield prefill_case(architecture, tokens, bits, group, rows=rows)
         yield prefill_case(architecture, tokens, 4, 128, "fp16", rows=1024)
         yield prefill_case(architecture, tokens, 4, 128, "fp16", rows=MANY_ROWS)
-    if architecture >= LEAST_ARCHITECTURE:
+    if architecture >= tiles.BULK_COPIES:
         yield bytes_case(architecture, 600, 1024)
         yield bytes_case(architecture, 2048, MANY_ROWS)
+    if architecture >= tiles.BULK_COPIES:
+        for tokens, rows in ((300, 1024), (600, 5120), (1024, MANY_ROWS)):
+            yield levels_case(architecture, tokens, rows)
+        yield levels_case(architecture, 600, ROWS, 64)
+    yield written_case(architecture, 128)
+    yield written_case(architecture, 32)
     yield prefill_case(architecture, 600, 4, 128, grouped=True)
     yield prefill_case(architecture, 600, 4, 32, grouped=True)
     yield prefill_case(architecture, 600, 6, 128, grouped=True)

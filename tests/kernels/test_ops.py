@@ -145,6 +145,7 @@ def test_pytorch_finds_no_fault_with_the_product(scheme):
         48,
         format.weight.bits,
         format.weight.group,
+        format.weight.two_level,
         16 if activation is None else activation.bits,
         None if activation is None else activation.group,
         1.0,

@@ -1,5 +1,7 @@
 """What only a device shows: compiled graphs, CUDA graphs, equal bits in every run, sizes past 2**31, the whole job."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -16,27 +18,29 @@ from tests.tiny_models import llava_batch
 pytestmark = pytest.mark.gpu
 
 SCHEMES = ["w4a16", "w4a8", "w4a4", "w6a6", "w8a8"]
+LEVELS = "w4a8 on two levels"
 DTYPES = [torch.float16, torch.bfloat16]
 TOKENS = [1, 16, 33, 600]
 
 
 def linear_for(scheme, dtype, *, channels=512, rows=384):
     """A quantized linear on the device, in the layout of its kernels."""
-    parsed = Scheme.parse(scheme)
-    spec = parsed.weight_spec(channels, "auto", symmetric=True)
+    parsed = Scheme.parse(scheme.split()[0])
+    spec = replace(parsed.weight_spec(channels, "auto", symmetric=True), two_level=scheme == LEVELS)
     dense = nn.Linear(channels, rows).to(dtype)
     format = LinearFormat(weight=spec, activation=parsed.activation_spec(spec), rotation=64)
     module = QuantLinear.from_quantized(quantize_weight(dense.weight.detach(), spec), dense.bias.detach(), format)
     return module.cuda().prepare()
 
 
+@pytest.mark.parametrize("tokens", [33, 600])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_module_on_a_device_runs_the_kernels_and_goes_back(scheme, dtype):
+@pytest.mark.parametrize("scheme", [*SCHEMES, LEVELS])
+def test_a_module_on_a_device_runs_the_kernels_and_goes_back(scheme, dtype, tokens):
     """The layout is made once, and undone where a model is saved or moved away."""
     torch.manual_seed(0)
     module = linear_for(scheme, dtype)
-    x = torch.randn(33, 512, dtype=dtype, device="cuda")
+    x = torch.randn(tokens, 512, dtype=dtype, device="cuda")
     y = module(x).float()
     assert module.layout == triton_linear.LAYOUT
 
@@ -48,7 +52,7 @@ def test_a_module_on_a_device_runs_the_kernels_and_goes_back(scheme, dtype):
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [*SCHEMES, LEVELS])
 def test_compiled_whole_and_captured_gives_the_same(scheme, tokens):
     """Decoding is bound by launches unless a CUDA graph replays them."""
     module = linear_for(scheme, torch.float16)
@@ -67,7 +71,7 @@ def test_compiled_whole_and_captured_gives_the_same(scheme, tokens):
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [*SCHEMES, LEVELS])
 def test_every_run_gives_the_same_bits(scheme, tokens):
     module = linear_for(scheme, torch.bfloat16)
     x = torch.randn(tokens, 512, dtype=torch.bfloat16, device="cuda")

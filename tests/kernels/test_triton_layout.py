@@ -43,6 +43,37 @@ def test_packing_is_undone_bit_for_bit(bits, group, rows, groups, zero_point, dt
     assert packed.width - channels in range(triton_layout.BLOCK)
 
 
+@given(
+    bits=st.integers(2, 4),
+    group=st.sampled_from([16, 32, 64, 128, 256]),
+    rows=st.integers(1, 9),
+    groups=st.integers(2, 6),
+    seed=st.integers(0, 2**16),
+)
+def test_the_steps_behind_two_levels_are_found_at_load_and_leave_no_trace(bits, group, rows, groups, seed):
+    """They are a row of the layout that no checkpoint has."""
+    generator = torch.Generator().manual_seed(seed)
+    multiples = torch.randint(1, 16, (rows, groups), generator=generator)
+    step = torch.randint(8, 16, (rows, 1), generator=generator) / 2**9
+    scale = (step * multiples * (torch.randint(2, multiples.shape, generator=generator) * 2 - 1)).bfloat16()
+    weight = codes(rows, group * groups, bits, seed)
+
+    packed = pack(weight, scale, None, bits, two_level=True)
+    again, again_scale, _ = unpack(packed)
+
+    assert packed.scale.shape == (packed.groups + 1, rows)
+    found = scale.float() / packed.scale[-1].float().unsqueeze(1)
+    assert torch.equal(found, found.round()) and float(found.abs().max()) <= 15
+    assert torch.equal(again, weight)
+    assert torch.equal(again_scale, scale) and again_scale.is_contiguous()
+
+
+def test_scales_that_are_no_multiples_have_no_steps():
+    """The kernel would round them."""
+    with pytest.raises(SpecError, match="scales of row 1 are not multiples of one step"):
+        pack(codes(2, 256, 4), torch.tensor([[1.0, 2.0], [1.0, 0.3]]), None, 4, two_level=True)
+
+
 @pytest.mark.parametrize("bits, size", [(2, 4), (3, 4), (4, 4), (5, 6), (6, 6), (7, 8), (8, 8)])
 def test_a_weight_takes_its_bits(bits, size):
     """The point of the exercise is memory."""

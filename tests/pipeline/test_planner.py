@@ -1,5 +1,7 @@
 """Plans for real models: which linear gets which grid, and what is refused before hours are spent."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -70,6 +72,33 @@ def test_language_and_vision_have_their_own_schemes():
         group = None if vision else 32 if linear.in_features == 96 else 64
         assert linear.weight == WeightSpec(bits=8 if vision else 4, group=group), name
     assert {site.activation for site in plan.sites()} == {ActivationSpec(bits=8)}
+
+
+def test_two_level_scales_are_for_language_linears_whose_products_gain():
+    """Not for the tower, nor where an override leaves no product of bytes or a single scale per row."""
+    levels = replace(choice("w4a8", 32), two_level=True)
+    others = {
+        "*.q_proj": replace(choice("w4a16"), two_level=True),
+        "*.k_proj": replace(choice("w8a8"), two_level=True),
+        "*.v_proj": replace(choice("w4a4", 32), two_level=True),
+        "*.o_proj": replace(choice("w4a8", None), two_level=True),
+        "*.up_proj": replace(choice("w4a8", 32, symmetric=False), two_level=True),
+        "*.gate_proj": replace(choice("w3a8", 32), two_level=True),
+    }
+
+    plan = plan_for(tiny_llava(), levels, replace(choice("w4a8"), two_level=True), overrides=others)
+
+    chosen = {linear.name.rpartition(".")[2] for linear in plan.linears() if linear.weight.two_level}
+    assert chosen == {"down_proj", "gate_proj"}
+    assert not any(linear.weight.two_level for linear in plan.linears() if linear.name.startswith("vision_tower."))
+
+
+def test_static_activations_have_one_scale_too():
+    """So products of any bits gain."""
+    plan = plan_for(tiny_llava(), replace(choice("w4a4", 32), two_level=True, static=True))
+
+    language = [linear for linear in plan.linears() if linear.name.startswith("language_model.")]
+    assert language and all(linear.weight.two_level for linear in language)
 
 
 def test_linears_are_described_as_they_are():

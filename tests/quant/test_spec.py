@@ -32,6 +32,15 @@ def test_groups_below_one_are_refused(group, spec):
         spec(bits=4, group=group)
 
 
+@pytest.mark.parametrize(
+    "changes, shown", [({"bits": 5}, "5 bits"), ({"symmetric": False}, "4 bits and zero points")], ids=str
+)
+def test_two_levels_are_for_symmetric_grids_of_four_bits(changes, shown):
+    """Other codes times fifteen do not fit a byte."""
+    with pytest.raises(SpecError, match=f"two-level scales are for symmetric grids of at most 4 bits, got {shown}"):
+        WeightSpec(**{"bits": 4, "group": 32, "two_level": True, **changes})
+
+
 def test_spec_errors_are_value_errors():
     """Users who never heard of our tree catch ValueError."""
     with pytest.raises(ValueError, match="bits") as caught:

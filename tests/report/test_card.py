@@ -13,6 +13,7 @@ ROW = PartRow(
     activation_group=None,
     activation_static=False,
     symmetric=True,
+    two_level=False,
     linears=28,
     weights=786_432,
     bytes=418_240,

@@ -49,6 +49,7 @@ def test_linears_of_one_part_and_precision_share_a_row():
         "layers.1.q": record(),
         "layers.1.o": record(weight_bits=8, weight_group=None),
         "head": record(symmetric=False),
+        "tail": record(two_level=True),
     }
     manifest = {
         "layers.0.q.weight_packed": ["I32", [32, 8]],
@@ -65,8 +66,9 @@ def test_linears_of_one_part_and_precision_share_a_row():
         ("layers", "w4a8", 2, 2 * 64 * 32, 2 * 1024 + 256),
         ("layers", "w8a8", 1, 64 * 32, 2048),
         ("head", "w4a8", 1, 64 * 32, 0),
+        ("tail", "w4a8", 1, 64 * 32, 0),
     ]
-    assert [parts.readable_group(row) for row in rows] == ["16", "row", "16, zero point"]
+    assert [parts.readable_group(row) for row in rows] == ["16", "row", "16, zero point", "16, two levels"]
 
 
 def test_linears_whose_activations_differ_have_rows_of_their_own():

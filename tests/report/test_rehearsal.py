@@ -39,6 +39,7 @@ def row(name="a.q_proj", **changes):
         "scheme": "w4a8",
         "group": 64,
         "symmetric": True,
+        "two_level": False,
         "site": name,
         "bytes_before": 4_000,
         "bytes_after": 600,
@@ -91,15 +92,14 @@ def test_a_scheme_is_named_by_its_bits(bits, scheme):
 
 
 def test_the_table_has_a_line_for_each_linear():
-    shown = dry_run_of(
-        row(), row("a.k_proj", site="a.q_proj"), row("a.odd", group=None, symmetric=False), row("b", block=None)
-    )
+    odd = row("a.odd", group=None, symmetric=False)
+    shown = dry_run_of(row(), row("a.k_proj", site="a.q_proj", two_level=True), odd, row("b", block=None))
 
     head, *lines = str(shown).splitlines()
 
     assert head.split() == ["block", "part", "module", "scheme", "group", "site", "before", "after"]
     assert lines[0].split() == ["1", "language", "a.q_proj", "w4a8", "64", "own", "4.00", "kB", "600", "bytes"]
-    assert "of q_proj" in lines[1]
+    assert "64, two levels" in lines[1] and "of q_proj" in lines[1]
     assert "row, zero point" in lines[2]
     assert lines[3].startswith("- ")
     assert lines[4] == "kept     lm_head"

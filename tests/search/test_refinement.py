@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from optimum_qvlm.kernels.levels import LARGEST_MULTIPLE
 from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight, quantize_weight
+from optimum_qvlm.quant.levels import fit_steps, to_multiples
 from optimum_qvlm.quant.spec import WeightSpec
 from optimum_qvlm.search import refinement
 from optimum_qvlm.search.refinement import refined
@@ -170,6 +172,23 @@ def test_behind_error_feedback_every_row_gains_or_stays(group, symmetric, dtype)
     assert bool((after <= before * (1 + SUMMATION)).all())
     assert float(after.sum()) < 0.98 * float(before.sum())
     torch.testing.assert_close(changed, clips * (found.scale.float() / plain.scale.float()).abs())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_multiples_of_a_step_move_to_other_multiples(dtype):
+    """From scales that are all too large by a multiple or more, and no row ends worse than it began."""
+    target, hessian, spec = normal(40, 128, seed=3), moment(128), WeightSpec(bits=4, group=32, two_level=True)
+    step = fit_steps(quantize_weight(target, spec, scale_dtype=dtype).scale, dtype)
+    start = quantize_weight(target, spec, scale_dtype=dtype, step=step)
+    wide = QuantizedWeight(start.codes, to_multiples(start.scale.float() * 1.3, step, dtype))
+
+    found = refined(target, hessian, wide, spec, sweeps=2, step=step)
+
+    multiples = found.scale.double() / step.double()
+    assert torch.equal(multiples, multiples.round())
+    assert float(multiples.min()) >= 1 and float(multiples.max()) <= LARGEST_MULTIPLE
+    assert not torch.equal(found.scale, wide.scale)
+    assert bool((errors(target, hessian, found) <= errors(target, hessian, wide)).all())
 
 
 def test_eight_bits_are_not_refined():

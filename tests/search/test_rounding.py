@@ -11,6 +11,7 @@ from torch import Tensor
 
 from optimum_qvlm.errors import SpecError
 from optimum_qvlm.kernels import fake_quantize_tokens
+from optimum_qvlm.kernels.levels import common_step
 from optimum_qvlm.quant.affine import dequantize_weight, quantize_weight
 from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
 from optimum_qvlm.search import weights as rounding
@@ -298,6 +299,23 @@ def test_rounding_to_nearest_is_the_plain_rounding_of_every_weight(symmetric, sc
         expected = quantize_weight(weight, problem.specs[name], scale_dtype=scale_dtype)
         assert torch.equal(choice.weights[name].codes, expected.codes)
         assert torch.equal(choice.weights[name].scale, expected.scale)
+
+
+@pytest.mark.parametrize("options", [PLAIN, SiteOptions()], ids=["clips", "all"])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scales_on_two_levels_are_those_of_every_method(scale_dtype, options):
+    """Round-to-nearest, clips alone, and error feedback behind transforms."""
+    plain = make_problem(weights={"q": normal(24, 64, seed=1), "k": normal(8, 64, seed=2)}, scale_dtype=scale_dtype)
+    problem = replace(plain, specs={name: replace(spec, two_level=True) for name, spec in plain.specs.items()})
+
+    nearest = round_to_nearest(problem.weights, problem.specs, scale_dtype)
+    found = search_site(problem, options)
+
+    for choice in (nearest, found):
+        for weight in choice.weights.values():
+            assert len(common_step(weight.scale)) == len(weight.scale)
+    assert found.error <= found.nearest_error
+    assert found.error < 1.15 * search_site(plain, options).error
 
 
 def test_a_group_that_does_not_divide_is_refused():

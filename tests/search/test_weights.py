@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from optimum_qvlm.kernels.levels import LARGEST_MULTIPLE, common_step
 from optimum_qvlm.quant.affine import dequantize_weight, quantize_weight
 from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
 from optimum_qvlm.quant.transform import SiteTransform
@@ -193,6 +194,43 @@ def test_signs_of_scales_lower_the_error(bits):
         errors.append(float((inputs @ (dequantize_weight(found) - target).T).square().sum()))
 
     assert errors[0] < 0.95 * errors[1]
+
+
+@pytest.mark.parametrize("group", [32, 64, 192], ids=["a group at a time", "two", "beyond a block"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sweeps", [0, 2])
+def test_scales_on_two_levels_stay_there_and_cost_little(sweeps, dtype, group):
+    """Whoever moves a scale, error feedback or refinement, moves it to another multiple of its row's step."""
+    inputs, target = correlated(2000, 384), normal(60, 384, seed=1)
+    hessian = inputs.T @ inputs
+    options = FeedbackOptions(sweeps=sweeps)
+    values = {"scale_dtype": dtype, "clips": (1.0, 0.9, 0.8), "options": options}
+
+    free, _ = rounded(target, hessian, WeightSpec(bits=4, group=group), **values)
+    found, ratio = rounded(target, hessian, WeightSpec(bits=4, group=group, two_level=True), **values)
+
+    step = common_step(found.scale).double().unsqueeze(1)
+    multiples = (found.scale.double() / step).abs()
+    assert torch.equal(multiples, multiples.round()) and float(multiples.max()) <= LARGEST_MULTIPLE
+    assert found.scale.dtype == dtype and bool((found.scale < 0).any()) and ratio.shape == found.scale.shape
+
+    def error(weight) -> float:
+        change = (dequantize_weight(weight) - target).double()
+        return float(((change @ hessian.double()) * change).sum())
+
+    assert error(found) < 1.08 * error(free)
+
+
+def test_the_step_of_a_row_does_not_depend_on_the_others(monkeypatch):
+    """Rows are rounded in slices."""
+    inputs, target = correlated(500, 128), normal(9, 128, seed=2)
+    spec = WeightSpec(bits=4, group=32, two_level=True)
+    whole, _ = rounded(target, inputs.T @ inputs, spec)
+    monkeypatch.setattr(feedback, "ROWS_AT_ONCE", 4)
+
+    sliced, _ = rounded(target, inputs.T @ inputs, spec)
+
+    assert torch.equal(sliced.scale, whole.scale) and torch.equal(sliced.codes, whole.codes)
 
 
 def test_eight_bits_keep_positive_scales():

@@ -4,6 +4,7 @@
 tests need a GPU and are marked so.
 """
 
+import dataclasses
 import os
 
 import pytest
@@ -63,6 +64,21 @@ def make_weight(
     zero = torch.randint(low, high, (rows, groups), generator=generator).to(torch.int8) if zero_point else None
     weight = CodedWeight(codes.to(DEVICE), scale.to(DEVICE), None if zero is None else zero.to(DEVICE))
     return weight, WeightGrid(in_features=channels, out_features=rows, bits=bits, group=group, zero_point=zero_point)
+
+
+def make_levels(
+    rows: int, channels: int, bits: int, group: int, *, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[CodedWeight, WeightGrid]:
+    """All codes of `bits`, scales that are 1 to 15 times a step of each row, of either sign, exact in `dtype`."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, grid = make_weight(rows, channels, bits, group, seed=seed)
+    step = torch.randint(8, 16, (rows, 1), generator=generator) * 2.0 ** torch.randint(
+        -9, 0, (rows, 1), generator=generator
+    )
+    multiples = torch.randint(1, 16, (rows, channels // group), generator=generator)
+    multiples *= torch.randint(2, multiples.shape, generator=generator) * 2 - 1
+    scale = (step * multiples / 64).to(DEVICE, dtype)
+    return dataclasses.replace(weight, scale=scale), dataclasses.replace(grid, two_level=True, scale_dtype=dtype)
 
 
 def make_activations(tokens: int, channels: int, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Tensor:
