@@ -15,7 +15,7 @@ from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 ALIGNMENT = 16
-"""Bytes: kernels are compiled for pointers that are multiples of it, or for any."""
+"""Bytes: kernels are compiled for pointers that are multiples of it, or for any; bulk copies take only the former."""
 
 
 class _Open(threading.local):

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from optimum_qvlm.kernels import tiles
-from optimum_qvlm.kernels.recording import empty, start
+from optimum_qvlm.kernels.recording import ALIGNMENT, empty, start
 from optimum_qvlm.kernels.triton_layout import PackedWeight
 from optimum_qvlm.kernels.triton_prefill import place
 
@@ -19,9 +19,6 @@ LEAST_TOKENS = 257
 """With fewer, copies of tiles start too late to pay."""
 
 LEAST_ARCHITECTURE = tiles.BULK_COPIES
-
-ALIGNMENT = 16
-"""Bytes at which a bulk copy may start."""
 
 
 @triton.jit

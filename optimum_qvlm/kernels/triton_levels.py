@@ -14,7 +14,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from optimum_qvlm.kernels import tiles
-from optimum_qvlm.kernels.triton_bytes import ALIGNMENT, linear_bytes
+from optimum_qvlm.kernels.recording import ALIGNMENT, empty, start
+from optimum_qvlm.kernels.triton_bytes import linear_bytes
 from optimum_qvlm.kernels.triton_layout import PackedWeight
 from optimum_qvlm.kernels.triton_prefill import place
 from optimum_qvlm.kernels.triton_unpack import multiplied_nibbles
@@ -139,51 +140,51 @@ def linear_in_registers(
 ) -> Tensor:
     """The same without writing the weight, where `fits_registers` says so."""
     tokens, rows = x.shape[0], weight.out_features
-    y = x.new_empty(tokens, rows, dtype=dtype)
+    y = empty(x, tokens, rows, dtype=dtype)
     if y.numel() == 0:
         return y
     tile = tiles.levels_tile(tiles.architecture(x.device), tokens, rows)
-    with torch.cuda.device_of(x):
-        levels_kernel[(-(-rows // tile.rows) * -(-tokens // tile.tokens),)](
-            TensorDescriptor.from_tensor(x, [tile.tokens, 64]),
-            TensorDescriptor.from_tensor(weight.codes, [tile.rows, 64]),
-            TensorDescriptor.from_tensor(weight.scale, [1, tile.rows]),
-            x_scale,
-            weight.scale,
-            weight.scale if bias is None else bias,
-            y,
-            tokens,
-            rows,
-            WIDTH=weight.width,
-            GROUP=weight.group,
-            X_GROUPS=0 if x_scale.dim() == 1 else 1,
-            HAS_BIAS=bias is not None,
-            ASM=tiles.speaks_ptx(x.device),
-            BLOCK_TOKENS=tile.tokens,
-            BLOCK_ROWS=tile.rows,
-            STRIP=tile.strip,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
-        )
+    arguments = {
+        "x": TensorDescriptor.from_tensor(x, [tile.tokens, 64]),
+        "codes": TensorDescriptor.from_tensor(weight.codes, [tile.rows, 64]),
+        "scales": TensorDescriptor.from_tensor(weight.scale, [1, tile.rows]),
+        "x_scale": x_scale,
+        "scale": weight.scale,
+        "bias": weight.scale if bias is None else bias,
+        "y": y,
+        "tokens": tokens,
+        "rows": rows,
+        "WIDTH": weight.width,
+        "GROUP": weight.group,
+        "X_GROUPS": 0 if x_scale.dim() == 1 else 1,
+        "HAS_BIAS": bias is not None,
+        "ASM": tiles.speaks_ptx(x.device),
+        "BLOCK_TOKENS": tile.tokens,
+        "BLOCK_ROWS": tile.rows,
+        "STRIP": tile.strip,
+        "STAGES": tile.stages,
+    }
+    grid = (-(-rows // tile.rows) * -(-tokens // tile.tokens),)
+    start(levels_kernel, grid, arguments, x.device, num_warps=tile.warps)
     return y
 
 
 def written(weight: PackedWeight) -> PackedWeight:
     """The same weight in eight bits, with one scale per row."""
     rows = weight.out_features
-    out = weight.codes.new_empty(rows, weight.width)
+    out = empty(weight.codes, rows, weight.width)
     if out.numel() > 0:
         block_rows = 64
-        with torch.cuda.device_of(out):
-            write_bytes_kernel[(-(-rows // block_rows) * (weight.width // 128),)](
-                weight.codes,
-                weight.scale,
-                out,
-                rows,
-                WIDTH=weight.width,
-                GROUP=weight.group,
-                ASM=tiles.speaks_ptx(out.device),
-                BLOCK_ROWS=block_rows,
-                num_warps=4,
-            )
+        arguments = {
+            "codes": weight.codes,
+            "scale": weight.scale,
+            "out": out,
+            "rows": rows,
+            "WIDTH": weight.width,
+            "GROUP": weight.group,
+            "ASM": tiles.speaks_ptx(out.device),
+            "BLOCK_ROWS": block_rows,
+        }
+        grid = (-(-rows // block_rows) * (weight.width // 128),)
+        start(write_bytes_kernel, grid, arguments, out.device, num_warps=4)
     return dataclasses.replace(weight, codes=out, scale=weight.scale[-1:], bits=8, group=None, two_level=False)
