@@ -147,7 +147,8 @@ def prefill_case(
         stages=tile.stages,
         matrix=() if operand == "fp32" else _matrix(architecture, integer=integer),
         weights=tile.rows * 128,
-        load_bits=64 if group == 16 else 128,
+        # What a thread reads of a row at once is eight bytes in groups of 16, and of six bits in small tiles of floats.
+        load_bits=64 if group == 16 or (bits == 6 and not integer) else 128,
     )
 
 
