@@ -5,10 +5,15 @@ TORCH ?= torch==2.13.0
 VERSION ?=
 TRITON ?=
 ARGUMENTS ?=
+# Processes that tests run in. Each takes one core and about 1 GB.
+WORKERS ?= $(shell nproc)
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := -m pip -qq --disable-pip-version-check --no-input install
+# Of fifteen thousand modules few are ever imported; Python compiles those when they are.
+INSTALL := -qq --disable-pip-version-check --no-input install --no-compile
+PIP := -m pip $(INSTALL)
+PYTEST := -m pytest -n $(WORKERS) --maxprocesses 16 --dist worksteal
 # Editable installs copy the command's file, so they are made again when it changes.
 SOURCES := pyproject.toml optimum_qvlm/version.py optimum_qvlm/cli/command.py
 
@@ -24,7 +29,7 @@ quickstart: $(VENV)/.package ## quantize the bundled model and compare it with f
 	@$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.dev ## run the tests that any machine can run in minutes
-	@$(BIN)/python -m pytest -m "not slow and not gpu"
+	@$(BIN)/python $(PYTEST) -m "not slow and not gpu"
 
 test-slow: $(VENV)/.dev ## run the heavy tests
 	@$(BIN)/python -m pytest -m "slow and not gpu"
@@ -35,7 +40,7 @@ test-gpu: $(VENV)/.dev ## run the tests that need a CUDA device
 test-transformers: ## run the integration tests with one transformers release, VERSION=5.16.0
 	@test -n "$(VERSION)" || { echo "make test-transformers needs VERSION, as in VERSION=5.16.0" >&2; exit 2; }
 	@$(MAKE) --no-print-directory .venv-tf-$(VERSION)/.dev
-	@.venv-tf-$(VERSION)/bin/python -m pytest -m "integration and not slow and not gpu" --ignore tests/docs
+	@.venv-tf-$(VERSION)/bin/python $(PYTEST) -m "integration and not slow and not gpu" --ignore tests/docs
 
 kernel-resources: $(VENV)/.dev ## print what compiled kernels take on each architecture, TRITON=3.6.0 for another release
 	@test -z "$(TRITON)" || $(MAKE) --no-print-directory .triton-$(TRITON)/.installed
@@ -75,9 +80,14 @@ $(VENV)/.dev: $(SOURCES) | $(VENV)/.torch
 	@$(BIN)/python $(PIP) -e ".[dev]"
 	@touch $(VENV)/.package $@
 
-.venv-tf-%/.dev: $(SOURCES) | .venv-tf-%/.torch
-	@echo "Installing optimum-qvlm, what it needs and the tools of its developers, with transformers $*"
-	@.venv-tf-$*/bin/python $(PIP) -e ".[dev]" "transformers==$*"
+# Over the main environment, so that only what the other release needs otherwise is installed once more.
+.venv-tf-%/.dev: $(VENV)/.dev
+	@echo "Installing transformers $* over the environment"
+	@rm -rf .venv-tf-$*
+	@$(BIN)/python -m venv --without-pip .venv-tf-$*
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		>"$$(.venv-tf-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beneath.pth"
+	@$(BIN)/python -m pip --python .venv-tf-$*/bin/python $(INSTALL) "transformers==$*"
 	@touch $@
 
 .triton-%/.installed: | $(VENV)/.dev

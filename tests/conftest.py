@@ -1,5 +1,6 @@
 """Fixtures that several folders share."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Tensors here are tiny: threads that wait for each other on a busy machine cost twenty times the work."""
-    torch.set_num_threads(1)
+# Tensors here are tiny: threads that wait for each other on a busy machine cost twenty times the work. Processes that
+# tests start read the variable when they import torch.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

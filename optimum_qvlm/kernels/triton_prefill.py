@@ -63,13 +63,13 @@ def prefill_kernel(
     empty = tl.full((BLOCK_ROWS, BLOCK_TOKENS), 0x4B400000 if FLOAT_TRICK else 0, SUM)
     if GROUP >= 128:
         # Scales are too narrow for asynchronous copies, so they are asked for one block before they are wanted.
-        factor, shift, x_factor = _factors(scale, zero, x_scale_token, 0, safe_row, rows, X_GROUPS, HAS_ZERO)
+        factor, shift = _weight_factors(scale, zero, 0, safe_row, rows, HAS_ZERO)
     for block in tl.range(0, WIDTH // 128, num_stages=STAGES):
         if GROUP >= 128:
             following = tl.minimum(block + 1, WIDTH // 128 - 1) * 128 // GROUP
-            next_factor, next_shift, next_x_factor = _factors(
-                scale, zero, x_scale_token, following, safe_row, rows, X_GROUPS, HAS_ZERO
-            )
+            next_factor, next_shift = _weight_factors(scale, zero, following, safe_row, rows, HAS_ZERO)
+            # Not a block ahead: those of two blocks do not fit beside the sums.
+            x_factor = _x_factor(x_scale_token, block * 128 // GROUP, factor, X_GROUPS)
         product = empty
         product_x = tl.zeros((BLOCK_TOKENS,), SUM)
         for part in tl.static_range(0, SPAN // PART):
@@ -103,7 +103,7 @@ def prefill_kernel(
                     )  # fmt: skip
         if GROUP >= 128:
             sums += _rescaled(product, product_x, factor, shift, x_factor, FOLD, X_GROUPS, HAS_ZERO, FLOAT_TRICK)
-            factor, shift, x_factor = next_factor, next_shift, next_x_factor
+            factor, shift = next_factor, next_shift
     if GROUP == 0:
         factor, shift, x_factor = _factors(scale, zero, x_scale_token, 0, safe_row, rows, X_GROUPS, HAS_ZERO)
         sums = _rescaled(whole, whole_x, factor, shift, x_factor, FOLD, X_GROUPS, HAS_ZERO, False)
@@ -151,15 +151,28 @@ def _tokens(x_token, channel, CHANNELS: tl.constexpr):
 @triton.jit
 def _factors(scale, zero, x_scale_token, group, row, rows, X_GROUPS: tl.constexpr, HAS_ZERO: tl.constexpr):
     """Scales and zero points [rows] of a group as stored, and scales of tokens; scales again for what there is not."""
+    factor, shift = _weight_factors(scale, zero, group, row, rows, HAS_ZERO)
+    return factor, shift, _x_factor(x_scale_token, group, factor, X_GROUPS)
+
+
+@triton.jit
+def _weight_factors(scale, zero, group, row, rows, HAS_ZERO: tl.constexpr):
+    """Scales and zero points [rows] of a group as stored; scales again where there are no zero points."""
     place = group * rows + row
     factor = tl.load(scale + place)
     shift = factor
-    x_factor = factor
     if HAS_ZERO:
         shift = tl.load(zero + place)
+    return factor, shift
+
+
+@triton.jit
+def _x_factor(x_scale_token, group, factor, X_GROUPS: tl.constexpr):
+    """Scales of tokens [tokens] for a group; `factor` where activations have no groups, and none is wanted."""
+    x_factor = factor
     if X_GROUPS > 1:
         x_factor = tl.load(x_scale_token + group)
-    return factor, shift, x_factor
+    return x_factor
 
 
 @triton.jit

@@ -19,9 +19,11 @@ print(json.dumps([sorted(set(sys.modules) - before), torch.cuda.is_initialized()
 """
 
 TIMED = """
-import subprocess, sys
-code = "import transformers.quantizers.auto; import optimum_qvlm"
-print(subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True).stderr)
+import time
+import transformers.quantizers.auto
+started = time.process_time()
+import optimum_qvlm
+print(1000 * (time.process_time() - started))
 """
 
 LIMIT_MS = 300
@@ -59,12 +61,10 @@ def test_cuda_is_left_alone(imported):
 
 
 def test_the_import_is_quick():
-    """Time of the package and what only it imports; the fastest of some runs, since machines are busy."""
+    """Processor time of the package and what only it imports; the least of some runs, since machines are busy."""
     fastest_ms = float("inf")
     for _ in range(RUNS):
-        lines = run_python(TIMED).stdout.splitlines()
-        ours = [line for line in lines if line.rpartition("|")[2].strip() == "optimum_qvlm"]
-        fastest_ms = min(fastest_ms, int(ours[-1].split("|")[1]) / 1000)
+        fastest_ms = min(fastest_ms, float(run_python(TIMED).stdout))
         if fastest_ms < LIMIT_MS:
             break
 

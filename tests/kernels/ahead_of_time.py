@@ -23,12 +23,14 @@ INSTRUCTION = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/\s+)?(?:@!?U?P\d+\s+)?([A-Z][A-
 class Resources:
     """What one program of a compiled kernel takes.
 
-    `matrix` counts matrix instructions by name; `body` is every instruction of the longest loop by name.
+    `matrix` counts matrix instructions by name; `body` is every instruction of the longest loop by name. Compute
+    capability 10.0 keeps sums in columns of tensor memory; others have none.
     """
 
     registers: int
     stack_bytes: int
     shared_bytes: int
+    tensor_columns: int
     matrix: Counter[str]
     body: Counter[str]
     load_bits: tuple[int, ...]
@@ -61,6 +63,7 @@ def read_resources(compiled: Any) -> Resources:
         registers=int(re.search(r"REG:(\d+)", found)[1]),
         stack_bytes=int(re.search(r"STACK:(\d+)", found)[1]),
         shared_bytes=compiled.metadata.shared,
+        tensor_columns=compiled.metadata.tmem_size or 0,
         matrix=Counter(MATRIX.findall(listing)),
         body=Counter(body),
         load_bits=tuple(sorted({int(bits) for bits in re.findall(r"LDG\S*?\.(\d+)", listing)})),

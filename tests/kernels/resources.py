@@ -4,6 +4,10 @@
 """
 
 import argparse
+import functools
+import itertools
+import multiprocessing
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -27,12 +31,18 @@ ARCHITECTURES = (80, 86, 89, 90, 100)
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Shared memory that one program may take."""
 
+TENSOR_COLUMNS = 512
+"""Tensor memory of a multiprocessor. Triton compiles a kernel that wants more to a trap, and refuses to launch it."""
+
 CHANNELS = 5120
 ROWS = 5120
-MANY_ROWS = 27648
+MANY_ROWS = 28672
 """A weight that keeps every device busy with large tiles."""
 
-DTYPES = {"fp16": tl.float16, "bf16": tl.bfloat16, "i8": tl.int8}
+DTYPES = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32, "i8": tl.int8}
+
+QUANTIZED = ((None, None), (None, 128), (128, 128), (32, 32))
+"""Groups and rotations of activations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +80,8 @@ class Case:
             faults.append(f"{found.registers} registers")
         if found.shared_bytes > SHARED_BYTES[self.architecture]:
             faults.append(f"{found.shared_bytes} bytes of shared memory")
+        if found.tensor_columns > TENSOR_COLUMNS:
+            faults.append(f"{found.tensor_columns} columns of tensor memory")
         if self.matrix and not any(name.startswith(self.matrix) for name in found.matrix):
             faults.append(f"{dict(found.matrix)} instead of {self.matrix}")
         if self.weights is not None and max(found.load_bits, default=0) < self.load_bits:
@@ -134,9 +146,10 @@ def prefill_case(
         constants=constants,
         warps=tile.warps,
         stages=tile.stages,
-        matrix=_matrix(architecture, integer=integer),
+        matrix=() if operand == "fp32" else _matrix(architecture, integer=integer),
         weights=tile.rows * 128,
-        load_bits=64 if group == 16 else 128,
+        # What a thread reads of a row at once is eight bytes in groups of 16, and of six bits in small tiles of floats.
+        load_bits=64 if group == 16 or (bits == 6 and not integer) else 128,
     )
 
 
@@ -243,10 +256,16 @@ def dequantize_case(architecture: int, bits: int) -> Case:
 
 
 def checked_cases(architecture: int) -> list[Case]:
-    """The few that every test run compiles: the tiles that most calls take."""
+    """The few that every test run compiles: the tiles that most calls take, and those with the least room to spare."""
     return [
         decode_case(architecture, 1, 4, 128),
+        decode_case(architecture, 1, 4, 128, zero_point=True, rows=1024),
+        decode_case(architecture, 16, 4, 32, rows=1024),
+        decode_case(architecture, 32, 4, 32, rows=MANY_ROWS),
         prefill_case(architecture, 600, 4, 128),
+        prefill_case(architecture, 600, 4, 128, grouped=True),
+        prefill_case(architecture, 600, 6, 128, grouped=True),
+        prefill_case(architecture, 600, 4, 16, "fp16"),
         prefill_case(architecture, 200, 8, None),
         *([bytes_case(architecture, 600, ROWS)] if architecture >= tiles.BULK_COPIES else []),
         *([levels_case(architecture, 600, ROWS)] if architecture >= tiles.BULK_COPIES else []),
@@ -254,40 +273,45 @@ def checked_cases(architecture: int) -> list[Case]:
     ]
 
 
-def all_cases(architecture: int) -> Iterator[Case]:
+def all_cases(architecture: int) -> list[Case]:
     """Every shipped tile, with the weights that use it."""
-    for tokens in (1, 8, 16, 32):
+    found = [
+        *_decode_cases(architecture),
+        *_prefill_cases(architecture),
+        *[quantize_case(architecture, group, rotation, "fp16") for group, rotation in QUANTIZED],
+        quantize_case(architecture, None, 128, "bf16", rounds=False),
+        *[dequantize_case(architecture, bits) for bits in (4, 6, 8)],
+    ]
+    found += [written_case(architecture, 128), written_case(architecture, 32)]
+    if architecture >= tiles.BULK_COPIES:
+        found += [bytes_case(architecture, 600, 1024), bytes_case(architecture, 2048, MANY_ROWS)]
+        found += [levels_case(architecture, *size) for size in ((300, 1024), (600, 5120), (1024, MANY_ROWS))]
+        found.append(levels_case(architecture, 600, ROWS, 64))
+    return list({(case.name, *case.constants.items()): case for case in found}.values())
+
+
+def _decode_cases(architecture: int) -> Iterator[Case]:
+    for tokens, rows in itertools.product((1, 8, 16, 32), (1024, MANY_ROWS)):
         for bits, group in ((4, 128), (4, 32), (6, 128), (8, None)):
-            for rows in (1024, MANY_ROWS):
-                yield decode_case(architecture, tokens, bits, group, rows=rows)
-    yield decode_case(architecture, 1, 4, 128, zero_point=True)
+            yield decode_case(architecture, tokens, bits, group, rows=rows)
+        for bits in (4, 6):
+            yield decode_case(architecture, tokens, bits, 128, zero_point=True, rows=rows)
     for bits, group in ((4, 128), (6, 128), (8, None)):
         yield decode_case(architecture, 1, bits, group, "bf16")
-    for tokens in (16, 32, 64, 600):
+
+
+def _prefill_cases(architecture: int) -> Iterator[Case]:
+    for tokens, rows in itertools.product((16, 32, 64, 600), (1024, MANY_ROWS)):
         for bits, group in ((4, 128), (6, 128), (8, None)):
-            for rows in (1024, MANY_ROWS):
-                yield prefill_case(architecture, tokens, bits, group, rows=rows)
-        yield prefill_case(architecture, tokens, 4, 128, "fp16", rows=1024)
-        yield prefill_case(architecture, tokens, 4, 128, "fp16", rows=MANY_ROWS)
-    if architecture >= tiles.BULK_COPIES:
-        yield bytes_case(architecture, 600, 1024)
-        yield bytes_case(architecture, 2048, MANY_ROWS)
-    if architecture >= tiles.BULK_COPIES:
-        for tokens, rows in ((300, 1024), (600, 5120), (1024, MANY_ROWS)):
-            yield levels_case(architecture, tokens, rows)
-        yield levels_case(architecture, 600, ROWS, 64)
-    yield written_case(architecture, 128)
-    yield written_case(architecture, 32)
-    yield prefill_case(architecture, 600, 4, 128, grouped=True)
-    yield prefill_case(architecture, 600, 4, 32, grouped=True)
-    yield prefill_case(architecture, 600, 6, 128, grouped=True)
+            yield prefill_case(architecture, tokens, bits, group, rows=rows)
+            yield prefill_case(architecture, tokens, bits, group, "fp16", rows=rows)
+    for tokens, bits in itertools.product((16, 32, 600), (4, 6)):
+        yield prefill_case(architecture, tokens, bits, 128, grouped=True)
+        yield prefill_case(architecture, tokens, bits, 32, grouped=True)
+        yield prefill_case(architecture, tokens, bits, 16, "fp16")
     yield prefill_case(architecture, 600, 4, 128, "bf16")
-    yield prefill_case(architecture, 600, 4, 16, "fp16")
-    for group, rotation in ((None, None), (None, 128), (128, 128), (32, 32)):
-        yield quantize_case(architecture, group, rotation, "fp16")
-    yield quantize_case(architecture, None, 128, "bf16", rounds=False)
-    for bits in (4, 6, 8):
-        yield dequantize_case(architecture, bits)
+    yield prefill_case(architecture, 600, 4, 16, "bf16")
+    yield prefill_case(architecture, 600, 4, 128, "fp32")
 
 
 def _pointers(dtype: str, *, x: str) -> dict[str, str]:
@@ -318,23 +342,40 @@ def line(case: Case, found: Resources) -> str:
     )
 
 
+def row(place: tuple[int, int], *, quick: bool) -> tuple[str, bool]:
+    """A row of the table by its architecture and number, with its faults, and whether it has any."""
+    architecture, number = place
+    case = cases(architecture, quick=quick)[number]
+    found = case.resources()
+    faults = case.faults(found)
+    return line(case, found) + ("  FAULT " + ", ".join(faults) if faults else ""), bool(faults)
+
+
+def cases(architecture: int, *, quick: bool) -> list[Case]:
+    """What the table has of one architecture."""
+    return checked_cases(architecture) if quick else all_cases(architecture)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--architectures", nargs="+", type=int, default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--quick", action="store_true", help="only the tiles that the tests compile")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
     print(f"triton {triton.__version__}: registers of a thread, bytes of stack, bytes of shared memory, matrix")
     print("instruction, bytes of the widest load, instructions per weight in one step of the loop")
+    places = [
+        (architecture, number)
+        for architecture in arguments.architectures
+        for number in range(len(cases(architecture, quick=arguments.quick)))
+    ]
     failures = 0
-    for architecture in arguments.architectures:
-        for case in checked_cases(architecture) if arguments.quick else all_cases(architecture):
-            found = case.resources()
-            faults = case.faults(found)
-            failures += bool(faults)
-            print(line(case, found) + ("  FAULT " + ", ".join(faults) if faults else ""), flush=True)
-    print(f"{failures} of the kernels have faults")
+    with multiprocessing.get_context("spawn").Pool(arguments.workers, warnings.simplefilter, ("ignore",)) as pool:
+        for text, faulty in pool.imap(functools.partial(row, quick=arguments.quick), places):
+            failures += faulty
+            print(text, flush=True)
+    print(f"{failures} of the {len(places)} kernels have faults")
     sys.exit(failures > 0)
 
 

@@ -48,7 +48,8 @@ def test_large_products_of_bytes_get_large_tiles():
 
 def test_a_device_that_nobody_measured_takes_the_lines_of_the_newest_older_one():
     assert tiles.decode_tile(89, 4, 1, 5120) == tiles.decode_tile(80, 4, 1, 5120)
-    assert tiles.decode_tile(120, 4, 1, 50000) == tiles.decode_tile(90, 4, 1, 50000)
+    assert tiles.decode_tile(120, 4, 1, 50000) == tiles.decode_tile(100, 4, 1, 50000)
+    assert tiles.decode_tile(120, 4, 1, 1024) == tiles.decode_tile(100, 4, 1, 1024) != tiles.decode_tile(90, 4, 1, 1024)
 
 
 def test_every_line_of_the_table_is_taken_by_something():

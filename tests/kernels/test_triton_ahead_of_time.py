@@ -4,12 +4,16 @@ from collections import Counter
 
 import pytest
 
+from optimum_qvlm.kernels import tiles
 from tests.kernels import ahead_of_time, resources
 
 
 @pytest.mark.parametrize(
     "architecture",
-    [90, *(pytest.param(other, marks=pytest.mark.slow) for other in resources.ARCHITECTURES if other != 90)],
+    [
+        pytest.param(number, marks=[] if number >= 90 else [pytest.mark.slow], id=str(number))
+        for number in resources.ARCHITECTURES
+    ],
 )
 def test_the_tiles_that_most_calls_take_fit(architecture, capsys):
     """A spill costs more than the kernel gains; `make kernel-resources` prints the whole table."""
@@ -28,6 +32,22 @@ def test_decoding_spends_few_instructions_on_a_weight():
     assert 1.0 < spent <= 3.1
 
 
+@pytest.mark.parametrize("architecture", sorted({line["architecture"] for line in tiles.table()}))
+def test_the_whole_table_has_every_launch_shape_of_its_architecture(architecture):
+    """A line that is never compiled is one whose faults nobody sees."""
+    compiled = {
+        (case.name.split()[0], case.constants.get("BITS"), *_shape_of(case))
+        for case in resources.all_cases(architecture)
+    }
+
+    for line in tiles.table():
+        if line["architecture"] != architecture:
+            continue
+        shape = (line["tokens"], line["rows"], line.get("slices"), line["warps"], line["stages"])
+        bits = {4, 6, 8} if line.get("bits") == "any" else {line.get("bits")}
+        assert any((line["kernel"], number, *shape) in compiled for number in bits), line
+
+
 def test_faults_are_found():
     """What a tile that is far too large would show."""
     case = resources.prefill_case(86, 600, 4, 128)
@@ -35,6 +55,7 @@ def test_faults_are_found():
         registers=255,
         stack_bytes=8,
         shared_bytes=100 * 1024,
+        tensor_columns=576,
         matrix=Counter({"HMMA.16816.F32": 4}),
         body=Counter(),
         load_bits=(32,),
@@ -43,6 +64,12 @@ def test_faults_are_found():
     assert case.faults(poor) == [
         "8 bytes of stack",
         "102400 bytes of shared memory",
+        "576 columns of tensor memory",
         "{'HMMA.16816.F32': 4} instead of ('IMMA',)",
         "loads of (32,) bits",
     ]
+
+
+def _shape_of(case):
+    constants = case.constants
+    return constants.get("BLOCK_TOKENS"), constants.get("BLOCK_ROWS"), constants.get("SLICES"), case.warps, case.stages
