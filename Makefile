@@ -14,8 +14,8 @@ BIN := $(VENV)/bin
 INSTALL := -qq --disable-pip-version-check --no-input install --no-compile
 PIP := -m pip $(INSTALL)
 PYTEST := -m pytest -n $(WORKERS) --maxprocesses 16 --dist worksteal
-# Editable installs copy the command's file, so they are made again when it changes.
-SOURCES := pyproject.toml optimum_qvlm/version.py optimum_qvlm/cli/command.py
+# Editable installs copy the command's files, so they are made again when these change.
+SOURCES := pyproject.toml optimum_qvlm/version.py optimum_qvlm/cli/command.py optimum_qvlm/cli/qvlm_options.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

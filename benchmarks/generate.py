@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,7 @@ class Decoder:
         self.model, self.inputs, self.arguments = model, inputs, arguments
         batch, self.length = inputs["input_ids"].shape
         self.cache: Any = None
+        self.cache_name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
         if arguments.static_cache:
             room = self.length + arguments.tokens
             self.cache = StaticCache(config=model.config.get_text_config(), max_cache_len=room)
@@ -220,10 +222,10 @@ class Decoder:
         """Read the prompt; the first token is there afterwards. Returns the cache."""
         if self.cache is not None:
             self.cache.reset()
-        output = self.model(**self.inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        output = self.model(**self.inputs, **{self.cache_name: self.cache}, use_cache=True, logits_to_keep=1)
         self.token.copy_(output.logits[:, -1:].argmax(-1))
         self.position.fill_(self.length)
-        return output.past_key_values
+        return getattr(output, self.cache_name)
 
     def decode(self, cache: Any) -> None:
         """As many tokens as were asked for."""
@@ -242,7 +244,8 @@ class Decoder:
 
     def next_token(self, cache: Any) -> Tensor:
         """What follows the tokens at the positions, [batch, 1]."""
-        output = self.model(input_ids=self.token, position_ids=self.position, past_key_values=cache, use_cache=True)
+        cached = {self.cache_name: cache, "use_cache": True}
+        output = self.model(input_ids=self.token, position_ids=self.position, **cached)
         following: Tensor = output.logits[:, -1:].argmax(-1)
         return following
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from optimum_qvlm.cli.outcome import finish, print_json
 from optimum_qvlm.hf.inspection import Inspection, inspect_checkpoint
-from optimum_qvlm.report.figures import fidelity_figures, folded_norms
+from optimum_qvlm.report.figures import fidelity_figures, folded_norms, generation_figures
 from optimum_qvlm.report.parts import (
     bytes_of_modules,
     readable_activation,
@@ -51,6 +51,7 @@ def as_values(found: Inspection) -> dict[str, Any]:
         "parts": [row.to_dict() for row in found.rows],
         "blocks": record.blocks,
         "fidelity": fidelity_figures(found.report),
+        "generation": generation_figures(found.report),
         "modules": {
             name: module.to_dict() | {"scheme": scheme_of(module), "bytes": sizes.get(name, 0)}
             for name, module in record.modules.items()
@@ -107,6 +108,11 @@ def _summary(found: Inspection) -> list[str]:
     for name, figures in fidelity_figures(found.report).items():
         shown = ", ".join(f"{LABELS[key]} {value:.4g}" for key, value in figures.items())
         lines.append(f"fidelity    on {name}: {shown}")
+    if generated := generation_figures(found.report):
+        lines.append(
+            f"generation  {100 * generated['exact_match']:.4g} % of {generated['answers']} greedy answers the same, "
+            f"first difference after {generated['agreed_tokens']:.4g} of {generated['tokens']:.4g} tokens on average"
+        )
     return lines
 
 

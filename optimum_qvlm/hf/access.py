@@ -1,4 +1,4 @@
-"""How the user's `from_pretrained` reaches the Hub, for what the quantizer downloads itself."""
+"""How the user's `from_pretrained` reaches the Hub and what it trusts, for what the quantizer loads itself."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,20 +9,22 @@ METHOD = "adjust_generation_fn"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """Options of `from_pretrained` that downloads need.
+    """Options of `from_pretrained` that hold for a processor too.
 
     Attributes:
         token: in place of the one that is stored or in HF_TOKEN. It is neither printed nor pickled.
         cache_dir: in place of the client's cache.
         local_files_only: whether the cache has to do.
+        trust_remote_code: whether Python code that comes with the model may run. It is not pickled either.
     """
 
     token: str | bool | None = field(default=None, repr=False)
     cache_dir: Any = None
     local_files_only: bool = False
+    trust_remote_code: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"token": None, "cache_dir": self.cache_dir, "local_files_only": self.local_files_only}
+        return self.options() | {"token": None, "trust_remote_code": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
@@ -34,7 +36,7 @@ class Access:
 
     def options(self) -> dict[str, Any]:
         """The same as keyword arguments."""
-        return {"token": self.token, "cache_dir": self.cache_dir, "local_files_only": self.local_files_only}
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 def watch_access(model: Any, note: Callable[[Access], None]) -> None:
@@ -54,6 +56,7 @@ def watch_access(model: Any, note: Callable[[Access], None]) -> None:
                 token=kwargs.get("token"),
                 cache_dir=kwargs.get("cache_dir"),
                 local_files_only=bool(kwargs.get("local_files_only")),
+                trust_remote_code=bool(kwargs.get("trust_remote_code")),
             )
         )
         return method(*args, **kwargs)

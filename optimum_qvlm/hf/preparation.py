@@ -175,23 +175,32 @@ class _Loaded:
 
 
 def _held_out(loaded: _Loaded, plan: QuantPlan, device: torch.device) -> list[Batch]:
-    """Batches with labels, the first `LABELS_PER_SAMPLE` of each sample, since logits are kept for each."""
+    """Batches with labels, `LABELS_PER_SAMPLE` of each sample at most, since logits are kept for each: the first of an
+    answer, the last of a text. What is rendered here has few enough rows to decode as few sequences do."""
     samples = [sample for sample in loaded.held_out if isinstance(sample, Sample)]
     batches = [sample for sample in loaded.held_out if not isinstance(sample, Sample)]
+    rows = loaded.config.weight_only_tokens() or HELD_OUT
+    options = replace(loaded.options, batch_size=min(rows, loaded.options.batch_size))
     if samples:
-        answered = loaded.answered(samples, plan, device, batch=loaded.options.batch_size)
+        answered = loaded.answered(samples, plan, device, batch=options.batch_size)
         plain = [sample for sample in answered if sample.text is not None]
         talks = [sample for sample in answered if sample.text is None]
-        batches += make_batches(plain, loaded.processor, loaded.options, loaded.image_tokens)
-        batches += make_labelled_batches(talks, loaded.processor, loaded.options, loaded.image_tokens)
-    labelled = [{**batch, "labels": _first_labels(batch.get("labels"), loaded.text_labels(batch))} for batch in batches]
+        batches += make_batches(plain, loaded.processor, options, loaded.image_tokens)
+        batches += make_labelled_batches(talks, loaded.processor, options, loaded.image_tokens)
+    labelled = []
+    for batch in batches:
+        answers = batch.get("labels")
+        kept = _some_labels(loaded.text_labels(batch), last=True) if answers is None else _some_labels(answers)
+        labelled.append({**batch, "labels": kept})
     return [batch for batch in labelled if bool((batch["labels"] != IGNORED).any())]
 
 
-def _first_labels(labels: torch.Tensor | None, text: torch.Tensor) -> torch.Tensor:
-    """The first labels of each row; the first token of a row is predicted by nothing."""
-    wanted = (text if labels is None else labels)[:, 1:]
-    kept = torch.where((wanted != IGNORED).cumsum(1) <= LABELS_PER_SAMPLE, wanted, IGNORED)
+def _some_labels(labels: torch.Tensor, *, last: bool = False) -> torch.Tensor:
+    """The first or last labels of each row; the first token of a row is predicted by nothing."""
+    wanted = labels[:, 1:]
+    counts = (wanted != IGNORED).long()
+    number = counts.flip(1).cumsum(1).flip(1) if last else counts.cumsum(1)
+    kept = torch.where(number <= LABELS_PER_SAMPLE, wanted, IGNORED)
     return torch.nn.functional.pad(kept, (1, 0), value=IGNORED)
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,22 +195,24 @@ class QVLMQuantizer(HfQuantizer):
             parameter.data = parameter.data.to(wanted)
 
     def _note_reference(self, model: Any, held_out: Any, device: torch.device) -> None:
-        """Full-precision logits on held-out samples, where the dataset has more than are calibrated on."""
+        """What full precision says of held-out samples, where the dataset has more than are calibrated on."""
+        from optimum_qvlm.models.registry import adapter_for
         from optimum_qvlm.pipeline.streaming import streamed
-        from optimum_qvlm.report.fidelity import answer_logits
+        from optimum_qvlm.report.observation import observe
 
         if held_out:
             layers = [layer.path for part in self._plan.parts for layer in part.layers]
+            images = adapter_for(model).image_tokens()
             with streamed(model, layers, device):
-                self._reference = held_out, answer_logits(model, held_out, device)
+                self._reference = held_out, images, observe(model, held_out, images, quantized=False, device=device)
 
     def _compare(self, model: Any) -> None:
         """Fidelity of the finished model on the held-out samples."""
-        from optimum_qvlm.report.fidelity import answer_logits, compare
+        from optimum_qvlm.report.observation import fidelity_report, observe
 
         assert self.report is not None
-        batches, wanted = self._reference
-        self.report["fidelity"] = asdict(compare(wanted, answer_logits(model, batches)))
+        batches, images, wanted = self._reference
+        self.report["fidelity"] = fidelity_report(wanted, observe(model, batches, images, quantized=True))
         self._reference = None
 
     def _keep_processor(self, processor: Any) -> None:

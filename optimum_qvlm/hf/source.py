@@ -39,6 +39,9 @@ SIDECARS = (
 )
 """What must travel with the weights so that the folder is whole: processor, tokenizer, templates, licence."""
 
+CODE = "*.py"
+"""What travels too where it is trusted: a processor of its own kind cannot be loaded without."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
@@ -90,7 +93,7 @@ class Source:
                 "Check that the saved folder has a processor, or save it yourself; for a private model log in with "
                 "`hf auth login` or set HF_TOKEN"
             )
-        paths = sorted({path for pattern in SIDECARS for path in self.folder.glob(pattern) if path.is_file()})
+        paths = sorted({path for pattern in self._patterns() for path in self.folder.glob(pattern) if path.is_file()})
         self.require_inside(paths)
         return [(path, str(path.relative_to(self.folder))) for path in paths]
 
@@ -123,13 +126,16 @@ class Source:
         """
         reason = self._fetch()
         try:
-            return AutoProcessor.from_pretrained(self.folder)
+            return AutoProcessor.from_pretrained(self.folder, trust_remote_code=self.access.trust_remote_code)
         except (OSError, ValueError, ImportError, KeyError) as error:
             private = "" if reason is None else "for a private model log in with `hf auth login` or set HF_TOKEN; else "
             raise DataError(
                 f"no processor could be loaded from {self.folder} ({reason or error}); {private}pass processor= to "
                 "QVLMConfig, or ready model inputs (a list of dicts of tensors) as dataset"
             ) from error
+
+    def _patterns(self) -> tuple[str, ...]:
+        return (*SIDECARS, CODE) if self.access.trust_remote_code else SIDECARS
 
     def _fetch(self) -> str | None:
         """Download the files beside the weights; returns why that failed, None where they are there."""
@@ -139,7 +145,7 @@ class Source:
             return "local_files_only=True"
         root = next(parent for parent in (self.folder, *self.folder.parents) if parent.name == self.revision)
         inside = self.folder.relative_to(root)
-        patterns = [str(inside / pattern) for pattern in (*SIDECARS, CARD_FILE)]
+        patterns = [str(inside / pattern) for pattern in (*self._patterns(), CARD_FILE)]
         api = HfApi(token=self.access.token)
         try:
             # not snapshot_download: where it cannot list the repository, it takes a cache that lacks files for whole

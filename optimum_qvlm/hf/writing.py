@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def write_model(
         CheckpointError: a quantized linear was not written.
     """
     type(model).save_pretrained(model, folder, *args, **kwargs)
+    _open_to_readers(folder)
     _add_sidecars(model, folder)
     if (folder / "config.json").exists():  # there is none of adapters alone, or in a process that writes nothing
         values = _seal(folder)
@@ -47,6 +49,16 @@ def is_users_card(path: Path) -> bool:
         return not is_ours(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
         return True
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give weight files the mode of any new file here: safetensors lets nobody but their owner read them."""
+    usual = folder / ".mode"
+    usual.touch()
+    mode = stat.S_IMODE(usual.stat().st_mode)
+    usual.unlink()
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
 
 
 def _add_sidecars(model: Any, folder: Path) -> None:

@@ -8,7 +8,13 @@ from typing import Any
 
 import yaml
 
-from optimum_qvlm.report.figures import fidelity_figures, folded_norms, kept_names, memory_bytes
+from optimum_qvlm.report.figures import (
+    fidelity_figures,
+    folded_norms,
+    generation_figures,
+    kept_names,
+    memory_bytes,
+)
 from optimum_qvlm.report.parts import (
     PartRow,
     bytes_of_modules,
@@ -182,18 +188,28 @@ def _sizes(facts: CardFacts) -> str:
 
 
 def _fidelity(report: Mapping[str, Any]) -> str:
-    figures = fidelity_figures(report)
-    if not figures:
-        return ""
-    lines = ["| | answer tokens | mean KL | same first choice |", "|---|---:|---:|---:|"]
-    for name, entry in figures.items():
-        tokens, agreement = entry.get("tokens", ""), entry.get("top1_agreement")
-        shown = "" if agreement is None else f"{100 * agreement:.1f} %"
-        lines.append(f"| {name} | {tokens} | {entry['mean_kl']:.4f} | {shown} |")
-    return (
-        "## Fidelity to full precision\n\n" + "\n".join(lines) + "\n\nMean KL: divergence from full precision's "
-        "distribution per answer token, in nats. Same first choice: tokens for which both models prefer the same one.\n"
-    )
+    figures, generated = fidelity_figures(report), generation_figures(report)
+    text = ""
+    if figures:
+        lines = ["| | answer tokens | mean KL | same first choice |", "|---|---:|---:|---:|"]
+        for name, entry in figures.items():
+            tokens, agreement = entry.get("tokens", ""), entry.get("top1_agreement")
+            shown = "" if agreement is None else f"{100 * agreement:.1f} %"
+            lines.append(f"| {name} | {tokens} | {entry['mean_kl']:.4f} | {shown} |")
+        text += "\n" + "\n".join(lines) + "\n"
+        text += (
+            "\nMean KL: divergence from full precision's distribution per answer token, in nats. Same first choice: "
+            "tokens for which both models prefer the same one.\n"
+        )
+        if {"prefill", "decode"} <= figures.keys():
+            text += "Prefill: answers read at once. Decode: read one token at a time, as they are generated.\n"
+    if generated:
+        text += (
+            f"\nGreedy answers: {100 * generated['exact_match']:.1f} % of {generated['answers']} are those of full "
+            f"precision throughout; the first difference comes after {generated['agreed_tokens']:.1f} of "
+            f"{generated['tokens']:.1f} tokens on average.\n"
+        )
+    return f"## Fidelity to full precision\n{text}" if text else ""
 
 
 def _calibration(facts: CardFacts) -> str:

@@ -28,6 +28,29 @@ class Fidelity:
     top1_agreement: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """Greedy answers beside those of the reference to the same prompts.
+
+    Attributes:
+        answers: how many were compared.
+        tokens: of the reference's answers on average, ends included.
+        agreed_tokens: of these, how many come before the first difference, on average.
+        exact_match: share of answers that are the same throughout, in 0..1.
+    """
+
+    answers: int
+    tokens: float
+    agreed_tokens: float
+    exact_match: float
+
+
+def device_of(model: Any) -> torch.device:
+    """Where inputs of a model go: the first of its devices that is not the CPU, if there is one."""
+    placed = [parameter.device for parameter in model.parameters() if parameter.device.type != "meta"]
+    return next((device for device in placed if device.type != "cpu"), torch.device("cpu"))
+
+
 def answer_logits(
     model: Any, batches: Sequence[Mapping[str, Tensor]], device: torch.device | None = None
 ) -> list[Tensor]:
@@ -39,9 +62,7 @@ def answer_logits(
         DataError: a batch has no labels, or none that marks an answer.
     """
     logits = []
-    if device is None:
-        placed = [parameter.device for parameter in model.parameters() if parameter.device.type != "meta"]
-        device = next((device for device in placed if device.type != "cpu"), torch.device("cpu"))
+    device = device_of(model) if device is None else device
     for number, batch in enumerate(batches):
         if "labels" not in batch or not bool((batch["labels"][:, 1:] != IGNORED).any()):
             raise DataError(f"batch {number} has no labelled answer tokens to compare on")
@@ -77,3 +98,15 @@ def compare(reference: Sequence[Tensor], found: Sequence[Tensor]) -> Fidelity:
         agreed += float((wanted.argmax(-1) == got.argmax(-1)).sum())
         tokens += wanted.shape[0]
     return Fidelity(tokens=int(tokens), mean_kl=kl / tokens, top1_agreement=agreed / tokens)
+
+
+def compare_answers(reference: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> Agreement:
+    """How far greedy answers, as token ids, follow those of the reference; there must be one at least."""
+    pairs = list(zip(reference, found, strict=True))
+    agreed = [next((n for n, (a, b) in enumerate(zip(*p, strict=False)) if a != b), min(map(len, p))) for p in pairs]
+    return Agreement(
+        answers=len(pairs),
+        tokens=sum(len(wanted) for wanted, _ in pairs) / len(pairs),
+        agreed_tokens=sum(agreed) / len(pairs),
+        exact_match=sum(list(wanted) == list(got) for wanted, got in pairs) / len(pairs),
+    )

@@ -1,11 +1,14 @@
 """Figures of a report that came with a checkpoint: anybody may have written it, so what is odd counts as absent."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 HELD_OUT = "held-out samples"
 """What figures of fidelity without a name are measured on."""
+
+GENERATION = ("answers", "tokens", "agreed_tokens", "exact_match")
+"""What is said of greedy answers."""
 
 LARGEST = 1e18
 
@@ -61,8 +64,17 @@ def fidelity_figures(report: Mapping[str, Any]) -> dict[str, dict[str, int | flo
         return {}
     named = {HELD_OUT: found} if "mean_kl" in found else found
     sets = {str(name): entry for name, entry in named.items() if isinstance(entry, Mapping)}
-    shown = {
-        name: {key: entry[key] for key in ("tokens", "mean_kl", "top1_agreement") if is_figure(entry.get(key))}
-        for name, entry in sets.items()
-    }
+    shown = {name: _figures(entry, ("tokens", "mean_kl", "top1_agreement")) for name, entry in sets.items()}
     return {name: figures for name, figures in shown.items() if "mean_kl" in figures}
+
+
+def generation_figures(report: Mapping[str, Any]) -> dict[str, int | float]:
+    """Agreement of greedy answers with those of full precision; empty where the report does not have all of it."""
+    fidelity = report.get("fidelity")
+    found = fidelity.get("generate") if isinstance(fidelity, Mapping) else None
+    figures = _figures(found, GENERATION) if isinstance(found, Mapping) else {}
+    return figures if len(figures) == len(GENERATION) else {}
+
+
+def _figures(entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, int | float]:
+    return {name: entry[name] for name in names if is_figure(entry.get(name))}

@@ -174,3 +174,22 @@ def test_norms_that_took_up_equalizers_are_said(run, copied):
     path.write_text(json.dumps(report | {"folded_into_norms": {"a.q_proj": "a.norm", "a.fc1": "a.norm2"}}))
 
     assert "norms       2 differ from the source: they scale what the linears behind them read" in run(copied)[1]
+
+
+def test_fidelity_at_once_by_steps_and_through_generate_is_shown(run, copied):
+    figures = {
+        "prefill": {"tokens": 90, "mean_kl": 0.5, "top1_agreement": 0.9},
+        "decode": {"tokens": 80, "mean_kl": 0.25, "top1_agreement": 1.0},
+        "generate": {"answers": 8, "tokens": 14.25, "agreed_tokens": 9.5, "exact_match": 0.375},
+    }
+    path = copied / "qvlm_report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fidelity": figures}))
+
+    _, text, _ = run(copied)
+    _, values, _ = run(copied, "--json")
+
+    assert "fidelity    on prefill: answer tokens 90, mean KL 0.5, same first choice 0.9\n" in text
+    assert "fidelity    on decode: answer tokens 80, mean KL 0.25, same first choice 1\n" in text
+    assert "generation  37.5 % of 8 greedy answers the same, first difference after 9.5 of 14.25 tokens" in text
+    generate = figures.pop("generate")
+    assert json.loads(values)["fidelity"] == figures and json.loads(values)["generation"] == generate

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from tests.jobs import contents
+from tests.jobs import contents, run_python
 
 CONFIGURATION = """
 from transformers import LlamaConfig
@@ -30,6 +31,24 @@ open(os.environ["RAN"], "w").close()
 
 class OwnModel(LlamaForCausalLM):
     config_class = OwnConfig
+"""
+
+PROCESSING = """
+import os
+
+from transformers import LlavaProcessor
+
+open(os.environ["RAN"], "w").close()
+
+
+class OwnProcessor(LlavaProcessor):
+    pass
+"""
+
+LOAD_PROCESSOR = """
+import sys
+from transformers import AutoProcessor
+print(type(AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)).__name__)
 """
 
 pytestmark = pytest.mark.integration
@@ -94,3 +113,49 @@ def test_with_it_the_model_is_quantized_and_takes_its_code_along(run, folder, tm
     assert done.returncode == 0, done.stderr
     assert ": OwnModel" in done.stdout
     assert not ran
+
+
+@pytest.fixture
+def own_processor(bundled_folder, tmp_path) -> Path:
+    """A model of a known family whose processor has code of its own, and one sample for it."""
+    target = tmp_path / "own-processor"
+    target.mkdir()
+    for name, data in contents(bundled_folder).items():
+        if not name.endswith(".py"):
+            (target / name).write_bytes(data)
+    (target / "processing_own.py").write_text(PROCESSING)
+    config = json.loads((target / "processor_config.json").read_text())
+    config |= {"auto_map": {"AutoProcessor": "processing_own.OwnProcessor"}, "processor_class": "OwnProcessor"}
+    (target / "processor_config.json").write_text(json.dumps(config))
+    Image.new("RGB", (32, 32), "red").save(target / "red.png")
+    sample = {"image": "red.png", "question": "what colour?", "answer": "red"}
+    (target / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    return target
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["beside the weights", "named"])
+def test_a_processor_is_trusted_as_far_as_the_model(run, own_processor, bundled_folder, tmp_path, named):
+    """It renders the samples, so its code decides what is calibrated on; asking at the prompt would hang a job."""
+    words = ["--model", bundled_folder, "--processor", own_processor] if named else ["--model", own_processor]
+    words += ["--dataset", own_processor / "samples.jsonl", "--effort", "fast", "--device", "cpu"]
+
+    plain, ran_plain = run("export", "qvlm", *words, tmp_path / "plain")
+    trusted, ran = run("export", "qvlm", *words, "--trust-remote-code", tmp_path / "out")
+
+    assert not ran_plain and ran, trusted.stderr
+    assert trusted.returncode == 0, trusted.stderr
+    assert "Do you wish to run the custom code" not in plain.stdout + plain.stderr
+
+
+def test_its_code_goes_along(run, own_processor, tmp_path):
+    """The folder names it, and would be half without; nobody who did not trust it carries it on."""
+    words = ["export", "qvlm", "--model", own_processor, "--method", "rtn", "--device", "cpu"]
+
+    run(*words, tmp_path / "plain")
+    done, _ = run(*words, "--trust-remote-code", tmp_path / "out")
+
+    assert done.returncode == 0, done.stderr
+    assert "processing_own.py" in contents(tmp_path / "out")
+    assert "processing_own.py" not in contents(tmp_path / "plain")
+    cache = {"HF_MODULES_CACHE": str(tmp_path / "other"), "RAN": str(tmp_path / "ran")}
+    assert run_python(LOAD_PROCESSOR, tmp_path / "out", **cache).stdout.strip() == "OwnProcessor"

@@ -24,13 +24,14 @@ class Model:
 def test_the_options_are_noted_and_passed_on():
     """The model must find its generation files as it would without us."""
     model, noted = Model(), []
-    options = {"token": SECRET, "cache_dir": "cache", "local_files_only": True, "revision": "v2"}
+    options = {"token": SECRET, "cache_dir": "cache", "local_files_only": True, "trust_remote_code": True}
+    options["revision"] = "v2"
 
     watch_access(model, noted.append)
 
     assert model.adjust_generation_fn(None, "name", **options) == "adjusted"
     assert model.calls == [((None, "name"), options)]
-    assert noted == [Access(token=SECRET, cache_dir="cache", local_files_only=True)]
+    assert noted == [Access(token=SECRET, cache_dir="cache", local_files_only=True, trust_remote_code=True)]
 
 
 def test_the_stand_in_is_gone_after_one_call():
@@ -86,3 +87,10 @@ def test_a_copy_keeps_the_token():
     source = Source(folder="x", access=Access(token=SECRET))
 
     assert copy.deepcopy(source).access.options()["token"] == SECRET
+
+
+def test_trust_is_not_pickled():
+    """It was given to one call; whoever opens the pickle was not asked."""
+    source = Source(folder="x", access=Access(trust_remote_code=True))
+
+    assert pickle.loads(pickle.dumps(source)).access == Access()

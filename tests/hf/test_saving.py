@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -349,3 +350,17 @@ def test_a_sidecar_that_links_out_of_the_folder_is_refused(llava_folder, tmp_pat
 
     with pytest.raises(CheckpointError, match=r"LICENSE is a link that leaves .*source; put a copy"):
         quantize(source, method="rtn").save_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)], ids=oct)
+def test_every_file_gets_the_mode_that_the_umask_gives(quantized_llava, tmp_path, mask, mode):
+    """safetensors lets nobody but the owner read what it writes, which a server under another account stumbles over."""
+    before = os.umask(mask)
+    try:
+        quantized_llava.save_pretrained(tmp_path / "out", max_shard_size="60KB")
+    finally:
+        os.umask(before)
+
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len([path for path in files if path.suffix == ".safetensors"]) > 1
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {mode}

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from optimum_qvlm.errors import DataError
+from optimum_qvlm.hf.access import Access
 from optimum_qvlm.hf.source import REPORT_FILE, Source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -94,6 +95,15 @@ def test_processor_templates_licence_and_report_travel(tmp_path):
 
     assert [name for _, name in found] == sorted(TRAVEL, key=lambda name: tmp_path / name)
     assert all(path == tmp_path / name for path, name in found)
+
+
+def test_code_travels_where_it_is_trusted(tmp_path):
+    """A processor of its own kind is nothing without; code that nobody trusts is not passed on."""
+    make_files(tmp_path, [*TRAVEL, *STAY])
+
+    found = Source(folder=tmp_path, access=Access(trust_remote_code=True)).sidecars()
+
+    assert {name for _, name in found} == {*TRAVEL, "modeling_custom.py"}
 
 
 def test_a_folder_of_weights_has_no_sidecars(tmp_path):

@@ -194,9 +194,27 @@ def test_fidelity_is_measured_on_what_was_left_out(llava_folder):
     left = [data[place] for place in range(6) if place not in taken]
     labels = [{**b, "labels": torch.where(b["input_ids"] == IMAGE_TOKEN, -100, b["input_ids"])} for b in left]
     wanted = compare(answer_logits(load(llava_folder), labels), answer_logits(model, labels))
-    assert found == pytest.approx(asdict(wanted), rel=1e-5)
-    assert 0 < found["mean_kl"] and found["tokens"] == sum(int((b["labels"][:, 1:] != -100).sum()) for b in labels)
+    prefill, decode = found["prefill"], found["decode"]
+    assert prefill == pytest.approx(asdict(wanted), rel=1e-5)
+    assert 0 < prefill["mean_kl"] and prefill["tokens"] == sum(int((b["labels"][:, 1:] != -100).sum()) for b in labels)
+    assert decode["tokens"] == prefill["tokens"] - 2, "what follows an image at once is no step of decoding"
+    assert 0 < decode["mean_kl"] and found["generate"]["answers"] == 2
     assert quantize(llava_folder, "w4a4", dataset=data).hf_quantizer.report["fidelity"] is None
+
+
+def test_decoding_without_rounded_activations_is_closer_and_said_to_be(bundled_folder):
+    """What a report says of decoding must be what `decode_tokens` does: `w4a4` rounds there only if it is exact."""
+    answer = "left, red and 3 or 5 on the square, not blue, is it?"
+    data, found = [record(number) | {"answer": answer} for number in range(24)], {}
+    for exact in (False, True):
+        config = QVLMConfig("w4a4", dataset=data, num_samples=16, exact_decode=exact, effort="fast")
+        model = load(bundled_folder, quantization_config=config)
+        found[exact] = model.hf_quantizer.report["fidelity"]
+
+    assert all(entry["decode"]["tokens"] == entry["prefill"]["tokens"] for entry in found.values())
+    assert found[True]["decode"]["mean_kl"] == pytest.approx(found[True]["prefill"]["mean_kl"], rel=1e-3)
+    assert found[False]["decode"]["mean_kl"] < 0.9 * found[False]["prefill"]["mean_kl"]
+    assert 0 <= found[False]["generate"]["exact_match"] <= 1 and found[False]["generate"]["answers"] == 8
 
 
 def test_the_folder_of_a_whole_model_is_whole(bundled, bundled_folder):

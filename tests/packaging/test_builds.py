@@ -8,8 +8,10 @@ import pytest
 from hatchling import build
 
 ROOT = Path(__file__).parents[2]
-COMMAND = ROOT / "optimum_qvlm" / "cli" / "command.py"
-REGISTERED = "optimum/commands/register/register_qvlm.py"
+REGISTERED = {
+    "optimum_qvlm/cli/command.py": "optimum/commands/register/register_qvlm.py",
+    "optimum_qvlm/cli/qvlm_options.py": "optimum/commands/register/qvlm_options.py",
+}
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def editable(tmp_path, monkeypatch) -> zipfile.ZipFile:
 
 
 def test_a_wheel_holds_the_whole_package(wheel):
-    """Every file of the package, data and type marker among them; the command moves to optimum's folder."""
+    """Every file of the package, data and type marker among them; the files of the command move to optimum's folder."""
     sources = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "optimum_qvlm").rglob("*")
@@ -36,7 +38,7 @@ def test_a_wheel_holds_the_whole_package(wheel):
 
     files = {name for name in wheel.namelist() if ".dist-info/" not in name}
 
-    assert files == sources - {str(COMMAND.relative_to(ROOT))} | {REGISTERED}
+    assert files == sources - set(REGISTERED) | set(REGISTERED.values())
     assert "optimum_qvlm/py.typed" in files
     assert "optimum_qvlm/data/default/samples.jsonl" in files
     assert any(name.startswith("optimum_qvlm/data/default/images/") for name in files)
@@ -50,7 +52,8 @@ def test_a_wheel_does_not_close_optimums_namespaces(wheel):
 
 
 def test_wheels_and_editable_installs_register_the_same_command(wheel, editable):
-    assert wheel.read(REGISTERED) == editable.read(REGISTERED) == COMMAND.read_bytes()
+    for source, name in REGISTERED.items():
+        assert wheel.read(name) == editable.read(name) == (ROOT / source).read_bytes()
 
 
 def test_an_editable_install_takes_the_package_from_the_working_tree(editable):

@@ -133,6 +133,30 @@ def test_fidelity_is_shown_where_it_is_known(report, shown):
     assert len(fidelity_figures(report)) == len(shown)
 
 
+def test_both_paths_and_greedy_answers_are_said():
+    report = {
+        "fidelity": {
+            "prefill": {"tokens": 90, "mean_kl": 0.5, "top1_agreement": 0.9},
+            "decode": {"tokens": 80, "mean_kl": 0.25, "top1_agreement": 1.0},
+            "generate": {"answers": 8, "tokens": 14.25, "agreed_tokens": 9.5, "exact_match": 0.375},
+        }
+    }
+
+    text = render_card(facts(report=report))
+
+    assert "| prefill | 90 | 0.5000 | 90.0 % |\n| decode | 80 | 0.2500 | 100.0 % |" in text
+    assert "Prefill: answers read at once. Decode: read one token at a time" in text
+    assert "Greedy answers: 37.5 % of 8 are those of full precision throughout" in text
+    assert "the first difference comes after 9.5 of 14.2 tokens on average." in text
+
+
+def test_a_report_of_one_path_explains_no_other():
+    """Earlier releases measured one."""
+    text = render_card(facts(report={"fidelity": {"tokens": 100, "mean_kl": 0.01, "top1_agreement": 0.9}}))
+
+    assert "Decode" not in text and "Greedy" not in text
+
+
 def test_kept_linears_are_named_and_many_counted():
     text = render_card(facts(report={"kept_in_full_precision": [f"m{number}" for number in range(11)]}))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from optimum_qvlm.errors import DataError
-from optimum_qvlm.report.fidelity import answer_logits, compare
+from optimum_qvlm.report.fidelity import Agreement, answer_logits, compare, compare_answers
 from tests.tiny_models import llama_batch, tiny_llama
 
 LOG2 = math.log(2)
@@ -108,3 +108,23 @@ def test_labels_stay_in_the_batch():
     answer_logits(tiny_llama(), [batch])
 
     assert "labels" in batch
+
+
+def test_greedy_answers_by_hand():
+    """The same; another third token; cut off early; an end where the reference goes on."""
+    wanted = [[5, 6, 7], [5, 6, 7, 8], [5, 6], [5, 6, 7, 8]]
+    found = [[5, 6, 7], [5, 6, 9, 8], [5, 6, 7], [5]]
+
+    agreement = compare_answers(wanted, found)
+
+    assert agreement == Agreement(answers=4, tokens=13 / 4, agreed_tokens=(3 + 2 + 2 + 1) / 4, exact_match=0.25)
+
+
+def test_a_token_that_agrees_behind_a_difference_does_not_count():
+    """What follows another word is an answer to another prompt."""
+    assert compare_answers([[1, 2, 3]], [[9, 2, 3]]).agreed_tokens == 0
+
+
+def test_answers_must_correspond():
+    with pytest.raises(ValueError, match=r"zip\(\) argument 2 is shorter"):
+        compare_answers([[1], [2]], [[1]])

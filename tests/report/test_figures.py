@@ -4,6 +4,7 @@ import pytest
 
 from optimum_qvlm.report import figures
 
+GENERATED = {"answers": 8, "tokens": 16.0, "agreed_tokens": 9.5, "exact_match": 0.25}
 ODD = [None, True, "x", [], {}, float("nan"), float("inf"), 10**400, -(10**400)]
 
 
@@ -25,6 +26,7 @@ def test_odd_values_are_no_figures(value):
     assert figures.measured_layers({"layers": [{"layer": "a", "error": value}, value]}) == []
     assert figures.memory_bytes({"bytes": {"before": 8, "after": value}}) is None
     assert figures.fidelity_figures({"fidelity": {"mean_kl": value}}) == {}
+    assert figures.generation_figures({"fidelity": {"generate": GENERATED | {"tokens": value}}}) == {}
 
 
 @pytest.mark.parametrize("value", ODD, ids=repr)
@@ -33,7 +35,8 @@ def test_odd_containers_are_absent(value):
 
     assert figures.measured_layers(report) == figures.kept_names(report) == figures.folded_norms(report) == []
     assert figures.memory_bytes(report) is None
-    assert figures.fidelity_figures(report) == {}
+    assert figures.fidelity_figures(report) == figures.generation_figures(report) == {}
+    assert figures.generation_figures({"fidelity": {"generate": value}}) == {}
 
 
 def test_nothing_is_divided_by_no_bytes():
@@ -53,3 +56,13 @@ def test_what_is_sound_beside_it_is_kept():
     assert figures.kept_names(report) == ["lm_head"]
     assert figures.folded_norms(report) == ["norm"]
     assert figures.fidelity_figures(report) == {figures.HELD_OUT: {"mean_kl": 0.5, "top1_agreement": 1.0}}
+
+
+def test_figures_of_both_paths_and_of_generation_are_told_apart():
+    """Greedy answers have no divergence, and one table cannot show both."""
+    prefill = {"tokens": 9, "mean_kl": 0.5, "top1_agreement": 1.0}
+    report = {"fidelity": {"prefill": prefill, "decode": None, "generate": GENERATED | {"more": 1}}}
+
+    assert figures.fidelity_figures(report) == {"prefill": prefill}
+    assert figures.generation_figures(report) == GENERATED
+    assert figures.generation_figures({"fidelity": prefill}) == {}

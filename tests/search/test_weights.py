@@ -128,7 +128,11 @@ def test_reordering_gives_scales_back_in_their_places(group, symmetric):
 
 @pytest.mark.parametrize("group", [None, 16])
 def test_slices_of_rows_do_not_change_the_answer(group, monkeypatch):
-    """They only bound memory."""
+    """They only bound memory. A row that is one group is the same to the bit.
+
+    What small groups pass on to those behind them is a matrix product, which BLAS adds up in another order for another
+    number of rows: a scale that is chosen behind it may differ by a unit in the last place, and no code does.
+    """
     inputs, target = correlated(100, 64), normal(10, 64, seed=1)
     spec = WeightSpec(bits=4, group=group)
     whole, _ = rounded(target, inputs.T @ inputs, spec, clips=(1.0, 0.8))
@@ -137,7 +141,8 @@ def test_slices_of_rows_do_not_change_the_answer(group, monkeypatch):
     sliced, _ = rounded(target, inputs.T @ inputs, spec, clips=(1.0, 0.8))
 
     assert torch.equal(sliced.codes, whole.codes)
-    torch.testing.assert_close(sliced.scale, whole.scale, rtol=1e-6, atol=0)  # products add in another order
+    last_place = 0.0 if group is None else torch.finfo(torch.float32).eps
+    torch.testing.assert_close(sliced.scale, whole.scale, rtol=last_place, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
