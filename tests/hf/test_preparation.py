@@ -9,7 +9,7 @@ from optimum_qvlm import QVLMConfig
 from optimum_qvlm.data.loader import fingerprint
 from optimum_qvlm.errors import CheckpointError, DataError
 from optimum_qvlm.hf.names import disk_names_of_linears
-from optimum_qvlm.hf.preparation import prepare_data, require_all_loaded
+from optimum_qvlm.hf.preparation import LABELS_PER_SAMPLE, prepare_data, require_all_loaded
 from optimum_qvlm.hf.source import Source
 from optimum_qvlm.models.registry import adapter_for
 from optimum_qvlm.pipeline.planner import make_plan
@@ -150,3 +150,38 @@ def test_learning_from_answers_changes_no_batch(bundled_folder):
 
     assert learned.recipe == plain.recipe
     assert all("labels" not in batch for batch in learned.batches)
+
+
+def test_of_an_answer_the_first_tokens_are_held_out_and_of_a_text_the_last(bundled_folder):
+    """What is decoded then has the whole text before it; a text's first token would be a prompt like any other's."""
+    picture = {"image": Image.new("RGB", (48, 48)), "question": "Is there a 4?", "answer": "no " * 50}
+    text = {"text": "is there a 4 in the square or not " * 12}
+
+    data = prepare(bundled_folder, dataset=[picture] * 4 + [text] * 8, num_samples=4)
+
+    assert len(data.held_out) >= 2
+    for batch in data.held_out:
+        labelled, ends = batch["labels"] != -100, batch["attention_mask"].sum(1, keepdim=True) - 1
+        assert labelled.sum(1).tolist() == [LABELS_PER_SAMPLE] * len(labelled)
+        at_the_end = labelled.gather(1, ends)
+        assert not at_the_end.any() if "pixel_values" in batch else at_the_end.all()
+
+
+@pytest.mark.parametrize("decode_tokens, exact, rows", [(16, False, 8), (3, False, 3), (3, True, 8), (0, False, 8)])
+def test_held_out_batches_decode_as_few_sequences_do(bundled_folder, decode_tokens, exact, rows):
+    """More rows than `decode_tokens` would be decoded with rounded activations, and said to be what users see."""
+    records = [{"image": Image.new("RGB", (48, 48)), "question": f"Is there a {n}?", "answer": "no"} for n in range(9)]
+
+    settings = {"decode_tokens": decode_tokens, "exact_decode": exact}
+    data = prepare(bundled_folder, dataset=records, num_samples=1, batch_size=8, **settings)
+
+    assert max(batch["input_ids"].shape[0] for batch in data.held_out) == rows
+    assert sum(batch["input_ids"].shape[0] for batch in data.held_out) == 8
+
+
+def test_ready_inputs_are_held_out_with_their_last_text(llava_folder):
+    data = prepare(llava_folder, dataset=[llava_batch(tokens=60, seed=seed) for seed in range(3)], num_samples=2)
+
+    (batch,) = data.held_out
+    assert (batch["labels"] != -100).sum(1).tolist() == [LABELS_PER_SAMPLE] * 2
+    assert bool((batch["labels"][:, -LABELS_PER_SAMPLE:] != -100).all())

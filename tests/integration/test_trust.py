@@ -40,7 +40,11 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TYPED = (QVLMError, SafetensorError, OSError, json.JSONDecodeError)
 """What may come out: ours, safetensors' own, and transformers' for files that are missing or no JSON."""
 
-FIDELITY = {"tokens": 9, "mean_kl": 0.5, "top1_agreement": 1.0}
+FIDELITY = {
+    "prefill": {"tokens": 9, "mean_kl": 0.5, "top1_agreement": 1.0},
+    "decode": {"tokens": 9, "mean_kl": 0.25, "top1_agreement": 1.0},
+    "generate": {"answers": 8, "tokens": 14.25, "agreed_tokens": 9.5, "exact_match": 0.375},
+}
 MEGABYTES = 512
 """How much the process may grow over all examples; the model has a quarter of a megabyte."""
 
