@@ -28,14 +28,11 @@ class TransformOptions:
         kinds: the transforms among which the search chooses; a single one is what every site gets that can have it.
         exponents: balances between activations and weights that are tried: 1 makes activations even, 0 weights.
         margin: share by which a transform must lower the expected error, since it costs time in every forward.
-        equalizer_margin: share by which one with an equalizer must lower that of all without. What gains less on its
-            site loses at the model's output.
     """
 
     kinds: tuple[Kind, ...] = KINDS
     exponents: tuple[float, ...] = (0.3, 0.5, 0.7)
     margin: float = 0.02
-    equalizer_margin: float = 0.0
 
 
 def rotation_size(problem: SiteProblem) -> int | None:
@@ -88,7 +85,7 @@ def candidates(problem: SiteProblem, options: TransformOptions) -> list[SiteTran
 
 
 def choose_transform(problem: SiteProblem, options: TransformOptions, *, damping: float | None) -> SiteTransform:
-    """The candidate of least expected error.
+    """The candidate of least expected error. Behind error feedback, weights alone get no equalizer beside a rotation.
 
     Args:
         problem: the site.
@@ -96,17 +93,17 @@ def choose_transform(problem: SiteProblem, options: TransformOptions, *, damping
         damping: of the error feedback that weights will be rounded with, None for plain rounding.
     """
     allowed = candidates(problem, options)
+    if problem.activation is None and damping is not None:
+        # Rotation and feedback leave an equalizer little to do for weights alone: what it gains on the calibration
+        # tokens, it loses at the model's output.
+        bare = [transform for transform in allowed if transform.equalizer is None]
+        allowed = bare if any(transform.rotation is not None for transform in bare) else allowed
     if len(allowed) == 1:
         return allowed[0]
     judge = _Judge(problem, damping)
-    errors = [judge.error(transform) * _handicap(transform, options) for transform in allowed]
+    handicap = [1 - options.margin if transform.is_identity else 1.0 for transform in allowed]
+    errors = [judge.error(transform) * share for transform, share in zip(allowed, handicap, strict=True)]
     return allowed[errors.index(min(errors))]
-
-
-def _handicap(transform: SiteTransform, options: TransformOptions) -> float:
-    if transform.is_identity:
-        return 1 - options.margin
-    return 1.0 if transform.equalizer is None else 1 / (1 - options.equalizer_margin)
 
 
 class _Judge:

@@ -26,6 +26,12 @@ EXACT = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Relative steps: a kernel may take sums in another order for another number of rows, and rounds them to the dtype."""
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """Every test compiles `Site.forward`, which torch does only so often in a process."""
+    torch._dynamo.reset()
+
+
 class Site(nn.Module):
     """Query, key and value."""
 

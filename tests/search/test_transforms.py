@@ -174,6 +174,19 @@ def test_what_gains_nothing_is_left_out(damping):
     assert chosen.is_identity
 
 
+@pytest.mark.parametrize("damping, expected", [(None, True), (0.01, False)])
+def test_weights_alone_are_not_equalized_behind_feedback(damping, expected):
+    """It gained on sites and lost at the output. Where there is no feedback, or no rotation, it is all there is."""
+    problem = make_problem(factors=outliers(), activation_bits=None)
+    fixed = make_problem(factors=outliers()[:24], activation_bits=None, channels=24, group=None)
+
+    chosen = choose_transform(problem, TransformOptions(), damping=damping)
+
+    assert (chosen.equalizer is not None) == expected
+    assert choose_transform(fixed, TransformOptions(), damping=damping).equalizer is not None
+    assert kind(choose_transform(problem, TransformOptions(kinds=("both",)), damping=damping)) == "both"
+
+
 @pytest.mark.parametrize("feedback", [None, FeedbackOptions()], ids=["plain", "feedback"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_equalization_alone_undoes_outliers(feedback, bits):
