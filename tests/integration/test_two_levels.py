@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from optimum_qvlm import fuse_linears
 from optimum_qvlm.errors import CheckpointError
 from optimum_qvlm.hf.checkpoint import prepare_modules, quantized_modules
 from optimum_qvlm.kernels import dispatch, triton_linear
 from optimum_qvlm.kernels.levels import common_step
+from optimum_qvlm.modules.fused import JointLinear
 from tests.jobs import load, logits, make_batch, quantize
 
 pytestmark = pytest.mark.integration
@@ -67,6 +69,24 @@ def test_the_layout_of_a_gpu_is_undone_without_a_trace(saved):
         assert module.weight_scale.shape[0] > module.grid.groups
         after = module.packed_state()
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_fused_linears_have_the_steps_of_all_their_rows(saved):
+    """Each row has its own, so that nothing is lost by lying together."""
+    _, folder = saved
+    model = load(folder, dtype=torch.bfloat16)
+    before = {path: module.packed_state() for path, module in language(model).items()}
+    fuse_linears(model)
+    joints = [module for module in model.modules() if isinstance(module, JointLinear) and module.grid.two_level]
+
+    for joint in joints:
+        stored = dispatch.store(dispatch.restore(joint._stored(), joint.grid), joint.grid, triton_linear.LAYOUT)
+        assert stored.scale.shape[1] == joint.out_features
+        joint._hold(stored)
+
+    assert joints
+    for path, module in language(model).items():
+        assert all(torch.equal(before[path][name], tensor) for name, tensor in module.packed_state().items())
 
 
 def test_scales_that_are_no_multiples_are_refused_with_their_module(saved, monkeypatch):

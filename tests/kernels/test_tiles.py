@@ -46,6 +46,15 @@ def test_large_products_of_bytes_get_large_tiles():
     assert few.rows * few.tokens < many.rows * many.tokens
 
 
+@pytest.mark.parametrize("architecture", [90, 100, 120])
+def test_tiles_made_in_registers_are_rows_of_whole_warp_groups(architecture):
+    """The left operand is the weight: sixteen rows a warp, four warps to an instruction."""
+    for tokens, rows in itertools.product((tiles.LEVELS_TOKENS, 5000), SIZES):
+        tile = tiles.levels_tile(architecture, tokens, rows)
+
+        assert tile.rows % 64 == 0 and tile.warps % 4 == 0
+
+
 def test_a_device_that_nobody_measured_takes_the_lines_of_the_newest_older_one():
     assert tiles.decode_tile(89, 4, 1, 5120) == tiles.decode_tile(80, 4, 1, 5120)
     assert tiles.decode_tile(120, 4, 1, 50000) == tiles.decode_tile(100, 4, 1, 50000)
@@ -61,6 +70,7 @@ def test_every_line_of_the_table_is_taken_by_something():
             for operand, group in itertools.product((8, 16, 32), (None,) if bits == 8 else (None, 128, 32)):
                 taken.add(tiles.prefill_tile(architecture, operand, bits, group, tokens, rows))
         taken.add(tiles.bytes_tile(architecture, tokens, rows))
+        taken.add(tiles.levels_tile(architecture, tokens, rows))
 
     for line in tiles.table():
         shape = {name: line[name] for name in ("tokens", "rows", "warps", "stages")}
