@@ -22,8 +22,8 @@ LAYOUT = "triton"
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-RECORDINGS = 4
-"""How many counts of tokens a linear remembers its launches for: one decodes, others are prompts that came twice."""
+RECORDINGS = 8
+"""How many counts of tokens a linear remembers its launches for: of decoding, of drafts, of prompts that come again."""
 
 
 def accepts(grid: WeightGrid, device: torch.device) -> bool:
