@@ -20,7 +20,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TABLE_LINES = 40
 WORKERS = 12
-GPU_TESTS = ("tests/kernels", "tests/modules/test_fused_gpu.py", "tests/integration/test_cuda.py")
+GPU_TESTS = (
+    "tests/kernels",
+    "tests/modules/test_bound_gpu.py",
+    "tests/modules/test_fused_gpu.py",
+    "tests/integration/test_cuda.py",
+)
 """Where tests for a GPU are: collecting the others would need packages that a machine with one may lack."""
 
 SANITIZER = "compute-sanitizer"

@@ -1,6 +1,7 @@
 """The benchmark of generation decodes what the model itself generates, with every cache."""
 
 import argparse
+import threading
 
 import generate
 import pytest
@@ -30,7 +31,26 @@ def test_rounds_decode_what_the_model_generates(static):
 
 def arguments(**settings):
     chosen = {"tokens": 2, "rounds": 1, "device": "cpu", "cpu_time": False, "static_cache": False}
-    return argparse.Namespace(**{**chosen, "image": False, "compile": False, "baselines": ["bf16"], **settings})
+    chosen |= {"image": False, "compile": False, "baselines": ["bf16"], "turns": None}
+    return argparse.Namespace(**{**chosen, **settings})
+
+
+def test_nobody_measures_while_somebody_compiles(tmp_path):
+    """Those that compile do so together; who measures waits for all of them, and is alone."""
+    file, seen = tmp_path / "turns", []
+
+    def measure():
+        with generate.turn(file, alone=True):
+            seen.append("measured")
+
+    waiting = threading.Thread(target=measure)
+    with generate.turn(file, alone=False), generate.turn(file, alone=False):
+        waiting.start()
+        waiting.join(timeout=0.5)
+        assert waiting.is_alive() and seen == []
+    waiting.join(timeout=30)
+
+    assert seen == ["measured"]
 
 
 def make_model(scheme):
