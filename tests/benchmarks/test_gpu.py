@@ -44,7 +44,7 @@ def test_an_unknown_stage_is_refused(monkeypatch, capsys):
 def test_models_are_timed_at_600_tokens_and_decode_128():
     """576 tokens of the image and 24 of text."""
     stages = [stage for stage in gpu.make_stages("cuda") if "benchmarks/generate.py" in stage.command]
-    assert len(stages) == 6
+    assert len(stages) == 7
     for stage in stages:
         joined = " ".join(stage.command)
         assert "--image --prompt 24 --tokens 128" in joined and "--static-cache" in joined and "--compile" in joined
@@ -54,7 +54,7 @@ def test_models_are_timed_at_600_tokens_and_decode_128():
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_every_script_of_a_stage_is_there(device):
     scripts = {part for stage in gpu.make_stages(device) for part in stage.command if part.endswith(".py")}
-    assert len(scripts) == 6
+    assert len(scripts) == 7
     assert all((ROOT / script).exists() for script in scripts)
 
 
