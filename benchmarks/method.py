@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="where layers are searched")
     parser.add_argument("--workers", type=int, default=1, help="processes that share seeds, or samples of the proxy")
     parser.add_argument("--output", type=Path, help="folder for records and scatter plots")
-    parser.add_argument("--quick", action="store_true", help="2 samples, 8 questions, 1 seed, 1 epoch")
+    parser.add_argument("--quick", action="store_true", help="2 samples, 8 questions, 2 seeds at most, 1 epoch")
     chosen = parser.parse_args(arguments)
     if chosen.quick:
         chosen.samples, chosen.questions, chosen.seeds, chosen.draws, chosen.epochs = 2, 8, min(chosen.seeds, 2), 1, 1

@@ -98,14 +98,13 @@ class Recording:
             if not isinstance(tensor, Tensor) or any(tensor is constant for constant in self._constants):
                 continue
             slot = next((n for n, kept in enumerate(self._slots) if kept is tensor), None)
+            values[place] = None
             if slot is None:
                 self._whole = False
             elif tensor is value:
                 start.open.append((place, slot))
             else:
                 start.described.append((place, slot, (value.shape, value.strides, value.block_shape, value.padding)))
-        for place in [place for place, _ in start.open] + [place for place, *_ in start.described]:
-            values[place] = None
         self._steps.append(start)
 
     def closed(self, result: Tensor) -> bool:

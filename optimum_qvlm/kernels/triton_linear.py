@@ -86,7 +86,7 @@ class _Bound:
         if key in self.recordings:
             return _product(flat, self.weight, self.bias, self.rounding).view(out)
         if len(self.recordings) == RECORDINGS:
-            self.recordings.pop(next(iter(self.recordings)))
+            self.recordings.pop(next(iter(self.recordings)), None)  # another thread may have done it
         y, self.recordings[key] = record(
             lambda flat: _product(flat, self.weight, self.bias, self.rounding), flat, self.constants
         )

@@ -145,8 +145,15 @@ def readable_bytes(count: int | float) -> str:
 
 def readable_group(row: PartRow) -> str:
     """How weights share scales, as in `64, zero point`."""
-    shared = "row" if row.weight_group is None else str(row.weight_group)
-    return f"{shared}, two levels" if row.two_level else shared if row.symmetric else f"{shared}, zero point"
+    return readable_scales(row.weight_group, symmetric=row.symmetric, two_level=row.two_level)
+
+
+def readable_scales(group: int | None, *, symmetric: bool, two_level: bool) -> str:
+    """The same of a grid: the channels of a scale, and what is special about it."""
+    shared = "row" if group is None else str(group)
+    if two_level:
+        return f"{shared}, two levels"
+    return shared if symmetric else f"{shared}, zero point"
 
 
 def readable_activation(row: PartRow) -> str:

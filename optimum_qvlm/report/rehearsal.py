@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from optimum_qvlm.pipeline.rehearsal import Cost
-from optimum_qvlm.report.parts import readable_bytes, scheme_of
+from optimum_qvlm.report.parts import readable_bytes, readable_scales, scheme_of
 from optimum_qvlm.search.plan import ModuleRecord, PlannedLayer, QuantPlan
 
 
@@ -108,13 +108,12 @@ def _table(rows: tuple[ModuleRow, ...]) -> list[str]:
 
 
 def _cells(row: ModuleRow) -> tuple[str, ...]:
-    group = "row" if row.group is None else str(row.group)
     return (
         "-" if row.block is None else str(row.block),
         row.part,
         row.name,
         row.scheme,
-        f"{group}, two levels" if row.two_level else group if row.symmetric else f"{group}, zero point",
+        readable_scales(row.group, symmetric=row.symmetric, two_level=row.two_level),
         "own" if row.site == row.name else f"of {row.site.rpartition('.')[2]}",
         readable_bytes(row.bytes_before),
         readable_bytes(row.bytes_after),

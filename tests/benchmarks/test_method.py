@@ -96,7 +96,9 @@ def test_divergence_is_taken_per_token():
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_table_is_filled(tmp_path, capsys):
-    method.main(["proxy", "partitions", "ablation", "--models", "plain", "--quick", "--output", str(tmp_path)])
+    method.main(
+        ["proxy", "partitions", "ablation", "--models", "plain", "--quick", "--workers", "2", "--output", str(tmp_path)]
+    )
 
     printed = capsys.readouterr().out
     for name in ("H(next | layer)", "entropy 4", "random", "fixed", "+ dependency", "both"):
