@@ -10,8 +10,7 @@ WORKERS ?= $(shell nproc)
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Of fifteen thousand modules few are ever imported; Python compiles those when they are.
-INSTALL := -qq --disable-pip-version-check --no-input install --no-compile
+INSTALL := -qq --disable-pip-version-check --no-input install
 PIP := -m pip $(INSTALL)
 PYTEST := -m pytest -n $(WORKERS) --maxprocesses 16 --dist worksteal
 # Editable installs copy the command's files, so they are made again when these change.

@@ -109,9 +109,10 @@ def _summary(found: Inspection) -> list[str]:
         shown = ", ".join(f"{LABELS[key]} {value:.4g}" for key, value in figures.items())
         lines.append(f"fidelity    on {name}: {shown}")
     if generated := generation_figures(found.report):
+        agreed = "" if generated["exact_match"] == 1 else f"first difference after {generated['agreed_tokens']:.4g} of "
         lines.append(
             f"generation  {100 * generated['exact_match']:.4g} % of {generated['answers']} greedy answers the same, "
-            f"first difference after {generated['agreed_tokens']:.4g} of {generated['tokens']:.4g} tokens on average"
+            f"{agreed}{generated['tokens']:.4g} tokens on average"
         )
     return lines
 

@@ -204,10 +204,11 @@ def _fidelity(report: Mapping[str, Any]) -> str:
         if {"prefill", "decode"} <= figures.keys():
             text += "Prefill: answers read at once. Decode: read one token at a time, as they are generated.\n"
     if generated:
+        agreed = f"the first difference comes after {generated['agreed_tokens']:.1f} of "
+        agreed = "they have " if generated["exact_match"] == 1 else agreed
         text += (
             f"\nGreedy answers: {100 * generated['exact_match']:.1f} % of {generated['answers']} are those of full "
-            f"precision throughout; the first difference comes after {generated['agreed_tokens']:.1f} of "
-            f"{generated['tokens']:.1f} tokens on average.\n"
+            f"precision throughout; {agreed}{generated['tokens']:.1f} tokens on average.\n"
         )
     return f"## Fidelity to full precision\n{text}" if text else ""
 

@@ -193,3 +193,11 @@ def test_fidelity_at_once_by_steps_and_through_generate_is_shown(run, copied):
     assert "generation  37.5 % of 8 greedy answers the same, first difference after 9.5 of 14.25 tokens" in text
     generate = figures.pop("generate")
     assert json.loads(values)["fidelity"] == figures and json.loads(values)["generation"] == generate
+
+
+def test_equal_answers_have_no_first_difference(copied):
+    generate = {"answers": 8, "tokens": 1.875, "agreed_tokens": 1.875, "exact_match": 1.0}
+    path = copied / "qvlm_report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fidelity": {"generate": generate}}))
+
+    assert "generation  100 % of 8 greedy answers the same, 1.875 tokens on average\n" in run(copied)[1]

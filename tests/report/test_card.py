@@ -150,6 +150,16 @@ def test_both_paths_and_greedy_answers_are_said():
     assert "the first difference comes after 9.5 of 14.2 tokens on average." in text
 
 
+def test_equal_answers_have_no_first_difference():
+    generate = {"answers": 8, "tokens": 14.25, "agreed_tokens": 14.25, "exact_match": 1.0}
+
+    text = render_card(facts(report={"fidelity": {"generate": generate}}))
+
+    assert (
+        "Greedy answers: 100.0 % of 8 are those of full precision throughout; they have 14.2 tokens on average." in text
+    )
+
+
 def test_a_report_of_one_path_explains_no_other():
     """Earlier releases measured one."""
     text = render_card(facts(report={"fidelity": {"tokens": 100, "mean_kl": 0.01, "top1_agreement": 0.9}}))
