@@ -195,7 +195,7 @@ def test_fidelity_at_once_by_steps_and_through_generate_is_shown(run, copied):
     assert json.loads(values)["fidelity"] == figures and json.loads(values)["generation"] == generate
 
 
-def test_equal_answers_have_no_first_difference(copied):
+def test_equal_answers_have_no_first_difference(run, copied):
     generate = {"answers": 8, "tokens": 1.875, "agreed_tokens": 1.875, "exact_match": 1.0}
     path = copied / "qvlm_report.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"fidelity": {"generate": generate}}))
