@@ -25,7 +25,7 @@ from optimum_qvlm.kernels import tiles, triton_bytes, triton_decode, triton_leve
 from optimum_qvlm.kernels.triton_layout import PackedWeight, padded_width
 
 TABLE = Path(tiles.__file__).with_name(tiles.TABLE)
-SHAPE = ("tokens", "rows", "slices", "warps", "stages")
+SHAPE = ("tokens", "rows", "slices", "warps", "stages", "registers")
 COLD_BYTES = 200 * 2**20
 """What weight sets hold together, four times the largest cache."""
 
@@ -187,8 +187,9 @@ def with_tile(name: str, tile: Any, call: Callable[[int], Tensor]) -> Callable[[
 def random_weight(line: dict[str, Any], rows: int, channels: int) -> PackedWeight:
     """Random codes as the kernel of a line reads them."""
     levels = line["kernel"] == "levels"
-    bits = 4 if levels or line.get("bits", 8) == "any" else line.get("bits", 8)
-    group = None if bits == 8 else 32 if line.get("sums") == "several" else 128
+    bits = 4 if levels or "group" in line or line.get("bits", 8) == "any" else line.get("bits", 8)
+    usual = None if bits == 8 else 32 if line.get("sums") == "several" else 128
+    group = line.get("group", usual)
     width = padded_width(channels)
     codes = torch.randint(-128, 128, (rows, width * bits // 8), dtype=torch.int8, device="cuda")
     groups = 1 if group is None else width // group + levels

@@ -44,13 +44,18 @@ Entry = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeTile:
-    """Tokens and weight rows of a program, blocks of 128 channels per step (shared by its warps), loads in flight."""
+    """Tokens and weight rows of a program, blocks of 128 channels per step (shared by its warps), loads in flight.
+
+    `registers` is how many a thread may have on NVIDIA's devices. Without it their assembler would rather put a word
+    of a thread in memory than have fewer programs side by side.
+    """
 
     tokens: int
     rows: int
     slices: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,9 +97,9 @@ def size_class(kernel: str, architecture: int, size: int) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def decode_tile(architecture: int, bits: int, tokens: int, rows: int) -> DecodeTile:
+def decode_tile(architecture: int, bits: int, group: int | None, tokens: int, rows: int) -> DecodeTile:
     """The tile of `triton_decode`; more tokens than the largest takes are shared among programs."""
-    wanted = {"bits": bits, "size": size_class("decode", architecture, rows)}
+    wanted = {"bits": bits, "group": group or "row", "size": size_class("decode", architecture, rows)}
     return DecodeTile(**_shape(_entry("decode", architecture, min(tokens, DECODE_TOKENS), wanted)))
 
 
@@ -142,8 +147,8 @@ def quantize_tile(width: int, group: int | None, rotation: int | None, *, whole:
 def table() -> tuple[Entry, ...]:
     """Lines of the table in its order.
 
-    Each holds `kernel`, `architecture`, what it is for (`bits` of the weight, `operand` bits, `sums` per block of 128
-    channels, `size` of the product, tokens `up_to`; "any" fits all) and the shape of the launch.
+    Each holds `kernel`, `architecture`, what it is for (`bits` and `group` of the weight, `operand` bits, `sums` per
+    block of 128 channels, `size` of the product, tokens `up_to`; "any" fits all) and the shape of the launch.
     """
     return tuple(json.loads(resources.files(__package__).joinpath(TABLE).read_text()))
 
@@ -163,7 +168,8 @@ def _entry(kernel: str, architecture: int, tokens: int, wanted: Mapping[str, Any
 
 def _shape(line: Entry) -> dict[str, int]:
     """What a launch takes of a line."""
-    return {name: line[name] for name in ("tokens", "rows", "slices", "warps", "stages") if name in line}
+    names = ("tokens", "rows", "slices", "warps", "stages", "registers")
+    return {name: line[name] for name in names if name in line}
 
 
 def _power_of_two(count: int) -> int:

@@ -144,7 +144,7 @@ def linear_decode(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
     y = empty(x, tokens, rows)
     if y.numel() == 0:
         return y
-    tile = tiles.decode_tile(tiles.architecture(x.device), weight.bits, tokens, rows)
+    tile = tiles.decode_tile(tiles.architecture(x.device), weight.bits, weight.group, tokens, rows)
     arguments = {
         "x": x,
         "codes": weight.codes,
@@ -169,5 +169,6 @@ def linear_decode(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
         "STAGES": tile.stages,
     }
     grid = (-(-rows // tile.rows), -(-tokens // tile.tokens))
-    start(decode_kernel, grid, arguments, x.device, num_warps=tile.warps)
+    limit = {} if tile.registers is None or not arguments["ASM"] else {"maxnreg": tile.registers}
+    start(decode_kernel, grid, arguments, x.device, num_warps=tile.warps, **limit)
     return y

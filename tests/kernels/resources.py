@@ -50,7 +50,7 @@ class Case:
     """One kernel, its tile and the matrix instructions that it has to use.
 
     `weights` counts the weights of one step of its loop, None where that says nothing; `load_bits` is how wide the
-    widest load has to be then.
+    widest load has to be then. `limit` is how many registers a thread may have.
     """
 
     name: str
@@ -63,12 +63,13 @@ class Case:
     matrix: tuple[str, ...]
     weights: int | None = None
     load_bits: int = 128
+    limit: int | None = None
 
     def resources(self) -> Resources:
         """Compile and read."""
-        compiled = compile_kernel(
-            self.kernel, self.types, self.constants, self.architecture, num_warps=self.warps, num_stages=self.stages
-        )
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        options |= {} if self.limit is None else {"maxnreg": self.limit}
+        compiled = compile_kernel(self.kernel, self.types, self.constants, self.architecture, **options)
         return read_resources(compiled)
 
     def faults(self, found: Resources) -> list[str]:
@@ -93,7 +94,7 @@ def decode_case(
     architecture: int, tokens: int, bits: int, group: int | None, dtype: str = "fp16", **changes: Any
 ) -> Case:
     """`triton_decode` for a weight of ROWS x CHANNELS."""
-    tile = tiles.decode_tile(architecture, bits, tokens, changes.get("rows", ROWS))
+    tile = tiles.decode_tile(architecture, bits, group, tokens, changes.get("rows", ROWS))
     types = _pointers(dtype, x=dtype)
     constants = {
         "CHANNELS": CHANNELS, "WIDTH": CHANNELS, "GROUP": group or 0, "BITS": bits,
@@ -113,6 +114,8 @@ def decode_case(
         stages=tile.stages,
         matrix=("HMMA",),
         weights=tile.rows * tile.slices * 128,
+        load_bits=64 if group == 16 else 128,
+        limit=tile.registers,
     )
 
 
@@ -262,6 +265,8 @@ def checked_cases(architecture: int) -> list[Case]:
         decode_case(architecture, 1, 4, 128, zero_point=True, rows=1024),
         decode_case(architecture, 16, 4, 32, rows=1024),
         decode_case(architecture, 32, 4, 32, rows=MANY_ROWS),
+        decode_case(architecture, 16, 4, 16),
+        decode_case(architecture, 32, 6, 16, zero_point=True),
         prefill_case(architecture, 600, 4, 128),
         prefill_case(architecture, 600, 4, 128, grouped=True),
         prefill_case(architecture, 600, 6, 128, grouped=True),
@@ -296,6 +301,8 @@ def _decode_cases(architecture: int) -> Iterator[Case]:
             yield decode_case(architecture, tokens, bits, group, rows=rows)
         for bits in (4, 6):
             yield decode_case(architecture, tokens, bits, 128, zero_point=True, rows=rows)
+            yield decode_case(architecture, tokens, bits, 16, rows=rows)
+            yield decode_case(architecture, tokens, bits, 16, zero_point=True, rows=rows)
     for bits, group in ((4, 128), (6, 128), (8, None)):
         yield decode_case(architecture, 1, bits, group, "bf16")
 
@@ -342,18 +349,19 @@ def line(case: Case, found: Resources) -> str:
     )
 
 
-def row(place: tuple[int, int], *, quick: bool) -> tuple[str, bool]:
+def row(place: tuple[int, int], *, quick: bool, match: str) -> tuple[str, bool]:
     """A row of the table by its architecture and number, with its faults, and whether it has any."""
     architecture, number = place
-    case = cases(architecture, quick=quick)[number]
+    case = cases(architecture, quick=quick, match=match)[number]
     found = case.resources()
     faults = case.faults(found)
     return line(case, found) + ("  FAULT " + ", ".join(faults) if faults else ""), bool(faults)
 
 
-def cases(architecture: int, *, quick: bool) -> list[Case]:
-    """What the table has of one architecture."""
-    return checked_cases(architecture) if quick else all_cases(architecture)
+def cases(architecture: int, *, quick: bool, match: str = "") -> list[Case]:
+    """What the table has of one architecture, of the names that hold `match`."""
+    found = checked_cases(architecture) if quick else all_cases(architecture)
+    return [case for case in found if match in case.name]
 
 
 def main() -> None:
@@ -361,6 +369,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--architectures", nargs="+", type=int, default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--quick", action="store_true", help="only the tiles that the tests compile")
+    parser.add_argument("--match", default="", help="only kernels whose name holds this text, as in 'decode w4 g16'")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile")
     arguments = parser.parse_args()
     print(f"triton {triton.__version__}: registers of a thread, bytes of stack, bytes of shared memory, matrix")
@@ -368,11 +377,12 @@ def main() -> None:
     places = [
         (architecture, number)
         for architecture in arguments.architectures
-        for number in range(len(cases(architecture, quick=arguments.quick)))
+        for number in range(len(cases(architecture, quick=arguments.quick, match=arguments.match)))
     ]
     failures = 0
     with multiprocessing.get_context("spawn").Pool(arguments.workers, warnings.simplefilter, ("ignore",)) as pool:
-        for text, faulty in pool.imap(functools.partial(row, quick=arguments.quick), places):
+        one = functools.partial(row, quick=arguments.quick, match=arguments.match)
+        for text, faulty in pool.imap(one, places):
             failures += faulty
             print(text, flush=True)
     print(f"{failures} of the {len(places)} kernels have faults")

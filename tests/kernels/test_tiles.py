@@ -10,17 +10,19 @@ from optimum_qvlm.kernels import tiles
 ARCHITECTURES = [80, 86, 89, 90, 100, 120]
 TOKENS = [1, 8, 9, 16, 17, 32, 33, 64, 65, 600, 5000]
 
-
 SIZES = [16, 1024, 5120, 50000]
+
+DECODED = [(4, 16), (4, 128), (6, 16), (6, 128), (8, None)]
+"""Bits and groups of weights."""
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("bits, group", DECODED)
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_decoding_takes_its_tokens_in_one_program_as_long_as_it_can(architecture, bits, tokens):
+def test_decoding_takes_its_tokens_in_one_program_as_long_as_it_can(architecture, bits, group, tokens):
     """The weight would be read twice otherwise. Slices are shared out evenly among the warps."""
     for rows in SIZES:
-        tile = tiles.decode_tile(architecture, bits, tokens, rows)
+        tile = tiles.decode_tile(architecture, bits, group, tokens, rows)
 
         assert tile.tokens >= min(tokens, tiles.DECODE_TOKENS)
         assert tile.slices % tile.warps == 0
@@ -56,17 +58,19 @@ def test_tiles_made_in_registers_are_rows_of_whole_warp_groups(architecture):
 
 
 def test_a_device_that_nobody_measured_takes_the_lines_of_the_newest_older_one():
-    assert tiles.decode_tile(89, 4, 1, 5120) == tiles.decode_tile(80, 4, 1, 5120)
-    assert tiles.decode_tile(120, 4, 1, 50000) == tiles.decode_tile(100, 4, 1, 50000)
-    assert tiles.decode_tile(120, 4, 1, 1024) == tiles.decode_tile(100, 4, 1, 1024) != tiles.decode_tile(90, 4, 1, 1024)
+    few, many = (lambda number, rows=rows: tiles.decode_tile(number, 4, 128, 1, rows) for rows in (1024, 50000))
+
+    assert few(89) == few(80)
+    assert many(120) == many(100)
+    assert few(120) == few(100) != few(90)
 
 
 def test_every_line_of_the_table_is_taken_by_something():
     """A line that an earlier one hides would be tuned for nothing."""
     taken = set()
     for architecture, tokens, rows in itertools.product((80, 90, 100), TOKENS, (16, 50000, 10**6)):
+        taken.update(tiles.decode_tile(architecture, bits, group, tokens, rows) for bits, group in DECODED)
         for bits in (4, 6, 8):
-            taken.add(tiles.decode_tile(architecture, bits, tokens, rows))
             for operand, group in itertools.product((8, 16, 32), (None,) if bits == 8 else (None, 128, 32)):
                 taken.add(tiles.prefill_tile(architecture, operand, bits, group, tokens, rows))
         taken.add(tiles.bytes_tile(architecture, tokens, rows))
