@@ -27,7 +27,7 @@ class Cost:
     """What a calibration is expected to take.
 
     Attributes:
-        seconds: wall clock, without loading the model and rendering data.
+        seconds: wall clock, without loading the model, rendering data and comparing held-out samples.
         answer_seconds: the part of it that goes into writing missing answers.
         host_bytes: the model, the hidden states of both chains and the arguments of all calls, on the CPU.
         device_bytes: the largest layer with the hidden states of a batch and the workspace of its largest site. On
