@@ -43,8 +43,8 @@ def test_the_whole_table_has_every_launch_shape_of_its_architecture(architecture
     for line in tiles.table():
         if line["architecture"] != architecture:
             continue
-        shape = (line["tokens"], line["rows"], line.get("slices"), line["warps"], line["stages"])
-        bits = {4, 6, 8} if line.get("bits") == "any" else {line.get("bits")}
+        shape = [line.get(name) for name in ("tokens", "rows", "slices", "warps", "stages", "registers")]
+        bits = {4, 6, 8, None} if line.get("bits", "any") == "any" else {line["bits"]}
         assert any((line["kernel"], number, *shape) in compiled for number in bits), line
 
 
@@ -72,4 +72,5 @@ def test_faults_are_found():
 
 def _shape_of(case):
     constants = case.constants
-    return constants.get("BLOCK_TOKENS"), constants.get("BLOCK_ROWS"), constants.get("SLICES"), case.warps, case.stages
+    sizes = (constants.get(name) for name in ("BLOCK_TOKENS", "BLOCK_ROWS", "SLICES"))
+    return *sizes, case.warps, case.stages, case.limit
