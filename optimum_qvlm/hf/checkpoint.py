@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from optimum_qvlm.errors import CheckpointError, SpecError
 from optimum_qvlm.hf.config import QVLMConfig
+from optimum_qvlm.hf.memory import return_freed_memory
 from optimum_qvlm.hf.names import runtime_modules
 from optimum_qvlm.hf.record import CalibrationRecord
 from optimum_qvlm.hf.shards import Manifest, read_headers, read_tensor, require_manifest
@@ -66,6 +67,7 @@ def prepare_modules(model: nn.Module, decode_tokens: int) -> None:
             module.prepare(transient=_is_offloaded(module))
         except SpecError as error:
             raise CheckpointError(f"{path}: {error}") from error
+    return_freed_memory()
 
 
 def require_checkpoint(config: QVLMConfig, files: list[str]) -> CalibrationRecord:

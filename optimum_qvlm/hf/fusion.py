@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.hf.checkpoint import quantized_modules
+from optimum_qvlm.hf.memory import return_freed_memory
 from optimum_qvlm.hf.names import runtime_modules
 from optimum_qvlm.modules.fused import FusedLinear, fuse, why_apart
 from optimum_qvlm.modules.swap import replace_module
@@ -92,6 +93,7 @@ def fuse_sites(model: Any, sites: Iterable[Iterable[str]]) -> Fusion:
             groups.append(paths)
         else:
             apart[paths] = reason
+    return_freed_memory()
     outcome = Fusion(groups=tuple(groups), apart=apart)
     (logger.warning if apart or not groups else logger.info)(str(outcome))
     return outcome
