@@ -37,6 +37,9 @@ MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148}
 MANY = {"decode": 64, "prefill": 12288, "bytes": 98304, "levels": 98304}
 """Per multiprocessor, the size from which a product is large: weight rows in decoding, else elements of the result."""
 
+MOST_REGISTERS = 255
+"""That a thread of NVIDIA's devices can have."""
+
 TABLE = "tiles.json"
 
 Entry = Mapping[str, Any]
@@ -46,8 +49,8 @@ Entry = Mapping[str, Any]
 class DecodeTile:
     """Tokens and weight rows of a program, blocks of 128 channels per step (shared by its warps), loads in flight.
 
-    `registers` is how many a thread may have on NVIDIA's devices. Without it their assembler would rather put a word
-    of a thread in memory than have fewer programs side by side.
+    `registers` is how many a thread may have on NVIDIA's devices, for weights with zero points `MOST_REGISTERS`.
+    Without a limit their assembler would rather put a word of a thread in memory than have fewer programs side by side.
     """
 
     tokens: int

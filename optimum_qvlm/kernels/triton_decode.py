@@ -169,6 +169,7 @@ def linear_decode(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
         "STAGES": tile.stages,
     }
     grid = (-(-rows // tile.rows), -(-tokens // tile.tokens))
-    limit = {} if tile.registers is None or not arguments["ASM"] else {"maxnreg": tile.registers}
+    most = tile.registers if weight.zero_point is None else tiles.MOST_REGISTERS
+    limit = {} if most is None or not arguments["ASM"] else {"maxnreg": most}
     start(decode_kernel, grid, arguments, x.device, num_warps=tile.warps, **limit)
     return y
