@@ -49,8 +49,8 @@ Entry = Mapping[str, Any]
 class DecodeTile:
     """Tokens and weight rows of a program, blocks of 128 channels per step (shared by its warps), loads in flight.
 
-    `registers` is how many a thread may have on NVIDIA's devices, for weights with zero points `MOST_REGISTERS`.
-    Without a limit their assembler would rather put a word of a thread in memory than have fewer programs side by side.
+    `registers` is how many a thread may have on NVIDIA's devices. Without it their assembler would rather put a word
+    of a thread in memory than have fewer programs side by side.
     """
 
     tokens: int
@@ -59,6 +59,10 @@ class DecodeTile:
     warps: int
     stages: int
     registers: int | None = None
+
+    def limit(self, *, zero_points: bool) -> int | None:
+        """Registers of a thread for weights with or without zero points, which need more; None for no limit."""
+        return MOST_REGISTERS if zero_points else self.registers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

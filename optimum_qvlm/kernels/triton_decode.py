@@ -169,7 +169,7 @@ def linear_decode(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
         "STAGES": tile.stages,
     }
     grid = (-(-rows // tile.rows), -(-tokens // tile.tokens))
-    most = tile.registers if weight.zero_point is None else tiles.MOST_REGISTERS
+    most = tile.limit(zero_points=weight.zero_point is not None)
     limit = {} if most is None or not arguments["ASM"] else {"maxnreg": most}
     start(decode_kernel, grid, arguments, x.device, num_warps=tile.warps, **limit)
     return y

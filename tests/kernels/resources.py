@@ -115,7 +115,7 @@ def decode_case(
         matrix=("HMMA",),
         weights=tile.rows * tile.slices * 128,
         load_bits=64 if group == 16 else 128,
-        limit=tiles.MOST_REGISTERS if changes.get("zero_point") else tile.registers,
+        limit=tile.limit(zero_points=changes.get("zero_point", False)),
     )
 
 
