@@ -80,6 +80,7 @@ def main() -> None:
         help="compile the decoding step; with the static cache on a GPU it becomes a CUDA graph",
     )
     parser.add_argument("--exact-decode", action="store_true", help="round activations while decoding too")
+    parser.add_argument("--rotated", action="store_true", help="random weights have rotations, as calibrated ones do")
     parser.add_argument("--turns", type=Path, help="file by which processes that share a GPU measure in turn")
     parser.add_argument("--fuse", action="store_true", help="each scheme also with its linears fused")
     parser.add_argument("--json", type=Path)
@@ -135,7 +136,8 @@ def sites_of(model: Any) -> list[list[str]]:
 def random_variant(arguments: argparse.Namespace, scheme: str | None, dtype: torch.dtype) -> Any:
     """Random weights."""
     settings = {"exact_decode": arguments.exact_decode}
-    return random_model(arguments.random_init, scheme, dtype, arguments.device, **settings)
+    rotated = arguments.rotated
+    return random_model(arguments.random_init, scheme, dtype, arguments.device, rotated=rotated, **settings)
 
 
 def loaded_variant(arguments: argparse.Namespace, scheme: str | None, dtype: torch.dtype) -> Any:

@@ -7,6 +7,7 @@ the bytes per second that a copy reads and writes.
 """
 
 import argparse
+import math
 import platform
 import statistics
 import subprocess
@@ -31,6 +32,9 @@ SHAPES = ("5120x5120", "15360x5120", "27648x5120", "5120x13824")
 
 LEVELS = "-levels"
 """Behind a scheme: with scales that are multiples of one step per row."""
+
+ROTATED = "-rotated"
+"""Behind a scheme: activations are rotated first, as those of calibrated models are."""
 
 TOKENS = (1, 4, 16, 64, 256, 600, 2048)
 COPIED_BYTES = {"cuda": 2**30, "cpu": 2**26}
@@ -132,11 +136,12 @@ def dense_weights(rows: int, channels: int, sets: int, device: torch.device) -> 
 
 def make_linear(scheme: str, rows: int, channels: int, device: torch.device) -> QuantLinear:
     """A quantized linear with random codes, in the layout of its device."""
-    parsed = Scheme.parse(scheme.removesuffix(LEVELS))
+    parsed = Scheme.parse(scheme.partition("-")[0])
     spec = parsed.weight_spec(channels, "auto", symmetric=True)
-    if scheme.endswith(LEVELS):
+    if LEVELS in scheme:
         spec = replace(spec, two_level=True)
-    format = LinearFormat(weight=spec, activation=parsed.activation_spec(spec))
+    rotation = math.gcd(channels, 128) if ROTATED in scheme else None
+    format = LinearFormat(weight=spec, activation=parsed.activation_spec(spec), rotation=rotation)
     module = QuantLinear(channels, rows, format, bias=False, scale_dtype=torch.bfloat16, device=device)
     module.weight_packed.data.random_(-(2**31), 2**31 - 1)
     module.weight_scale.data.fill_(0.01)

@@ -1,5 +1,6 @@
 """Models of real shapes with random weights, made without a download: speed and memory do not depend on the values."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -66,8 +67,10 @@ def random_model(shape: str, scheme: str | None, dtype: torch.dtype, device: str
     return model_of(SHAPES[shape](), scheme, dtype, device, **settings)
 
 
-def model_of(config: Any, scheme: str | None, dtype: torch.dtype, device: str, **settings: Any) -> Any:
-    """As `random_model`, of a configuration.
+def model_of(
+    config: Any, scheme: str | None, dtype: torch.dtype, device: str, *, rotated: bool = False, **settings: Any
+) -> Any:
+    """As `random_model`, of a configuration. With `rotated` every site has a rotation, as calibrated ones have.
 
     Tensors are made one module at a time: a full-precision copy of a quantized linear never exists.
     """
@@ -75,7 +78,7 @@ def model_of(config: Any, scheme: str | None, dtype: torch.dtype, device: str, *
     with init_empty_weights(include_buffers=False):
         model = auto.from_config(config, dtype=dtype)
     if scheme is not None:
-        swap_in_empty(model, QVLMConfig(scheme, method="rtn", **settings), dtype)
+        swap_in_empty(model, QVLMConfig(scheme, method="rtn", **settings), dtype, rotated=rotated)
     generator = torch.Generator(device).manual_seed(0)
     for module in model.modules():
         fill(module, device, generator)
@@ -83,12 +86,13 @@ def model_of(config: Any, scheme: str | None, dtype: torch.dtype, device: str, *
     return model.to(device).eval()
 
 
-def swap_in_empty(model: Any, config: QVLMConfig, dtype: torch.dtype) -> None:
-    """Put empty quantized linears where the plan says."""
+def swap_in_empty(model: Any, config: QVLMConfig, dtype: torch.dtype, *, rotated: bool = False) -> None:
+    """Put empty quantized linears where the plan says; `rotated` over as many channels of a group as fit."""
     names = {path: path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     for site in make_plan(adapter_for(model), config.options(), names).sites():
         for linear in site.linears:
-            format = LinearFormat(weight=linear.weight, activation=site.activation)
+            rotation = math.gcd(linear.in_features, linear.weight.group or 128) if rotated else None
+            format = LinearFormat(weight=linear.weight, activation=site.activation, rotation=rotation)
             module = QuantLinear(
                 linear.in_features,
                 linear.out_features,

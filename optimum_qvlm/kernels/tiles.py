@@ -19,8 +19,11 @@ OLDEST = 80
 DECODE_TOKENS = 32
 """Up to how many tokens an unrounded activation goes through `triton_decode`."""
 
-DENSE_TOKENS = 512
-"""From how many tokens an unrounded activation is multiplied with the dequantized weight by the vendor's library."""
+FLOAT_TOKENS = 512
+"""From how many tokens an unrounded activation meets a dequantized weight where `triton_floats` does not take it."""
+
+DENSE_TOKENS = 1024
+"""From how many tokens the dequantized weight is multiplied by the vendor's library in any case."""
 
 BULK_COPIES = 90
 """The oldest architecture that copies whole tiles."""
@@ -34,8 +37,9 @@ WRITTEN_TOKENS = 512
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148}
 """Of the largest device of an architecture."""
 
-MANY = {"decode": 64, "prefill": 12288, "bytes": 98304, "levels": 98304}
-"""Per multiprocessor, the size from which a product is large: weight rows in decoding, else elements of the result."""
+MANY = {"decode": 64, "prefill": 12288, "bytes": 98304, "levels": 98304, "floats": 2}
+"""Per multiprocessor, the size from which a product is large: weight rows in decoding, programs of 64 rows in
+`triton_floats`, else elements of the result."""
 
 MOST_REGISTERS = 255
 """That a thread of NVIDIA's devices can have."""
@@ -46,7 +50,28 @@ Entry = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeTile:
+class Tile:
+    """What all launches have that may share the channels of a tile.
+
+    `busy` is how many programs keep a multiprocessor busy: where there are fewer tiles than that, several programs
+    share the channels of each, `share` or more for each of them. None leaves a tile to one program.
+    """
+
+    busy: int | None = None
+    share: int | None = None
+
+    def parts(self, architecture: int, programs: int, width: int) -> int:
+        """How many programs share the channels of each of `programs` tiles, of a weight with `width` channels."""
+        if self.busy is None or self.share is None:
+            return 1
+        wanted = self.busy * MULTIPROCESSORS.get(architecture, 108) // programs
+        blocks = width // 128
+        parts = max(1, min(wanted, width // self.share))
+        return -(-blocks // -(-blocks // parts))  # none is left without a block
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeTile(Tile):
     """Tokens and weight rows of a program, blocks of 128 channels per step (shared by its warps), loads in flight.
 
     `registers` is how many a thread may have on NVIDIA's devices. Without it their assembler would rather put a word
@@ -66,7 +91,7 @@ class DecodeTile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillTile:
+class PrefillTile(Tile):
     """Tokens and weight rows of a program, blocks of rows side by side, loads in flight."""
 
     tokens: int
@@ -96,6 +121,11 @@ def architecture(device: torch.device) -> int:
 def speaks_ptx(device: torch.device) -> bool:
     """Whether inline PTX may be used: on NVIDIA's devices."""
     return device.type == "cuda" and torch.version.hip is None
+
+
+def leaves_products_open(device: torch.device) -> bool:
+    """Whether matrix units read operands from registers while a program goes on, see `triton_prefill.settled`."""
+    return speaks_ptx(device) and 90 <= architecture(device) < 100
 
 
 def size_class(kernel: str, architecture: int, size: int) -> str:
@@ -139,15 +169,25 @@ def levels_tile(architecture: int, tokens: int, rows: int) -> PrefillTile:
 
 
 @functools.lru_cache(maxsize=1024)
+def floats_tile(architecture: int, tokens: int, rows: int) -> PrefillTile:
+    """The tile of `triton_floats`."""
+    programs = -(-rows // 64) * -(-tokens // (64 if tokens <= 64 else 128))
+    wanted = {"size": size_class("floats", architecture, programs)}
+    return PrefillTile(**_shape(_entry("floats", architecture, tokens, wanted)))
+
+
+@functools.lru_cache(maxsize=1024)
 def quantize_tile(width: int, group: int | None, rotation: int | None, *, whole: bool) -> QuantizeTile:
-    """The tile of `triton_quantize`: a rotation takes at least the sixteen rows of a matrix instruction."""
-    least = max(128, 16 * (rotation or 1))
+    """The tile of `triton_quantize`: with one scale for the `whole` token a program does all of it, step by step."""
+    least = max(128, rotation or 1)
     if group is not None and _power_of_two(group) != group:
         chunk = max(least, _power_of_two(group))
         return QuantizeTile(span=group, chunk=chunk, warps=8)
-    most = max(least, group or 1, 4096 if whole and rotation is None else 2048)
+    most = max(least, group or 1, 2048 if whole else 512)
     chunk = min(most, max(least, group or 1, _power_of_two(width)))
-    return QuantizeTile(span=chunk, chunk=chunk, warps=4 if chunk < 2048 else 8)
+    if whole:
+        return QuantizeTile(span=chunk, chunk=chunk, warps=8 if chunk >= 2048 else 4)
+    return QuantizeTile(span=chunk, chunk=chunk, warps=min(8, max(1, chunk // 512)))
 
 
 @functools.cache
@@ -175,7 +215,7 @@ def _entry(kernel: str, architecture: int, tokens: int, wanted: Mapping[str, Any
 
 def _shape(line: Entry) -> dict[str, int]:
     """What a launch takes of a line."""
-    names = ("tokens", "rows", "slices", "warps", "stages", "registers")
+    names = ("tokens", "rows", "slices", "warps", "stages", "registers", "busy", "share")
     return {name: line[name] for name in names if name in line}
 
 

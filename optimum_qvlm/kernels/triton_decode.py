@@ -5,6 +5,9 @@ Each warp of a program takes its own blocks of the reduction axis and their sums
 order: no atomics, and the same bits in every run.
 """
 
+import math
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,6 +15,7 @@ from torch import Tensor
 from optimum_qvlm.kernels import tiles
 from optimum_qvlm.kernels.recording import empty, start
 from optimum_qvlm.kernels.triton_layout import PackedWeight
+from optimum_qvlm.kernels.triton_sums import add_parts
 from optimum_qvlm.kernels.triton_unpack import load_weight
 
 
@@ -22,10 +26,12 @@ def decode_kernel(
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
     HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr, FULL: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """y [tokens, rows] = x W^T + bias. GROUP 0 is the whole row; one step takes SLICES blocks of 128 channels.
 
-    FULL says that every program has all its tokens.
+    FULL says that every program has all its tokens. With more than one of PARTS, that many programs share the channels
+    of a tile, and y is [PARTS, tokens, rows].
     """
     ROW_BYTES: tl.constexpr = WIDTH * BITS // 8
     HALF: tl.constexpr = 32 if BITS == 6 else 64
@@ -33,6 +39,8 @@ def decode_kernel(
     BLOCKS: tl.constexpr = WIDTH // 128
     DTYPE: tl.constexpr = x.dtype.element_ty
     FOLD: tl.constexpr = 4 if BITS == 6 else 1
+    STEPS: tl.constexpr = (BLOCKS + SLICES - 1) // SLICES
+    SHARE: tl.constexpr = (STEPS + PARTS - 1) // PARTS
 
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     safe_row = tl.minimum(row, rows - 1)
@@ -47,10 +55,12 @@ def decode_kernel(
 
     sums = tl.zeros((SLICES, BLOCK_ROWS, BLOCK_TOKENS), tl.float32)
     x_sums = tl.zeros((SLICES, BLOCK_TOKENS), tl.float32)
+    part_of_sum = tl.program_id(2)
+    begin, end = (0, STEPS) if PARTS == 1 else (part_of_sum * SHARE, tl.minimum((part_of_sum + 1) * SHARE, STEPS))
     if GROUP >= 128:
         # Scales are too narrow for asynchronous copies, so they are asked for one step before they are wanted.
-        factor, shift = _factors(scale, zero, slice_, safe_row, rows, BLOCKS, GROUP, HAS_ZERO)
-    for step in tl.range(0, (BLOCKS + SLICES - 1) // SLICES, num_stages=STAGES):
+        factor, shift = _factors(scale, zero, begin * SLICES + slice_, safe_row, rows, BLOCKS, GROUP, HAS_ZERO)
+    for step in tl.range(begin, end, num_stages=STAGES):
         block = step * SLICES + slice_
         stored = block if BLOCKS % SLICES == 0 else tl.minimum(block, BLOCKS - 1)
         if GROUP >= 128:
@@ -99,6 +109,8 @@ def decode_kernel(
     if HAS_BIAS:
         total += tl.load(bias + safe_row).to(tl.float32)[:, None]
     place = y + token.to(tl.int64)[None, :] * rows + row[:, None]
+    if PARTS > 1:
+        place += part_of_sum.to(tl.int64) * tokens * rows
     tl.store(place, total.to(y.dtype.element_ty), mask=(row[:, None] < rows) & (token[None, :] < tokens))
 
 
@@ -141,10 +153,13 @@ def linear_decode(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
         bias: [out_features] or None.
     """
     tokens, rows = x.shape[0], weight.out_features
-    y = empty(x, tokens, rows)
-    if y.numel() == 0:
-        return y
-    tile = tiles.decode_tile(tiles.architecture(x.device), weight.bits, weight.group, tokens, rows)
+    if tokens * rows == 0:
+        return empty(x, tokens, rows)
+    architecture = tiles.architecture(x.device)
+    tile = tiles.decode_tile(architecture, weight.bits, weight.group, tokens, rows)
+    grid = (-(-rows // tile.rows), -(-tokens // tile.tokens))
+    parts = tile.parts(architecture, math.prod(grid), weight.width)
+    y = empty(x, tokens, rows) if parts == 1 else empty(x, parts, tokens, rows, dtype=torch.float32)
     arguments = {
         "x": x,
         "codes": weight.codes,
@@ -160,16 +175,16 @@ def linear_decode(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
         "GROUP": 0 if weight.group is None else weight.group,
         "BITS": weight.bits,
         "HAS_ZERO": weight.zero_point is not None,
-        "HAS_BIAS": bias is not None,
+        "HAS_BIAS": bias is not None and parts == 1,
         "ASM": tiles.speaks_ptx(x.device),
         "FULL": tokens % tile.tokens == 0,
         "BLOCK_TOKENS": tile.tokens,
         "BLOCK_ROWS": tile.rows,
         "SLICES": tile.slices,
         "STAGES": tile.stages,
+        "PARTS": parts,
     }
-    grid = (-(-rows // tile.rows), -(-tokens // tile.tokens))
     most = tile.limit(zero_points=weight.zero_point is not None)
     limit = {} if most is None or not arguments["ASM"] else {"maxnreg": most}
-    start(decode_kernel, grid, arguments, x.device, num_warps=tile.warps, **limit)
-    return y
+    start(decode_kernel, (*grid, parts), arguments, x.device, num_warps=tile.warps, **limit)
+    return y if parts == 1 else add_parts(y, bias, x.dtype)

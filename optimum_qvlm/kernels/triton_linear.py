@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from optimum_qvlm.kernels import reference, tiles, triton_bytes, triton_levels
+from optimum_qvlm.kernels import reference, tiles, triton_bytes, triton_floats, triton_levels
 from optimum_qvlm.kernels.checks import FULL_BITS
 from optimum_qvlm.kernels.recording import ALIGNMENT, Recording, record
 from optimum_qvlm.kernels.triton_decode import linear_decode
@@ -47,8 +47,8 @@ def restore(stored: StoredWeight, grid: WeightGrid) -> CodedWeight:
 def linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: WeightGrid) -> Tensor:
     """`Q(x T) W^T + bias`, [..., out_features] in the dtype of `x`; see `optimum_qvlm.kernels.reference.linear`.
 
-    Sums are fp32 and products exact, except where a dense product of unrounded activations is faster: there the weight
-    is rounded to the dtype of `x` first.
+    Sums are fp32 and products exact, except where unrounded activations of more tokens than decoding takes are faster
+    multiplied by a weight that was rounded to their dtype first.
     """
     if x.dtype not in DTYPES:
         return reference.linear(x, restore(stored, grid), bias, rounding)
@@ -105,7 +105,9 @@ def _product(x: Tensor, weight: PackedWeight, bias: Tensor | None, rounding: Rou
     transformed = transform(x, rounding)
     if x.shape[0] <= tiles.DECODE_TOKENS:
         return linear_decode(transformed, weight, bias)
-    if x.shape[0] < tiles.DENSE_TOKENS or x.dtype == torch.float32:
+    if triton_floats.takes(transformed, weight):
+        return triton_floats.linear_floats(transformed, weight, bias)
+    if x.shape[0] < tiles.FLOAT_TOKENS or x.dtype == torch.float32:
         return linear_prefill(transformed, None, weight, bias, x.dtype)
     return F.linear(transformed, dequantize(weight, x.dtype), None if bias is None else bias.to(x.dtype))
 

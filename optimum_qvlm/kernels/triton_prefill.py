@@ -13,6 +13,7 @@ from torch import Tensor
 from optimum_qvlm.kernels import tiles
 from optimum_qvlm.kernels.recording import empty, start
 from optimum_qvlm.kernels.triton_layout import PackedWeight
+from optimum_qvlm.kernels.triton_sums import add_parts
 from optimum_qvlm.kernels.triton_unpack import load_bytes, load_weight
 
 LEAST_GROUP = 32
@@ -33,12 +34,16 @@ def prefill_kernel(
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, X_GROUPS: tl.constexpr,
     DTYPE: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr, FLOAT_TRICK: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr,
+    PARTS: tl.constexpr, SETTLES: tl.constexpr,
 ):  # fmt: skip
     """y [tokens, rows] = (x times its scales) W^T + bias, with operands of DTYPE.
 
     GROUP 0 is the whole row, which eight bits always have. X_GROUPS counts the scales of a token; 1 is applied at the
-    end, 0 is one for all tokens, -1 is none. STRIP programs of neighbouring rows share their tokens in cache.
+    end, 0 is one for all tokens, -1 is none. STRIP programs of neighbouring rows share their tokens in cache. With more
+    than one of PARTS, that many programs share the channels of a tile, and y is [PARTS, tokens, rows].
     """
+    BLOCKS: tl.constexpr = WIDTH // 128
+    SHARE: tl.constexpr = (BLOCKS + PARTS - 1) // PARTS
     SPAN: tl.constexpr = 128 if BITS == 8 else 64
     HALF: tl.constexpr = 32 if BITS == 6 else SPAN
     PART: tl.constexpr = GROUP if GROUP > 0 and GROUP < HALF else HALF
@@ -61,12 +66,14 @@ def prefill_kernel(
     whole_x = tl.zeros((BLOCK_TOKENS,), SUM)
     # Where conversions are dear, sums of a group start at the bits of 1.5 * 2**23: those of that float plus the sum.
     empty = tl.full((BLOCK_ROWS, BLOCK_TOKENS), 0x4B400000 if FLOAT_TRICK else 0, SUM)
+    part_of_sum = tl.program_id(1)
+    begin, end = (0, BLOCKS) if PARTS == 1 else (part_of_sum * SHARE, tl.minimum((part_of_sum + 1) * SHARE, BLOCKS))
     if GROUP >= 128:
         # Scales are too narrow for asynchronous copies, so they are asked for one block before they are wanted.
-        factor, shift = _weight_factors(scale, zero, 0, safe_row, rows, HAS_ZERO)
-    for block in tl.range(0, WIDTH // 128, num_stages=STAGES):
+        factor, shift = _weight_factors(scale, zero, begin * 128 // GROUP, safe_row, rows, HAS_ZERO)
+    for block in tl.range(begin, end, num_stages=STAGES):
         if GROUP >= 128:
-            following = tl.minimum(block + 1, WIDTH // 128 - 1) * 128 // GROUP
+            following = tl.minimum(block + 1, BLOCKS - 1) * 128 // GROUP
             next_factor, next_shift = _weight_factors(scale, zero, following, safe_row, rows, HAS_ZERO)
             # Not a block ahead: those of two blocks do not fit beside the sums.
             x_factor = _x_factor(x_scale_token, block * 128 // GROUP, factor, X_GROUPS)
@@ -104,6 +111,8 @@ def prefill_kernel(
         if GROUP >= 128:
             sums += _rescaled(product, product_x, factor, shift, x_factor, FOLD, X_GROUPS, HAS_ZERO, FLOAT_TRICK)
             factor, shift = next_factor, next_shift
+        if SETTLES and GROUP == 0:
+            whole = settled(whole)
     if GROUP == 0:
         factor, shift, x_factor = _factors(scale, zero, x_scale_token, 0, safe_row, rows, X_GROUPS, HAS_ZERO)
         sums = _rescaled(whole, whole_x, factor, shift, x_factor, FOLD, X_GROUPS, HAS_ZERO, False)
@@ -115,6 +124,8 @@ def prefill_kernel(
     if HAS_BIAS:
         sums += tl.load(bias + safe_row).to(tl.float32)[:, None]
     out = y + token.to(tl.int64)[None, :] * rows + row[:, None]
+    if PARTS > 1:
+        out += part_of_sum.to(tl.int64) * tokens * rows
     tl.store(out, sums.to(y.dtype.element_ty), mask=(row[:, None] < rows) & (token[None, :] < tokens))
 
 
@@ -124,6 +135,17 @@ def _dot(weight, x, sums, INTEGER: tl.constexpr):
         return tl.dot(weight, x, sums, out_dtype=tl.int32)
     else:
         return tl.dot(weight, x, sums, input_precision="ieee")
+
+
+@triton.jit
+def settled(sums):
+    """`sums` once they are there: left open, the next step writes registers that the matrix unit still reads.
+
+    Where only the next product uses sums of floats, Triton waits for them a step later, when the registers of the left
+    operand have been given away. Seen with compute capability 9.0, whose matrix unit reads them while the program goes
+    on; 10.0 keeps neither in registers.
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [sums], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -223,15 +245,17 @@ def linear_prefill(
         dtype: of the result.
     """
     tokens, rows = x.shape[0], weight.out_features
-    y = empty(x, tokens, rows, dtype=dtype)
-    if y.numel() == 0:
-        return y
+    if tokens * rows == 0:
+        return empty(x, tokens, rows, dtype=dtype)
     x_groups = -1 if x_scale is None else 0 if x_scale.dim() == 1 else x_scale.shape[1]
     assert x_groups in (-1, 0, 1, weight.groups)
     small = weight.group is not None and weight.group < LEAST_GROUP
     operand = _OPERANDS[torch.float16 if small and x.dtype == torch.int8 else x.dtype]
     architecture = tiles.architecture(x.device)
     tile = tiles.prefill_tile(architecture, operand.primitive_bitwidth, weight.bits, weight.group, tokens, rows)
+    programs = -(-rows // tile.rows) * -(-tokens // tile.tokens)
+    parts = tile.parts(architecture, programs, weight.width)
+    y = empty(x, tokens, rows, dtype=dtype) if parts == 1 else empty(x, parts, tokens, rows, dtype=torch.float32)
     arguments = {
         "x": x,
         "x_scale": x if x_scale is None else x_scale,
@@ -250,14 +274,15 @@ def linear_prefill(
         "X_GROUPS": x_groups,
         "DTYPE": operand,
         "HAS_ZERO": weight.zero_point is not None,
-        "HAS_BIAS": bias is not None,
+        "HAS_BIAS": bias is not None and parts == 1,
         "ASM": tiles.speaks_ptx(x.device),
         "FLOAT_TRICK": operand == tl.int8 and architecture < 90 and weight.zero_point is None,
         "BLOCK_TOKENS": tile.tokens,
         "BLOCK_ROWS": tile.rows,
         "STRIP": tile.strip,
         "STAGES": tile.stages,
+        "PARTS": parts,
+        "SETTLES": operand != tl.int8 and tiles.leaves_products_open(x.device),
     }
-    grid = (-(-rows // tile.rows) * -(-tokens // tile.tokens),)
-    start(prefill_kernel, grid, arguments, x.device, num_warps=tile.warps)
-    return y
+    start(prefill_kernel, (programs, parts), arguments, x.device, num_warps=tile.warps)
+    return y if parts == 1 else add_parts(y, bias, dtype)

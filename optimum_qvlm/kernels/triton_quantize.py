@@ -1,7 +1,7 @@
 """Activations of one site in one pass: equalisation, Hadamard rotation, peak, scale, codes.
 
-The rotation is a matrix product with a matrix of signs. Operands of tensor cores have 16 bits, so equalised activations
-are split into three bf16 parts whose sum they are: products are exact, and only the sums round, in fp32.
+The rotation is the fast Walsh-Hadamard transform, sums and differences in fp32: as a matrix product, a program would
+spend more on the matrix of signs than on its activations.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from optimum_qvlm.kernels.reference import transform_tokens
 from optimum_qvlm.kernels.weights import Rounding
 
 ROTATIONS = (16, 32, 64, 128)
-"""Sizes of Hadamard blocks that are one matrix product."""
+"""Sizes of Hadamard blocks that the kernel applies."""
 
 
 @triton.jit
@@ -81,45 +81,20 @@ def _transformed(
     if EQUALIZED:
         values = values * tl.load(equalizer + channel, mask=mask, other=0.0).to(tl.float32)
     if ROTATION != 0:
-        blocks = tl.reshape(values, (CHUNK // ROTATION, ROTATION))
-        if not ASM:
-            blocks = tl.dot(blocks, _hadamard_signs(ROTATION, tl.float32), input_precision="ieee")
-        elif not EQUALIZED and (x.dtype.element_ty == tl.float16 or x.dtype.element_ty == tl.bfloat16):
-            DTYPE: tl.constexpr = x.dtype.element_ty
-            blocks = tl.dot(blocks.to(DTYPE), _hadamard_signs(ROTATION, DTYPE))
-        else:
-            signs = _hadamard_signs(ROTATION, tl.bfloat16)
-            high, middle, rest = split_in_three(blocks)
-            blocks = tl.dot(rest.to(tl.bfloat16), signs)
-            blocks = tl.dot(middle.to(tl.bfloat16), signs, blocks)
-            blocks = tl.dot(high.to(tl.bfloat16), signs, blocks)
         SIZE_ROOT: tl.constexpr = ROTATION**-0.5
-        values = tl.reshape(blocks * SIZE_ROOT, (CHUNK,))
+        values = _butterflies(values, CHUNK, ROTATION) * SIZE_ROOT
     return values
 
 
 @triton.jit
-def _hadamard_signs(SIZE: tl.constexpr, DTYPE: tl.constexpr):
-    """Sylvester's matrix of ones and minus ones [SIZE, SIZE]: the parity of the common bits of the indices."""
-    index = tl.arange(0, SIZE)
-    common = index[:, None] & index[None, :]
-    common = common ^ (common >> 4)
-    odd = (0x6996 >> (common & 15)) & 1
-    return (1 - 2 * odd).to(DTYPE)
-
-
-@triton.jit
-def split_in_three(values):
-    """fp32 as a sum of three that have at most eight significant bits each, so that bf16 holds them exactly."""
-    high = _leading_bits(values)
-    rest = values - high
-    middle = _leading_bits(rest)
-    return high, middle, rest - middle
-
-
-@triton.jit
-def _leading_bits(values):
-    return (values.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+def _butterflies(values, CHUNK: tl.constexpr, SIZE: tl.constexpr):
+    """`values` [CHUNK] times Sylvester's matrix of ones and minus ones, in blocks of SIZE: sums and differences."""
+    if SIZE > 1:
+        HALF: tl.constexpr = SIZE // 2
+        values = _butterflies(values, CHUNK, HALF)
+        left, right = tl.split(tl.permute(tl.reshape(values, (CHUNK // SIZE, 2, HALF)), (0, 2, 1)))
+        values = tl.reshape(tl.permute(tl.join(left + right, left - right), (0, 2, 1)), (CHUNK,))
+    return values
 
 
 @triton.jit

@@ -64,6 +64,66 @@ xor.b32 $0, l, 0x80808080;
 xor.b32 $1, h, 0x80808080;
 }""")
 
+_LOW_SCALED_FP16 = tl.constexpr("""{
+.reg .b32 a, b, low, zero;
+prmt.b32 a, $2, 0, 0x4140;
+prmt.b32 b, $2, 0, 0x4342;
+mov.b32 low, 0x64086408;
+mov.b32 zero, 0x80008000;
+lop3.b32 a, a, 0x000f000f, low, 0x6a;
+lop3.b32 b, b, 0x000f000f, low, 0x6a;
+sub.f16x2 a, a, low;
+sub.f16x2 b, b, low;
+fma.rn.f16x2 $0, a, $3, zero;
+fma.rn.f16x2 $1, b, $4, zero;
+}""")
+
+_HIGH_SCALED_FP16 = tl.constexpr("""{
+.reg .b32 a, b, one, high, zero;
+prmt.b32 a, $2, 0, 0x4140;
+prmt.b32 b, $2, 0, 0x4342;
+mov.b32 one, 0x2c002c00;
+mov.b32 high, 0xd480d480;
+mov.b32 zero, 0x80008000;
+lop3.b32 a, a, 0x00f000f0, 0x64806480, 0x6a;
+lop3.b32 b, b, 0x00f000f0, 0x64806480, 0x6a;
+fma.rn.f16x2 a, a, one, high;
+fma.rn.f16x2 b, b, one, high;
+fma.rn.f16x2 $0, a, $3, zero;
+fma.rn.f16x2 $1, b, $4, zero;
+}""")
+
+_LOW_SCALED_BF16 = tl.constexpr("""{
+.reg .b32 a, b, one, shift, zero;
+prmt.b32 a, $2, 0, 0x4140;
+prmt.b32 b, $2, 0, 0x4342;
+mov.b32 one, 0x3f803f80;
+mov.b32 shift, 0xc308c308;
+mov.b32 zero, 0x80008000;
+lop3.b32 a, a, 0x000f000f, 0x43084308, 0x6a;
+lop3.b32 b, b, 0x000f000f, 0x43084308, 0x6a;
+fma.rn.bf16x2 a, a, one, shift;
+fma.rn.bf16x2 b, b, one, shift;
+fma.rn.bf16x2 $0, a, $3, zero;
+fma.rn.bf16x2 $1, b, $4, zero;
+}""")
+
+_HIGH_SCALED_BF16 = tl.constexpr("""{
+.reg .b32 a, b, t, one, shift, zero;
+shr.u32 t, $2, 4;
+prmt.b32 a, t, 0, 0x4140;
+prmt.b32 b, t, 0, 0x4342;
+mov.b32 one, 0x3f803f80;
+mov.b32 shift, 0xc308c308;
+mov.b32 zero, 0x80008000;
+lop3.b32 a, a, 0x000f000f, 0x43084308, 0x6a;
+lop3.b32 b, b, 0x000f000f, 0x43084308, 0x6a;
+fma.rn.bf16x2 a, a, one, shift;
+fma.rn.bf16x2 b, b, one, shift;
+fma.rn.bf16x2 $0, a, $3, zero;
+fma.rn.bf16x2 $1, b, $4, zero;
+}""")
+
 _SIX_BITS_FIRST = tl.constexpr("""{
 .reg .b32 h, l, u, v;
 shl.b32 h, $2, 4;
@@ -168,6 +228,34 @@ def nibbles(packed, DTYPE: tl.constexpr, ASM: tl.constexpr):
         )
     else:
         return ((packed << 4).to(tl.int8) >> 4).to(DTYPE), (packed >> 4).to(DTYPE)
+
+
+@triton.jit
+def scaled_nibbles(packed, factor, HALF: tl.constexpr, ASM: tl.constexpr):
+    """Codes of the low nibbles, or of the high ones with HALF 1, times `factor` in its dtype, fp16 or bf16.
+
+    `factor` broadcasts. Codes are exact, so that each product is rounded once.
+    """
+    factor, packed = tl.broadcast(factor, packed)
+    if ASM and factor.dtype == tl.float16 and HALF == 0:
+        return tl.inline_asm_elementwise(
+            _LOW_SCALED_FP16, "=r,=r,r,r,r", [packed, factor], dtype=tl.float16, is_pure=True, pack=4
+        )
+    elif ASM and factor.dtype == tl.float16:
+        return tl.inline_asm_elementwise(
+            _HIGH_SCALED_FP16, "=r,=r,r,r,r", [packed, factor], dtype=tl.float16, is_pure=True, pack=4
+        )
+    elif ASM and HALF == 0:
+        return tl.inline_asm_elementwise(
+            _LOW_SCALED_BF16, "=r,=r,r,r,r", [packed, factor], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
+    elif ASM:
+        return tl.inline_asm_elementwise(
+            _HIGH_SCALED_BF16, "=r,=r,r,r,r", [packed, factor], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
+    else:
+        codes = (packed << 4).to(tl.int8) >> 4 if HALF == 0 else packed >> 4
+        return (codes.to(tl.float32) * factor.to(tl.float32)).to(factor.dtype)
 
 
 @triton.jit

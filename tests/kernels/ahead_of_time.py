@@ -24,7 +24,8 @@ class Resources:
     """What one program of a compiled kernel takes.
 
     `matrix` counts matrix instructions by name; `body` is every instruction of the longest loop by name. Compute
-    capability 10.0 keeps sums in columns of tensor memory; others have none.
+    capability 10.0 keeps sums in columns of tensor memory; others have none. `open_products` counts products with an
+    operand in registers that nothing waits for before a step of a loop ends: the next one may overwrite them.
     """
 
     registers: int
@@ -34,6 +35,7 @@ class Resources:
     matrix: Counter[str]
     body: Counter[str]
     load_bits: tuple[int, ...]
+    open_products: int = 0
 
 
 def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, Any], architecture: int, **options: int):
@@ -67,7 +69,21 @@ def read_resources(compiled: Any) -> Resources:
         matrix=Counter(MATRIX.findall(listing)),
         body=Counter(body),
         load_bits=tuple(sorted({int(bits) for bits in re.findall(r"LDG\S*?\.(\d+)", listing)})),
+        open_products=_open_products(compiled.asm["ttgir"]),
     )
+
+
+def _open_products(code: str) -> int:
+    """Of all loops of a kernel in Triton's representation for GPUs."""
+    found = started = 0
+    for line in code.splitlines():
+        if "warp_group_dot " in line and "dot_op<{opIdx = 0" in line:
+            started += 1
+        elif (wait := re.search(r"warp_group_dot_wait .*pendings = (\d+)", line)) is not None:
+            started = min(started, int(wait[1]))
+        elif "scf.yield" in line:
+            found, started = found + started, 0
+    return found
 
 
 def _longest_loop(listing: str) -> list[str]:

@@ -21,9 +21,12 @@ from optimum_qvlm.kernels import tiles
 from optimum_qvlm.kernels.triton_bytes import bytes_kernel
 from optimum_qvlm.kernels.triton_decode import decode_kernel
 from optimum_qvlm.kernels.triton_dequantize import dequantize_kernel
+from optimum_qvlm.kernels.triton_floats import floats_kernel
 from optimum_qvlm.kernels.triton_levels import levels_kernel, write_bytes_kernel
 from optimum_qvlm.kernels.triton_prefill import prefill_kernel
 from optimum_qvlm.kernels.triton_quantize import quantize_kernel
+from optimum_qvlm.kernels.triton_sums import ROWS as SUMMED_ROWS
+from optimum_qvlm.kernels.triton_sums import sums_kernel
 from tests.kernels.ahead_of_time import Resources, compile_kernel, read_resources
 
 ARCHITECTURES = (80, 86, 89, 90, 100)
@@ -85,6 +88,8 @@ class Case:
             faults.append(f"{found.tensor_columns} columns of tensor memory")
         if self.matrix and not any(name.startswith(self.matrix) for name in found.matrix):
             faults.append(f"{dict(found.matrix)} instead of {self.matrix}")
+        if found.open_products:
+            faults.append(f"{found.open_products} products from registers are open when a step ends")
         if self.weights is not None and max(found.load_bits, default=0) < self.load_bits:
             faults.append(f"loads of {found.load_bits} bits")
         return faults
@@ -96,8 +101,10 @@ def decode_case(
     """`triton_decode` for a weight of ROWS x CHANNELS."""
     tile = tiles.decode_tile(architecture, bits, group, tokens, changes.get("rows", ROWS))
     types = _pointers(dtype, x=dtype)
+    parts = tile.parts(architecture, -(-changes.get("rows", ROWS) // tile.rows), CHANNELS)
+    types |= {} if parts == 1 else {"y": "*fp32"}
     constants = {
-        "CHANNELS": CHANNELS, "WIDTH": CHANNELS, "GROUP": group or 0, "BITS": bits,
+        "CHANNELS": CHANNELS, "WIDTH": CHANNELS, "GROUP": group or 0, "BITS": bits, "PARTS": parts,
         "HAS_ZERO": changes.get("zero_point", False), "HAS_BIAS": True, "ASM": True,
         "FULL": tokens % tile.tokens == 0,
         "BLOCK_TOKENS": tile.tokens, "BLOCK_ROWS": tile.rows, "SLICES": tile.slices, "STAGES": tile.stages,
@@ -105,7 +112,7 @@ def decode_case(
     zero = " zero point" if changes.get("zero_point") else ""
     return Case(
         name=f"decode w{bits} g{group or 'row'}{zero} {dtype} rows {tile.rows} tokens {tile.tokens} "
-        f"warps {tile.warps} stages {tile.stages}",
+        f"warps {tile.warps} stages {tile.stages}{_shared(parts)}",
         architecture=architecture,
         kernel=decode_kernel,
         types=types,
@@ -135,17 +142,19 @@ def prefill_case(
     float_dtype = "fp16" if operand == "i8" else operand
     integer = operand == "i8"
     scales = (CHANNELS // (group or CHANNELS) if grouped else 1) if integer else -1
+    parts = tile.parts(architecture, -(-rows // tile.rows) * -(-tokens // tile.tokens), CHANNELS)
     constants = {
         "CHANNELS": CHANNELS, "WIDTH": CHANNELS, "GROUP": group or 0, "BITS": bits, "X_GROUPS": scales, "DTYPE": kind,
         "HAS_ZERO": False, "HAS_BIAS": True, "ASM": True, "FLOAT_TRICK": integer and architecture < 90,
         "BLOCK_TOKENS": tile.tokens, "BLOCK_ROWS": tile.rows, "STRIP": tile.strip, "STAGES": tile.stages,
+        "PARTS": parts, "SETTLES": architecture == 90 and not integer,
     }  # fmt: skip
     return Case(
         name=f"prefill w{bits} g{group or 'row'} {operand}{' grouped' if grouped else ''} rows {tile.rows} "
-        f"tokens {tile.tokens} warps {tile.warps} stages {tile.stages}",
+        f"tokens {tile.tokens} warps {tile.warps} stages {tile.stages}{_shared(parts)}",
         architecture=architecture,
         kernel=prefill_kernel,
-        types={**_pointers(float_dtype, x=operand), "x_scale": "*fp32"},
+        types={**_pointers(float_dtype, x=operand), "x_scale": "*fp32", **({} if parts == 1 else {"y": "*fp32"})},
         constants=constants,
         warps=tile.warps,
         stages=tile.stages,
@@ -203,6 +212,43 @@ def levels_case(architecture: int, tokens: int, rows: int, group: int = 128) -> 
     )
 
 
+def floats_case(architecture: int, tokens: int, rows: int, group: int = 128, dtype: str = "bf16") -> Case:
+    """`triton_floats`, whose left operand is made in registers."""
+    tile = tiles.floats_tile(architecture, tokens, rows)
+    parts = tile.parts(architecture, -(-rows // tile.rows) * -(-tokens // tile.tokens), CHANNELS)
+    types = {
+        "x": f"tensordesc<{dtype}[{tile.tokens}, 64]>", "codes": f"tensordesc<i8[{tile.rows}, 64]>",
+        "scales": f"tensordesc<{dtype}[1, {tile.rows}]>", "bias": f"*{dtype}",
+        "y": f"*{dtype}" if parts == 1 else "*fp32", "tokens": "i32", "rows": "i32",
+    }  # fmt: skip
+    constants = {
+        "WIDTH": CHANNELS, "GROUP": group, "HAS_BIAS": parts == 1, "ASM": True, "PARTS": parts,
+        "SETTLES": architecture == 90,
+        "BLOCK_TOKENS": tile.tokens, "BLOCK_ROWS": tile.rows, "STRIP": tile.strip, "STAGES": tile.stages,
+    }  # fmt: skip
+    return Case(
+        name=f"floats w4 g{group} {dtype} rows {tile.rows} tokens {tile.tokens} warps {tile.warps} "
+        f"stages {tile.stages}{_shared(parts)}",
+        architecture=architecture,
+        kernel=floats_kernel,
+        types=types,
+        constants=constants,
+        warps=tile.warps,
+        stages=tile.stages,
+        matrix=_matrix(architecture, integer=False),
+    )
+
+
+def sums_case(architecture: int, parts: int) -> Case:
+    """`triton_sums`."""
+    types = {"parts": "*fp32", "bias": "*fp16", "y": "*fp16", "rows": "i32"}
+    constants = {"PARTS": parts, "HAS_BIAS": True, "BLOCK_ROWS": SUMMED_ROWS}
+    return Case(
+        name=f"sums of {parts}", architecture=architecture, kernel=sums_kernel, types=types, constants=constants,
+        warps=2, stages=3, matrix=(),
+    )  # fmt: skip
+
+
 def written_case(architecture: int, group: int) -> Case:
     """What `triton_levels` writes a whole weight with."""
     types = {"codes": "*i8", "scale": "*fp16", "out": "*i8", "rows": "i32"}
@@ -241,7 +287,7 @@ def quantize_case(
         constants=constants,
         warps=tile.warps,
         stages=3,
-        matrix=() if rotation is None else ("HMMA", "HGMMA", "UTC"),
+        matrix=(),
     )
 
 
@@ -274,6 +320,7 @@ def checked_cases(architecture: int) -> list[Case]:
         prefill_case(architecture, 200, 8, None),
         *([bytes_case(architecture, 600, ROWS)] if architecture >= tiles.BULK_COPIES else []),
         *([levels_case(architecture, 600, ROWS)] if architecture >= tiles.BULK_COPIES else []),
+        *([floats_case(architecture, 600, ROWS)] if architecture >= tiles.BULK_COPIES else []),
         written_case(architecture, 128),
     ]
 
@@ -292,6 +339,10 @@ def all_cases(architecture: int) -> list[Case]:
         found += [bytes_case(architecture, 600, 1024), bytes_case(architecture, 2048, MANY_ROWS)]
         found += [levels_case(architecture, *size) for size in ((300, 1024), (600, 5120), (1024, MANY_ROWS))]
         found.append(levels_case(architecture, 600, ROWS, 64))
+        sizes = ((64, 5120), (64, MANY_ROWS), (200, 5120), (600, 5120))
+        found += [floats_case(architecture, *size, dtype=dtype) for size in sizes for dtype in ("bf16", "fp16")]
+        found += [floats_case(architecture, *size, 64) for size in sizes]
+    found.append(sums_case(architecture, 3))
     return list({(case.name, *case.constants.items()): case for case in found}.values())
 
 
@@ -326,6 +377,10 @@ def _pointers(dtype: str, *, x: str) -> dict[str, str]:
         "x": f"*{x}", "codes": "*i8", "scale": f"*{dtype}", "zero": "*i8", "bias": f"*{dtype}", "y": f"*{dtype}",
         "tokens": "i32", "rows": "i32", "token_stride": "i32",
     }  # fmt: skip
+
+
+def _shared(parts: int) -> str:
+    return "" if parts == 1 else f" shared by {parts}"
 
 
 def _matrix(architecture: int, *, integer: bool) -> tuple[str, ...]:

@@ -1,9 +1,12 @@
 """Launch shapes: a table that answers for every size, and whose answers a device can launch."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from optimum_qvlm.kernels import tiles
 
@@ -52,9 +55,8 @@ def test_large_products_of_bytes_get_large_tiles():
 def test_tiles_made_in_registers_are_rows_of_whole_warp_groups(architecture):
     """The left operand is the weight: sixteen rows a warp, four warps to an instruction."""
     for tokens, rows in itertools.product((tiles.LEVELS_TOKENS, 5000), SIZES):
-        tile = tiles.levels_tile(architecture, tokens, rows)
-
-        assert tile.rows % 64 == 0 and tile.warps % 4 == 0
+        for tile in (tiles.levels_tile(architecture, tokens, rows), tiles.floats_tile(architecture, tokens, rows)):
+            assert tile.rows % 64 == 0 and tile.warps % 4 == 0
 
 
 def test_a_device_that_nobody_measured_takes_the_lines_of_the_newest_older_one():
@@ -75,11 +77,32 @@ def test_every_line_of_the_table_is_taken_by_something():
                 taken.add(tiles.prefill_tile(architecture, operand, bits, group, tokens, rows))
         taken.add(tiles.bytes_tile(architecture, tokens, rows))
         taken.add(tiles.levels_tile(architecture, tokens, rows))
+        taken.add(tiles.floats_tile(architecture, tokens, rows))
 
     for line in tiles.table():
         shape = {name: line[name] for name in ("tokens", "rows", "warps", "stages")}
-        shape |= {name: line[name] for name in ("slices", "registers") if name in line}
+        shape |= {name: line[name] for name in ("slices", "registers", "busy", "share") if name in line}
         assert any(all(getattr(tile, name, None) == value for name, value in shape.items()) for tile in taken), line
+
+
+@given(busy=st.integers(1, 6), share=st.integers(1, 64), programs=st.integers(1, 2000), blocks=st.integers(1, 200))
+def test_programs_that_share_a_tile_all_have_something_to_do(busy, share, programs, blocks):
+    """No more of them than keep the device busy, none with less than its share of channels, none without a block."""
+    tile = tiles.PrefillTile(tokens=64, rows=64, warps=4, stages=3, busy=busy, share=128 * share)
+
+    parts = tile.parts(90, programs, 128 * blocks)
+
+    each = -(-blocks // parts)
+    assert (parts - 1) * each < blocks <= parts * each
+    assert parts == 1 or (parts * programs <= busy * tiles.MULTIPROCESSORS[90] and blocks // parts >= share)
+
+
+def test_enough_tiles_are_not_shared():
+    alone = tiles.PrefillTile(tokens=64, rows=64, warps=4, stages=3)
+    shared = dataclasses.replace(alone, busy=2, share=768)
+
+    assert alone.parts(90, 1, 5120) == 1
+    assert [shared.parts(90, programs, 5120) for programs in (20, 80, 132, 133)] == [6, 3, 2, 1]
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -92,7 +115,7 @@ def test_quantizing_holds_whole_groups_and_rotations(width, group, rotation, who
 
     assert tile.chunk.bit_count() == 1 and tile.span <= tile.chunk
     assert group is None or tile.span % group == 0
-    assert rotation is None or tile.chunk % (16 * rotation) == 0
+    assert rotation is None or tile.chunk % rotation == 0
 
 
 def test_what_is_no_nvidia_device_gets_the_oldest_table_and_no_ptx():

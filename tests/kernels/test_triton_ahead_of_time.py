@@ -1,5 +1,6 @@
 """Kernels compiled for architectures that are not here: nothing spills, everything fits, the right instruction."""
 
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -48,6 +49,16 @@ def test_the_whole_table_has_every_launch_shape_of_its_architecture(architecture
         assert any((line["kernel"], number, *shape) in compiled for number in bits), line
 
 
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_no_product_is_open_when_its_operand_is_overwritten(bits):
+    """Whole rows in floats, whose sums nothing but the next product uses: without waiting they were wrong on a GPU."""
+    case = resources.prefill_case(90, 200, bits, None, "fp16")
+    careless = dataclasses.replace(case, constants=case.constants | {"SETTLES": False})
+
+    assert case.resources().open_products == 0
+    assert careless.resources().open_products > 0
+
+
 def test_faults_are_found():
     """What a tile that is far too large would show."""
     case = resources.prefill_case(86, 600, 4, 128)
@@ -59,6 +70,7 @@ def test_faults_are_found():
         matrix=Counter({"HMMA.16816.F32": 4}),
         body=Counter(),
         load_bits=(32,),
+        open_products=1,
     )
 
     assert case.faults(poor) == [
@@ -66,6 +78,7 @@ def test_faults_are_found():
         "102400 bytes of shared memory",
         "576 columns of tensor memory",
         "{'HMMA.16816.F32': 4} instead of ('IMMA',)",
+        "1 products from registers are open when a step ends",
         "loads of (32,) bits",
     ]
 

@@ -51,6 +51,23 @@ def test_a_module_on_a_device_runs_the_kernels_and_goes_back(scheme, dtype, toke
     assert float((y - expected).norm()) < 0.02 * float(expected.norm())
 
 
+@pytest.mark.parametrize("tokens", [40, 64, 200])
+@pytest.mark.parametrize("bits, group", [(4, None), (6, None), (8, None), (4, 128), (4, 64), (4, 32)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_reductions_are_right_and_the_same_in_every_run(dtype, bits, group, tokens):
+    """Hundreds of steps, of which none may begin before the products of the last have read their operands."""
+    weight, grid = make_weight(2048, 8192, bits, group)
+    weight = replace(weight, scale=weight.scale.to(dtype))
+    grid = replace(grid, scale_dtype=dtype)
+    x = make_activations(tokens, 8192, dtype) / 8
+    stored = triton_linear.store(weight, grid)
+
+    runs = [triton_linear.linear(x, stored, None, Rounding(), grid) for _ in range(5)]
+
+    assert all(torch.equal(run, runs[0]) for run in runs)
+    assert_product(runs[0], x, weight, dense=dtype)
+
+
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("scheme", [*SCHEMES, LEVELS])
 def test_compiled_whole_and_captured_gives_the_same(scheme, tokens):

@@ -91,12 +91,19 @@ def make_activations(tokens: int, channels: int, dtype: torch.dtype = torch.floa
 
 
 def assert_product(
-    y: Tensor, x: Tensor, weight: CodedWeight, bias: Tensor | None = None, *, dense: torch.dtype | None = None
+    y: Tensor,
+    x: Tensor,
+    weight: CodedWeight,
+    bias: Tensor | None = None,
+    *,
+    dense: torch.dtype | None = None,
+    order: float | None = None,
 ) -> None:
     """`y` is `x W^T + bias` up to rounding to its dtype and the order of sums, at every element.
 
-    With `dense` the weight was rounded to that dtype first, and partial sums may have been too. Without, sums of codes
-    and of zero points are taken apart, so that what cancels between them counts too.
+    With `dense` the weight was rounded to that dtype first, and partial sums may have been too, unless `order` says
+    what their order can differ by. Without, sums of codes and of zero points are taken apart, so that what cancels
+    between them counts too.
     """
     whole = reference.dequantize_rows(weight, 0, weight.codes.shape[0])
     whole = whole.double() if dense is None else whole.to(dense).double()
@@ -105,7 +112,8 @@ def assert_product(
     magnitude = x.double().abs() @ parts.T
     if bias is not None:
         exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
-    order = ORDER if dense is None else ROUNDING[dense]
+    if order is None:
+        order = ORDER if dense is None else ROUNDING[dense]
     excess = (y.double() - exact).abs() - (ROUNDING[y.dtype] * exact.abs() + order * magnitude)
     assert bool(torch.isfinite(y).all())
     assert float(excess.max()) <= 0

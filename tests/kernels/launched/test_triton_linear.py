@@ -125,7 +125,7 @@ def test_every_scheme_at_every_bucket_of_tokens(tokens, scheme):
 
     y = triton_linear.linear(x, stored, bias_for(130), rounding, grid)
 
-    dense = x.dtype if activation == 16 and tokens >= tiles.DENSE_TOKENS and x.dtype != torch.float32 else None
+    dense = x.dtype if activation == 16 and tokens >= tiles.FLOAT_TOKENS and x.dtype != torch.float32 else None
     assert_product(y, reference.round_tokens(x, rounding), weight, bias_for(130), dense=dense)
 
 
