@@ -108,7 +108,7 @@ def _write(
     out, values, scale, start,
     WIDTH: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr, QMAX: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    inside = tl.reshape(tl.arange(0, CHUNK), values.shape)
+    inside = tl.arange(0, CHUNK)
     mask = (start + inside < WIDTH) & (inside < SPAN)
     if not ROUNDS:
         tl.store(out + start + inside, values.to(out.dtype.element_ty), mask=mask)
@@ -116,7 +116,8 @@ def _write(
         steps = tl.minimum(tl.maximum(tl.div_rn(values, scale), -QMAX), QMAX)
         # Adding 1.5 * 2**23 leaves the integer nearest, halves to even, in the low bits.
         codes = (steps + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-        tl.store(out + start + inside, codes.to(tl.int8), mask=mask)
+        # Flat, so that neighbouring channels are written at once.
+        tl.store(out + start + inside, tl.reshape(codes.to(tl.int8), (CHUNK,)), mask=mask)
 
 
 def fuses(rounding: Rounding) -> bool:
