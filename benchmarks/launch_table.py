@@ -1,6 +1,6 @@
 """Measure launch shapes of the Triton kernels on the GPU that is here, and write its lines of the table anew.
 
-    python benchmarks/launch_table.py --kernels decode prefill bytes levels
+    python benchmarks/launch_table.py --kernels decode prefill bytes levels floats
 
 Every line of `optimum_qvlm/kernels/tiles.json` for this architecture is tried against candidates, on shapes of a 13B
 model. A line changes only where a candidate is faster by `--margin`, so that noise does not. Candidates are compiled
@@ -21,11 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimum_qvlm.kernels import tiles, triton_bytes, triton_decode, triton_levels, triton_prefill
+from optimum_qvlm.kernels import tiles, triton_bytes, triton_decode, triton_floats, triton_levels, triton_prefill
 from optimum_qvlm.kernels.triton_layout import PackedWeight, padded_width
 
 TABLE = Path(tiles.__file__).with_name(tiles.TABLE)
-SHAPE = ("tokens", "rows", "slices", "warps", "stages", "registers")
+SHAPE = ("tokens", "rows", "slices", "warps", "stages", "registers", "busy", "share")
+SHARED = ("busy", "share")
+"""What every candidate of a line has as the line has it: whether programs share the channels of a tile."""
+
 COLD_BYTES = 200 * 2**20
 """What weight sets hold together, four times the largest cache."""
 
@@ -59,7 +62,7 @@ class Trial:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernels", nargs="+", default=["decode", "prefill", "bytes", "levels"])
+    parser.add_argument("--kernels", nargs="+", default=["decode", "prefill", "bytes", "levels", "floats"])
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 6, 8], help="of the weight")
     parser.add_argument("--margin", type=float, default=0.03, help="share of time that a change must save")
     parser.add_argument("--workers", type=int, default=8, help="processes that compile")
@@ -115,7 +118,8 @@ def candidates(line: dict[str, Any]) -> Iterator[Shape]:
         if bound != "any" and tokens > bound:
             continue
         if rows * tokens <= 128 * 256 and warps * 32 * 128 >= rows * tokens:
-            yield {"tokens": tokens, "rows": rows, "warps": warps, "stages": stages}
+            shared = {name: own[name] for name in SHARED if name in own}
+            yield {"tokens": tokens, "rows": rows, "warps": warps, "stages": stages} | shared
 
 
 def trials(line: dict[str, Any]) -> list[Trial]:
@@ -154,6 +158,9 @@ def call_of(trial: Trial, weights: list[PackedWeight]) -> Callable[[int], Tensor
         x = torch.randn(tokens, trial.channels, device="cuda", dtype=torch.bfloat16)
         return with_tile("decode_tile", tile, lambda n: triton_decode.linear_decode(x, weights[n], None))
     prefill = tiles.PrefillTile(**shape)
+    if line["kernel"] == "floats":
+        x = torch.randn(tokens, trial.channels, device="cuda", dtype=torch.bfloat16)
+        return with_tile("floats_tile", prefill, lambda n: triton_floats.linear_floats(x, weights[n], None))
     if line.get("operand", 8) == 8:
         x = torch.randint(-127, 128, (tokens, width), device="cuda", dtype=torch.int8)
         scale = torch.rand(tokens, 1, device="cuda")
@@ -187,7 +194,8 @@ def with_tile(name: str, tile: Any, call: Callable[[int], Tensor]) -> Callable[[
 def random_weight(line: dict[str, Any], rows: int, channels: int) -> PackedWeight:
     """Random codes as the kernel of a line reads them."""
     levels = line["kernel"] == "levels"
-    bits = 4 if levels or "group" in line or line.get("bits", 8) == "any" else line.get("bits", 8)
+    four = line["kernel"] in ("levels", "floats") or "group" in line or line.get("bits", 8) == "any"
+    bits = 4 if four else line.get("bits", 8)
     usual = None if bits == 8 else 32 if line.get("sums") == "several" else 128
     group = line.get("group", usual)
     width = padded_width(channels)

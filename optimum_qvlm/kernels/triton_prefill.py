@@ -142,8 +142,8 @@ def settled(sums):
     """`sums` once they are there: left open, the next step writes registers that the matrix unit still reads.
 
     Where only the next product uses sums of floats, Triton waits for them a step later, when the registers of the left
-    operand have been given away. Seen with compute capability 9.0, whose matrix unit reads them while the program goes
-    on; 10.0 keeps neither in registers.
+    operand may have been given away: with `triton_floats` products were wrong on compute capability 9.0. 10.0 keeps
+    neither in registers.
     """
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [sums], dtype=tl.float32, is_pure=True, pack=1)
 

@@ -51,7 +51,7 @@ def test_the_whole_table_has_every_launch_shape_of_its_architecture(architecture
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_no_product_is_open_when_its_operand_is_overwritten(bits):
-    """Whole rows in floats, whose sums nothing but the next product uses: without waiting they were wrong on a GPU."""
+    """Whole rows in floats, whose sums nothing but the next product uses, so that Triton does not wait for them."""
     case = resources.prefill_case(90, 200, bits, None, "fp16")
     careless = dataclasses.replace(case, constants=case.constants | {"SETTLES": False})
 
