@@ -10,6 +10,7 @@ from shapes import llama, model_of
 
 from optimum_qvlm.hf.checkpoint import packed_bytes, quantized_modules
 from optimum_qvlm.modules.fused import FusedLinear
+from optimum_qvlm.modules.qlinear import QuantLinear
 from tests.tiny_models import tiny_llama
 
 
@@ -31,7 +32,7 @@ def test_rounds_decode_what_the_model_generates(static):
 
 def arguments(**settings):
     chosen = {"tokens": 2, "rounds": 1, "device": "cpu", "cpu_time": False, "static_cache": False}
-    chosen |= {"image": False, "compile": False, "baselines": ["bf16"], "turns": None}
+    chosen |= {"image": False, "compile": False, "baselines": ["bf16"], "turns": None, "rotated": False}
     return argparse.Namespace(**{**chosen, **settings})
 
 
@@ -107,3 +108,19 @@ def test_fused_variants_hold_and_compute_what_the_others_do(llama_folder, monkey
     with torch.no_grad():
         found, expected = (variants[name](input_ids=ids).logits for name in ("w4a16 fused", "w4a16"))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_random_weights_are_rotated_where_calibrated_ones_would_be(monkeypatch, rotated):
+    """Every site over a power of two that fits, applied before the product."""
+    monkeypatch.setitem(generate.SHAPES, "tiny", lambda: tiny_llama().config)
+    asked = arguments(random_init="tiny", model=None, fuse=False, rotated=rotated, schemes=["w4a8"])
+    asked.dtype, asked.exact_decode = "fp32", False
+
+    model = generate.build_all(asked)["w4a8"]
+
+    linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    sizes = {module.format.rotation for module in linears}
+    assert len(linears) == 7 * model.config.num_hidden_layers
+    assert sizes == {None} if not rotated else all(size > 1 and size & (size - 1) == 0 for size in sizes)
+    assert all(module.in_features % (module.format.rotation or 1) == 0 for module in linears)

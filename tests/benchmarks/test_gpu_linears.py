@@ -8,7 +8,7 @@ import pytest
 import torch
 
 CPU = torch.device("cpu")
-SETTINGS = argparse.Namespace(schemes=["w4a8", "w4a8-levels"], tokens=[1, 17], rounds=1, sets=2)
+SETTINGS = argparse.Namespace(schemes=["w4a8", "w4a8-levels-rotated"], tokens=[1, 17], rounds=1, sets=2)
 
 
 def test_a_line_for_each_number_of_tokens(capsys):
@@ -30,6 +30,14 @@ def test_bytes_are_those_of_codes_and_scales():
     """The share of a copy counts what has to be read: half a byte per weight, and a scale for each group."""
     module = gpu_linears.make_linear("w4a16", 256, 512, CPU)
     assert 256 * 512 // 2 <= gpu_linears.weight_bytes(module) <= 256 * 512 // 2 + 8 * 256 * 4
+
+
+def test_what_is_behind_a_scheme_is_in_the_module():
+    """Scales on two levels, and a rotation over as many channels as fit."""
+    plain, both = (gpu_linears.make_linear(name, 64, 192, CPU).format for name in ("w4a8", "w4a8-levels-rotated"))
+
+    assert (plain.rotation, plain.weight.two_level) == (None, False)
+    assert (both.rotation, both.weight.two_level) == (64, True)
 
 
 def test_every_kernel_that_is_timed_is_launched_beforehand():
