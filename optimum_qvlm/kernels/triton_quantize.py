@@ -26,7 +26,7 @@ def quantize_kernel(
     clip, token_stride, out_stride, scale_stride,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, ROTATION: tl.constexpr,
     EQUALIZED: tl.constexpr, STATIC: tl.constexpr, ROUNDS: tl.constexpr, QMAX: tl.constexpr,
-    SPAN: tl.constexpr, CHUNK: tl.constexpr, ASM: tl.constexpr,
+    SPAN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Codes and scales with ROUNDS, else transformed activations.
 
@@ -42,15 +42,15 @@ def quantize_kernel(
     if WHOLE and WIDTH > CHUNK:
         peak = 0.0
         for step in tl.range(0, (CHANNELS + CHUNK - 1) // CHUNK):
-            part = _transformed(x, equalizer, step * CHUNK, CHANNELS, CHUNK, CHUNK, ROTATION, EQUALIZED, ASM)
+            part = _transformed(x, equalizer, step * CHUNK, CHANNELS, CHUNK, CHUNK, ROTATION, EQUALIZED)
             peak = tl.maximum(peak, tl.max(tl.abs(part)))
         scale = _scale(peak, clip, QMAX)
         tl.store(scales + token * scale_stride, scale)
         for step in tl.range(0, (WIDTH + CHUNK - 1) // CHUNK):
-            part = _transformed(x, equalizer, step * CHUNK, CHANNELS, CHUNK, CHUNK, ROTATION, EQUALIZED, ASM)
+            part = _transformed(x, equalizer, step * CHUNK, CHANNELS, CHUNK, CHUNK, ROTATION, EQUALIZED)
             _write(out, part, scale, step * CHUNK, WIDTH, CHUNK, CHUNK, QMAX, ROUNDS)
     else:
-        part = _transformed(x, equalizer, start, CHANNELS, SPAN, CHUNK, ROTATION, EQUALIZED, ASM)
+        part = _transformed(x, equalizer, start, CHANNELS, SPAN, CHUNK, ROTATION, EQUALIZED)
         if not ROUNDS:
             _write(out, part, 1.0, start, WIDTH, SPAN, CHUNK, QMAX, ROUNDS)
         elif STATIC:
@@ -71,7 +71,7 @@ def quantize_kernel(
 def _transformed(
     x, equalizer, start,
     CHANNELS: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr,
-    ROTATION: tl.constexpr, EQUALIZED: tl.constexpr, ASM: tl.constexpr,
+    ROTATION: tl.constexpr, EQUALIZED: tl.constexpr,
 ):  # fmt: skip
     """Transformed activations of a chunk, fp32 [CHUNK]; zeros past the channels or the span."""
     inside = tl.arange(0, CHUNK)
@@ -214,7 +214,6 @@ def _launch(x: Tensor, rounding: Rounding, out: Tensor, scale: Tensor) -> None:
         "QMAX": 2 ** (rounding.bits - 1) - 1,
         "SPAN": tile.span,
         "CHUNK": tile.chunk,
-        "ASM": tiles.speaks_ptx(x.device),
     }
     grid = (tokens, 1 if whole else -(-width // tile.span))
     start(quantize_kernel, grid, arguments, x.device, num_warps=tile.warps)

@@ -266,7 +266,7 @@ def quantize_case(
     tile = tiles.quantize_tile(CHANNELS, group, rotation, whole=rounds and group is None)
     constants = {
         "CHANNELS": CHANNELS, "WIDTH": CHANNELS, "GROUP": group or 0, "ROTATION": rotation or 0, "EQUALIZED": True,
-        "STATIC": False, "ROUNDS": rounds, "QMAX": 127, "SPAN": tile.span, "CHUNK": tile.chunk, "ASM": True,
+        "STATIC": False, "ROUNDS": rounds, "QMAX": 127, "SPAN": tile.span, "CHUNK": tile.chunk,
     }  # fmt: skip
     return Case(
         name=f"{'quantize' if rounds else 'transform'} {dtype} g{group or 'token'} rotation {rotation} "
