@@ -85,6 +85,8 @@ def main() -> None:
     parser.add_argument("--fuse", action="store_true", help="each scheme also with its linears fused")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.rotated and not arguments.random_init:
+        parser.error("--rotated is for --random-init; linears of --model are rounded to nearest without a transform")
     torch.set_num_threads(arguments.threads)
     variants = build_all(arguments)
     found = []
@@ -135,9 +137,8 @@ def sites_of(model: Any) -> list[list[str]]:
 
 def random_variant(arguments: argparse.Namespace, scheme: str | None, dtype: torch.dtype) -> Any:
     """Random weights."""
-    settings = {"exact_decode": arguments.exact_decode}
-    rotated = arguments.rotated
-    return random_model(arguments.random_init, scheme, dtype, arguments.device, rotated=rotated, **settings)
+    settings = {"exact_decode": arguments.exact_decode, "rotated": arguments.rotated}
+    return random_model(arguments.random_init, scheme, dtype, arguments.device, **settings)
 
 
 def loaded_variant(arguments: argparse.Namespace, scheme: str | None, dtype: torch.dtype) -> Any:

@@ -136,7 +136,7 @@ def dense_weights(rows: int, channels: int, sets: int, device: torch.device) -> 
 
 def make_linear(scheme: str, rows: int, channels: int, device: torch.device) -> QuantLinear:
     """A quantized linear with random codes, in the layout of its device."""
-    parsed = Scheme.parse(scheme.partition("-")[0])
+    parsed = Scheme.parse(scheme.replace(LEVELS, "").replace(ROTATED, ""))
     spec = parsed.weight_spec(channels, "auto", symmetric=True)
     if LEVELS in scheme:
         spec = replace(spec, two_level=True)

@@ -114,11 +114,11 @@ def candidates(line: dict[str, Any]) -> Iterator[Shape]:
                 yield own | {"rows": rows, "slices": slices, "warps": warps, "stages": stages}
         return
     bound = line.get("up_to", "any")
+    shared = {name: own[name] for name in SHARED if name in own}
     for rows, tokens, warps, stages in itertools.product((64, 128, 256), (16, 32, 64, 128), (4, 8), (3, 4)):
         if bound != "any" and tokens > bound:
             continue
         if rows * tokens <= 128 * 256 and warps * 32 * 128 >= rows * tokens:
-            shared = {name: own[name] for name in SHARED if name in own}
             yield {"tokens": tokens, "rows": rows, "warps": warps, "stages": stages} | shared
 
 

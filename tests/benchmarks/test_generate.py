@@ -110,6 +110,15 @@ def test_fused_variants_hold_and_compute_what_the_others_do(llama_folder, monkey
     assert torch.equal(found, expected)
 
 
+def test_rotations_are_not_dropped_in_silence(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["generate.py", "--model", str(tmp_path), "--rotated"])
+
+    with pytest.raises(SystemExit):
+        generate.main()
+
+    assert "--rotated is for --random-init" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("rotated", [False, True])
 def test_random_weights_are_rotated_where_calibrated_ones_would_be(monkeypatch, rotated):
     """Every site over a power of two that fits, applied before the product."""

@@ -7,6 +7,8 @@ import gpu_peers
 import pytest
 import torch
 
+from optimum_qvlm.errors import SpecError
+
 CPU = torch.device("cpu")
 SETTINGS = argparse.Namespace(schemes=["w4a8", "w4a8-levels-rotated"], tokens=[1, 17], rounds=1, sets=2)
 
@@ -38,6 +40,8 @@ def test_what_is_behind_a_scheme_is_in_the_module():
 
     assert (plain.rotation, plain.weight.two_level) == (None, False)
     assert (both.rotation, both.weight.two_level) == (64, True)
+    with pytest.raises(SpecError, match="w4a8-rotatd"):
+        gpu_linears.make_linear("w4a8-rotatd", 64, 192, CPU)
 
 
 def test_every_kernel_that_is_timed_is_launched_beforehand():
