@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 
 from optimum_qvlm import QVLMConfig
-from optimum_qvlm.report.fidelity import answer_logits, compare, right_answers
+from optimum_qvlm.evaluation.fidelity import answer_logits, compare, right_answers
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from transformers.utils import logging
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.data.loader import LoaderOptions, make_labelled_batches
 from optimum_qvlm.data.sample import read_sample
-from optimum_qvlm.report.fidelity import answer_logits, compare
+from optimum_qvlm.evaluation.fidelity import answer_logits, compare
 
 SEARCHES: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"},

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, StaticCache
 
 from optimum_qvlm import QVLMConfig
-from optimum_qvlm.hf.checkpoint import packed_bytes, quantized_modules
+from optimum_qvlm.hf.format.modules import packed_bytes, quantized_modules
 from optimum_qvlm.hf.fusion import fuse_sites
 from optimum_qvlm.models.registry import adapter_for
 from optimum_qvlm.modules.fused import FusedLinear

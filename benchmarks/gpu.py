@@ -103,7 +103,7 @@ def test_stages(small: bool) -> list[Stage]:
     pytest = (sys.executable, *"-m pytest -q -m gpu -p no:benchmark".split())
     pytest += ("-q", "--collect-only") if small else ()
     workers = ("-n", str(WORKERS)) if find_spec("xdist") is not None and not small else ()
-    checked = (*pytest, "tests/kernels/launched", "-k", SANITIZED)
+    checked = (*pytest, "tests/kernels/triton/launched", "-k", SANITIZED)
     if not small:  # the allocator of torch would hide what lies past the end of a tensor
         checker = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", SANITIZER, "--tool", "memcheck", "--error-exitcode", "9")
         checked = (*checker, *checked)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
-from optimum_qvlm.quant.spec import NAMED_SCHEMES, Scheme
+from optimum_qvlm.spec import NAMED_SCHEMES, Scheme
 
 COLD_BYTES = 200 * 2**20
 """What the weight sets of a GPU's run hold together: four times the largest cache."""

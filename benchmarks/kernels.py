@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from optimum_qvlm.kernels import NOTHING, Rounding, dispatch
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.quant.affine import quantize_weight
-from optimum_qvlm.quant.spec import NAMED_SCHEMES, Scheme, WeightSpec
+from optimum_qvlm.spec import NAMED_SCHEMES, Scheme, WeightSpec
 
 TOKENS = (1, 4, 16, 64, 256, 600)
 WIDTH = 26

@@ -21,8 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimum_qvlm.kernels import tiles, triton_bytes, triton_decode, triton_floats, triton_levels, triton_prefill
-from optimum_qvlm.kernels.triton_layout import PackedWeight, padded_width
+from optimum_qvlm.kernels.triton import bytes as triton_bytes
+from optimum_qvlm.kernels.triton import decode as triton_decode
+from optimum_qvlm.kernels.triton import floats as triton_floats
+from optimum_qvlm.kernels.triton import levels as triton_levels
+from optimum_qvlm.kernels.triton import prefill as triton_prefill
+from optimum_qvlm.kernels.triton import tiles
+from optimum_qvlm.kernels.triton.layout import PackedWeight, padded_width
 
 TABLE = Path(tiles.__file__).with_name(tiles.TABLE)
 SHAPE = ("tokens", "rows", "slices", "warps", "stages", "registers", "busy", "share")

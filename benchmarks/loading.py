@@ -19,7 +19,7 @@ import torch
 from shapes import SHAPES, model_of
 
 from optimum_qvlm import QVLMConfig
-from optimum_qvlm.hf.checkpoint import packed_bytes, quantized_modules
+from optimum_qvlm.hf.format.modules import packed_bytes, quantized_modules
 
 LOAD = """
 import gc, re, sys, threading, time, torch

@@ -18,8 +18,8 @@ from workers import in_turn
 from optimum_qvlm.pipeline.calibrate import CalibrationData, calibrate
 from optimum_qvlm.pipeline.capture import first_tensor
 from optimum_qvlm.pipeline.dependency import EntropyOptions
+from optimum_qvlm.plan import Block, PlannedPart, QuantPlan
 from optimum_qvlm.search.partition import partition
-from optimum_qvlm.search.plan import Block, PlannedPart, QuantPlan
 
 SAMPLED_TOKENS = 256
 

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from optimum_qvlm import QVLMConfig, __version__
-from optimum_qvlm.report.fidelity import answer_logits
+from optimum_qvlm.evaluation.fidelity import answer_logits
 
 RUNNER = Path(__file__).parent / "peer_runner.py"
 PEERS = ("hqq", "awq", "gptq", "autoround-light", "autoround")

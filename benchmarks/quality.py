@@ -29,7 +29,7 @@ from transformers.utils import logging
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.data.loader import Batch, LoaderOptions, make_labelled_batches
 from optimum_qvlm.data.sample import read_sample
-from optimum_qvlm.report.fidelity import answer_logits, compare, right_answers
+from optimum_qvlm.evaluation.fidelity import answer_logits, compare, right_answers
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))

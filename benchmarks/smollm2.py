@@ -118,7 +118,7 @@ def batch_of(ids: Tensor) -> Batch:
 
 
 def perplexity(logits: Sequence[Tensor], batches: Sequence[Batch]) -> float:
-    """Of logits as `optimum_qvlm.report.fidelity.answer_logits` returns them."""
+    """Of logits as `optimum_qvlm.evaluation.fidelity.answer_logits` returns them."""
     losses = [F.cross_entropy(found, wanted) for found, wanted in zip(logits, targets(batches), strict=True)]
     return math.exp(float(torch.stack(losses).mean()))
 

@@ -18,12 +18,12 @@ from optimum_qvlm import QVLMConfig
 from optimum_qvlm.data.loader import Batch, LoaderOptions, make_labelled_batches
 from optimum_qvlm.data.recipe import Recipe
 from optimum_qvlm.data.sample import read_sample
+from optimum_qvlm.evaluation.fidelity import answer_logits, right_answers
 from optimum_qvlm.models.registry import adapter_for
 from optimum_qvlm.pipeline.calibrate import CalibrationData, calibrate
 from optimum_qvlm.pipeline.planner import make_plan
 from optimum_qvlm.pipeline.result import CalibrationResult
-from optimum_qvlm.report.fidelity import answer_logits, right_answers
-from optimum_qvlm.search.plan import Block, QuantPlan
+from optimum_qvlm.plan import Block, QuantPlan
 
 NAMES = ("plain", "outlier", "smollm2")
 

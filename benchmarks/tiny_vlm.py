@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.data.loader import Batch, LoaderOptions, make_labelled_batches
 from optimum_qvlm.data.sample import read_sample
-from optimum_qvlm.report.fidelity import answer_logits
+from optimum_qvlm.evaluation.fidelity import answer_logits
 
 MODEL = Path(__file__).parent.parent / "examples" / "tiny_vlm"
 sys.path.insert(0, str(MODEL))

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.data.loader import LoaderOptions, make_labelled_batches
 from optimum_qvlm.data.sample import read_sample
-from optimum_qvlm.report.fidelity import answer_logits, compare, right_answers
+from optimum_qvlm.evaluation.fidelity import answer_logits, compare, right_answers
 
 MODEL = Path(__file__).parent / "tiny_vlm"
 sys.path.insert(0, str(MODEL))

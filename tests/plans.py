@@ -8,7 +8,7 @@ from torch import nn
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.models.registry import adapter_for
 from optimum_qvlm.pipeline.planner import make_plan
-from optimum_qvlm.search.plan import QuantPlan
+from optimum_qvlm.plan import QuantPlan
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from optimum_qvlm.cli.loading import how_to_load, load_model
 from optimum_qvlm.cli.outcome import finish, print_json
 from optimum_qvlm.cli.records import read_dataset
 from optimum_qvlm.errors import QVLMError
-from optimum_qvlm.report.parts import readable_bytes
+from optimum_qvlm.report.precision import readable_bytes
 
 PROGRAM = "optimum-cli export qvlm"
 
@@ -32,7 +32,7 @@ def export(args: Namespace) -> None:
     check_output(args.output, args.model)
     arguments = config_arguments(args)
 
-    from optimum_qvlm.hf.pushing import require_access
+    from optimum_qvlm.hf.saving.push import require_access
 
     config = make_config(args.paper, arguments)
     if args.dry_run:
@@ -113,14 +113,14 @@ def outcome(output: Path, scheme: str, seconds: float) -> dict[str, Any]:
 
 def save_model(model: Any, args: Namespace) -> list[str]:
     """Save the model in the output folder; returns the names of its files."""
-    from optimum_qvlm.hf.saving import save
+    from optimum_qvlm.hf.saving.save import save
 
     return save(model, args.output, repo_id=args.push_to_hub)
 
 
 def push(args: Namespace, names: list[str]) -> dict[str, Any]:
     """Upload the model's files from the output folder; returns repository and commit."""
-    from optimum_qvlm.hf.pushing import Upload
+    from optimum_qvlm.hf.saving.push import Upload
 
     with stopped_at_once():
         info = Upload(repo_id=args.push_to_hub, private=args.private or None).send(args.output, names)

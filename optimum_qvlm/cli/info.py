@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from optimum_qvlm.cli.outcome import finish, print_json
-from optimum_qvlm.hf.inspection import Inspection, inspect_checkpoint
+from optimum_qvlm.hf.format.inspection import Inspection, inspect_checkpoint
+from optimum_qvlm.plan import ModuleRecord
 from optimum_qvlm.report.figures import fidelity_figures, folded_norms, generation_figures
-from optimum_qvlm.report.parts import (
+from optimum_qvlm.report.precision import (
     bytes_of_modules,
     readable_activation,
     readable_bytes,
@@ -15,7 +16,6 @@ from optimum_qvlm.report.parts import (
     scheme_of,
     tensor_bytes,
 )
-from optimum_qvlm.search.plan import ModuleRecord
 
 LABELS = {"tokens": "answer tokens", "mean_kl": "mean KL", "top1_agreement": "same first choice"}
 

@@ -31,7 +31,7 @@ def how_to_load(args: Namespace, *, to_quantize: bool = False) -> tuple[Any, dic
     Raises:
         QVLMError: configuration, index or device cannot be used, or the model shall be quantized and is already.
     """
-    from optimum_qvlm.hf.index import require_index
+    from optimum_qvlm.hf.format.index import require_index
 
     source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     device = choose_device(args.device)
@@ -53,7 +53,7 @@ def read_model_config(model: str, source: dict[str, Any]) -> Any:
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
     from transformers import AutoConfig
 
-    from optimum_qvlm.hf.source import is_folder
+    from optimum_qvlm.hf.saving.source import is_folder
 
     is_folder(model)
     try:

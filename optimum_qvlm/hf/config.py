@@ -9,8 +9,8 @@ from typing import Any, Literal, Self
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_qvlm.errors import ConfigError
-from optimum_qvlm.hf.migration import migrate
-from optimum_qvlm.hf.record import CalibrationRecord, config_digest, config_identity, read_record
+from optimum_qvlm.hf.format.migration import migrate
+from optimum_qvlm.hf.format.record import CalibrationRecord, config_digest, config_identity, read_record
 from optimum_qvlm.hf.settings import LISTS, require_group, require_levels, require_valid
 from optimum_qvlm.pipeline.options import (
     FAST_CLIPS,
@@ -20,9 +20,9 @@ from optimum_qvlm.pipeline.options import (
     LinearChoice,
     site_options,
 )
-from optimum_qvlm.quant.spec import GroupSize, Scheme
-from optimum_qvlm.search.encoder import EncoderOptions
-from optimum_qvlm.search.rounding import ClipGrids
+from optimum_qvlm.search.encoder_loss import EncoderOptions
+from optimum_qvlm.search.site import ClipGrids
+from optimum_qvlm.spec import GroupSize, Scheme
 
 QUANT_METHOD = "qvlm"
 FORMAT_VERSION = 1

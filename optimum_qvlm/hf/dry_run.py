@@ -12,15 +12,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from optimum_qvlm.errors import CheckpointError
-from optimum_qvlm.hf.checkpoint import packed_bytes
+from optimum_qvlm.hf.calibration_data import try_data
 from optimum_qvlm.hf.config import QVLMConfig
-from optimum_qvlm.hf.preparation import try_data
-from optimum_qvlm.hf.source import Source
+from optimum_qvlm.hf.format.modules import packed_bytes
+from optimum_qvlm.hf.saving.source import Source
 from optimum_qvlm.pipeline.calibrate import calibrate
 from optimum_qvlm.pipeline.rehearsal import Cost, rehearse
 from optimum_qvlm.pipeline.result import CalibrationResult
-from optimum_qvlm.report.rehearsal import DryRun, module_rows
-from optimum_qvlm.search.plan import QuantPlan
+from optimum_qvlm.plan import QuantPlan
+from optimum_qvlm.report.dry_run import DryRun, module_rows
 
 SOURCE_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code")
 """Options of `from_pretrained` that say where the configuration is."""

@@ -10,9 +10,9 @@ from torch import nn
 from transformers.utils import logging
 
 from optimum_qvlm.errors import ConfigError
-from optimum_qvlm.hf.checkpoint import quantized_modules
+from optimum_qvlm.hf.format.modules import quantized_modules
+from optimum_qvlm.hf.format.names import runtime_modules
 from optimum_qvlm.hf.memory import return_freed_memory
-from optimum_qvlm.hf.names import runtime_modules
 from optimum_qvlm.modules.fused import FusedLinear, fuse, why_apart
 from optimum_qvlm.modules.swap import replace_module
 

@@ -12,7 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from optimum_qvlm.errors import CheckpointError
 from optimum_qvlm.hf.config import QVLMConfig
-from optimum_qvlm.hf.record import CalibrationRecord, config_identity
+from optimum_qvlm.hf.format.record import CalibrationRecord, config_identity
 
 
 class QVLMQuantizer(HfQuantizer):
@@ -69,7 +69,7 @@ class QVLMQuantizer(HfQuantizer):
         """Look at the index of a local checkpoint. Attention is as it was asked for: this is the one hook that knows
         the folder before transformers reads the index, which it does without asking what form that has."""
         if self.pre_quantized:
-            from optimum_qvlm.hf.index import require_index_of
+            from optimum_qvlm.hf.format.index import require_index_of
 
             require_index_of(self.config, config.name_or_path or "")
         return config
@@ -78,14 +78,14 @@ class QVLMQuantizer(HfQuantizer):
         """The only hook that sees `max_memory`."""
         if self.pre_quantized:
             return max_memory
-        from optimum_qvlm.hf.checkpoint import quantized_skeleton
+        from optimum_qvlm.hf.format.modules import quantized_skeleton
 
         return self._placement.note_memory(max_memory, quantized_skeleton(self._model, self._plan))  # type: ignore[no-any-return]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from optimum_qvlm.hf.access import watch_access
-        from optimum_qvlm.hf.checkpoint import require_checkpoint, swap_in_quantized
-        from optimum_qvlm.hf.source import Source, require_weights_inside
+        from optimum_qvlm.hf.format.modules import require_checkpoint, swap_in_quantized
+        from optimum_qvlm.hf.saving.source import Source, require_weights_inside
 
         files = kwargs.get("checkpoint_files")
         if not files:
@@ -103,8 +103,8 @@ class QVLMQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from optimum_qvlm.hf.access import unwatch_access
-        from optimum_qvlm.hf.checkpoint import prepare_modules
-        from optimum_qvlm.hf.saving import wrap_saving
+        from optimum_qvlm.hf.format.modules import prepare_modules
+        from optimum_qvlm.hf.saving.save import wrap_saving
 
         unwatch_access(model)
         if self.pre_quantized:
@@ -119,13 +119,13 @@ class QVLMQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict with guards and shapes, as it goes to disk."""
-        from optimum_qvlm.hf.checkpoint import stored_state
+        from optimum_qvlm.hf.format.modules import stored_state
 
         return stored_state(model, config_identity(self.config.to_dict())), {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        from optimum_qvlm.hf.checkpoint import quantized_modules
-        from optimum_qvlm.hf.saving import unwrap_saving
+        from optimum_qvlm.hf.format.modules import quantized_modules
+        from optimum_qvlm.hf.saving.save import unwrap_saving
         from optimum_qvlm.modules.swap import replace_module
 
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -142,8 +142,8 @@ class QVLMQuantizer(HfQuantizer):
     def _prepare(self, model: Any, files: list[str]) -> None:
         """Plan on the model without weights, so that what does not fit is refused at once."""
         from optimum_qvlm.data.recipe import find_preset
-        from optimum_qvlm.hf.names import disk_names_of_linears
-        from optimum_qvlm.hf.shards import read_headers
+        from optimum_qvlm.hf.format.names import disk_names_of_linears
+        from optimum_qvlm.hf.format.safetensors_files import read_headers
         from optimum_qvlm.models.registry import adapter_for
         from optimum_qvlm.pipeline.planner import make_plan
 
@@ -154,9 +154,9 @@ class QVLMQuantizer(HfQuantizer):
         self._model = model
 
     def _calibrate(self, model: Any) -> None:
-        from optimum_qvlm.hf.checkpoint import packed_bytes
+        from optimum_qvlm.hf.calibration_data import prepare_data, require_all_loaded, users_processor
         from optimum_qvlm.hf.dry_run import try_out
-        from optimum_qvlm.hf.preparation import prepare_data, require_all_loaded, users_processor
+        from optimum_qvlm.hf.format.modules import packed_bytes
         from optimum_qvlm.pipeline.calibrate import calibrate
         from optimum_qvlm.report.summary import summarize
 
@@ -196,9 +196,9 @@ class QVLMQuantizer(HfQuantizer):
 
     def _note_reference(self, model: Any, held_out: Any, device: torch.device) -> None:
         """What full precision says of held-out samples, where the dataset has more than are calibrated on."""
+        from optimum_qvlm.evaluation.compare import observe
         from optimum_qvlm.models.registry import adapter_for
-        from optimum_qvlm.pipeline.streaming import streamed
-        from optimum_qvlm.report.observation import observe
+        from optimum_qvlm.pipeline.layer_streaming import streamed
 
         if held_out:
             layers = [layer.path for part in self._plan.parts for layer in part.layers]
@@ -208,7 +208,7 @@ class QVLMQuantizer(HfQuantizer):
 
     def _compare(self, model: Any) -> None:
         """Fidelity of the finished model on the held-out samples."""
-        from optimum_qvlm.report.observation import fidelity_report, observe
+        from optimum_qvlm.evaluation.compare import fidelity_report, observe
 
         assert self.report is not None
         batches, images, wanted = self._reference

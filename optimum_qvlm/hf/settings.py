@@ -7,8 +7,8 @@ from typing import Any, get_args
 from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.pipeline.options import Effort, Method
 from optimum_qvlm.quant.entropy import SOFTNESS
-from optimum_qvlm.quant.spec import TWO_LEVEL_BITS, GroupSize, Scheme
 from optimum_qvlm.search.transforms import KINDS
+from optimum_qvlm.spec import TWO_LEVEL_BITS, GroupSize, Scheme
 
 LISTS = ("modules_to_not_convert", "activation_clips", "weight_clips")
 """Fields that are None or a list; other sequences are accepted and become lists."""

@@ -24,7 +24,7 @@ from optimum_qvlm.kernels.weights import (
 
 _PACKAGE = "optimum_qvlm.kernels."
 
-BACKENDS = {"cpu": ("cpu_rows", "cpu_int4", "cpu_table"), "cuda": ("triton_linear",)}
+BACKENDS = {"cpu": ("cpu.rows", "cpu.int4", "cpu.table"), "cuda": ("triton.linear",)}
 """Modules that may hold weights on a device type, best first. The definition runs where none accepts a weight.
 
 Each has `LAYOUT`, its name, and
@@ -36,10 +36,10 @@ and may have
     bind(stored: StoredWeight, bias, rounding, grid) -> Callable[[Tensor], Tensor]        faster from the second call on
 """
 
-QUANTIZERS = {"cuda": "triton_quantize"}
+QUANTIZERS = {"cuda": "triton.quantize"}
 """Modules with `quantize(x, rounding) -> (codes, scale)` for a device type."""
 
-RECURSIONS = {"cuda": "triton_recursion"}
+RECURSIONS = {"cuda": "triton.recursion"}
 """Modules with the functions of `recursion` for a device type."""
 
 

@@ -22,8 +22,8 @@ from optimum_qvlm.kernels import (
 from optimum_qvlm.kernels.bound import BoundLinear, is_plain
 from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight
 from optimum_qvlm.quant.packing import packed_width
-from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
 from optimum_qvlm.quant.transform import SiteTransform
+from optimum_qvlm.spec import ActivationSpec, WeightSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from optimum_qvlm.kernels import FULL_BITS, NOTHING, Rounding, quantized_linear
 from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight
-from optimum_qvlm.quant.spec import ActivationSpec
 from optimum_qvlm.quant.transform import SiteTransform
+from optimum_qvlm.spec import ActivationSpec
 
 
 class TrialLinear(nn.Linear):

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from optimum_qvlm.data.loader import make_prompts, tokenizer_of
 from optimum_qvlm.data.sample import Sample
-from optimum_qvlm.pipeline.streaming import streamed
+from optimum_qvlm.pipeline.layer_streaming import streamed
 
 ANSWER_TOKENS = 32
 """Longest answer that is generated: enough to calibrate on, and cheap."""

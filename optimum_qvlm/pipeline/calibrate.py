@@ -14,20 +14,20 @@ from optimum_qvlm.data.recipe import Recipe
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.modules.swap import replace_module
 from optimum_qvlm.pipeline import checks
-from optimum_qvlm.pipeline.blocks import SiteCandidates, install, search_jointly
+from optimum_qvlm.pipeline.block_trial import SiteCandidates, install, search_jointly
 from optimum_qvlm.pipeline.capture import Run, Tracer
-from optimum_qvlm.pipeline.chain import Chain
-from optimum_qvlm.pipeline.encoder import EncoderResult, EncoderStep
+from optimum_qvlm.pipeline.encoder.step import EncoderResult, EncoderStep
 from optimum_qvlm.pipeline.folding import FoldingNorm, folding_norms
+from optimum_qvlm.pipeline.hidden_chains import Chain
+from optimum_qvlm.pipeline.layer_streaming import resident
 from optimum_qvlm.pipeline.options import CalibrationOptions
 from optimum_qvlm.pipeline.partitioning import form_blocks, form_blocks_of, make_chain
 from optimum_qvlm.pipeline.result import BlockError, CalibrationResult, LayerError, SiteError
-from optimum_qvlm.pipeline.streaming import resident
+from optimum_qvlm.plan import Block, ModuleRecord, PlannedLayer, PlannedPart, QuantPlan, Site
 from optimum_qvlm.quant.transform import SiteTransform
-from optimum_qvlm.search.joint import Choice, near_clips
-from optimum_qvlm.search.plan import Block, ModuleRecord, PlannedLayer, PlannedPart, QuantPlan, Site
-from optimum_qvlm.search.problem import SiteChoice, SiteProblem
-from optimum_qvlm.search.rounding import round_site, round_to_nearest, search_site
+from optimum_qvlm.search.block import Choice, near_clips
+from optimum_qvlm.search.site import round_site, round_to_nearest, search_site
+from optimum_qvlm.search.site_problem import SiteChoice, SiteProblem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

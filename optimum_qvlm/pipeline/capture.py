@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from optimum_qvlm.errors import CalibrationError, UnsupportedModelError
 from optimum_qvlm.models.adapter import Join
 from optimum_qvlm.models.registry import adapter_for
-from optimum_qvlm.pipeline.streaming import streamed
-from optimum_qvlm.search.plan import PlannedPart, QuantPlan
+from optimum_qvlm.pipeline.layer_streaming import streamed
+from optimum_qvlm.plan import PlannedPart, QuantPlan
 
 HIDDEN = "hidden_states"
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from optimum_qvlm.errors import CalibrationError, UnsupportedModelError
 from optimum_qvlm.pipeline.capture import Run, Tracer, first_tensor, linear_inputs, require_finite
-from optimum_qvlm.pipeline.streaming import resident
-from optimum_qvlm.search.plan import PlannedLayer, PlannedPart, QuantPlan
+from optimum_qvlm.pipeline.layer_streaming import resident
+from optimum_qvlm.plan import PlannedLayer, PlannedPart, QuantPlan
 
 CHAIN_TOLERANCE = 1e-3
 """Largest relative difference between the chain of layers and the real forward, or two units in the last place of

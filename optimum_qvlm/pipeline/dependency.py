@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from optimum_qvlm.modules.swap import replace_module
 from optimum_qvlm.modules.trial import TrialLinear
-from optimum_qvlm.pipeline.chain import Chain, some_runs
-from optimum_qvlm.pipeline.streaming import resident
+from optimum_qvlm.pipeline.hidden_chains import Chain, some_runs
+from optimum_qvlm.pipeline.layer_streaming import resident
 from optimum_qvlm.pipeline.tokens import TokenSampler
+from optimum_qvlm.plan import Dependency, PlannedLayer, PlannedPart, QuantPlan
 from optimum_qvlm.quant.affine import quantize_weight
 from optimum_qvlm.quant.entropy import (
     Positions,
@@ -21,9 +22,8 @@ from optimum_qvlm.quant.entropy import (
     joint_table,
     marginal_entropy,
 )
-from optimum_qvlm.quant.spec import AUTO_GROUPS, ActivationSpec
 from optimum_qvlm.quant.transform import SiteTransform
-from optimum_qvlm.search.plan import Dependency, PlannedLayer, PlannedPart, QuantPlan
+from optimum_qvlm.spec import AUTO_GROUPS, ActivationSpec
 
 MAX_BITS = 6
 """A joint table of more levels than 2^6 would need more elements than are drawn."""

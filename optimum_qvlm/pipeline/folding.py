@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_qvlm.pipeline.capture import first_tensor, hooking
-from optimum_qvlm.search.plan import PlannedLayer, Site
+from optimum_qvlm.plan import PlannedLayer, Site
 
 CLOSE = 1e-4
 CLOSE_IN_HALF = 2e-2

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from optimum_qvlm.pipeline.capture import Run
-from optimum_qvlm.pipeline.chain import Chain
 from optimum_qvlm.pipeline.dependency import EntropyOptions, measure_part
+from optimum_qvlm.pipeline.hidden_chains import Chain
 from optimum_qvlm.pipeline.options import CalibrationOptions
 from optimum_qvlm.pipeline.tokens import TokenSampler
+from optimum_qvlm.plan import Block, PlannedPart, QuantPlan
 from optimum_qvlm.search.partition import default_threshold, partition
-from optimum_qvlm.search.plan import Block, PlannedPart, QuantPlan
 
 
 def make_chain(

@@ -9,8 +9,8 @@ from torch import nn
 from optimum_qvlm.errors import ConfigError, SpecError, UnsupportedModelError
 from optimum_qvlm.models.adapter import Adapter, Part
 from optimum_qvlm.pipeline.options import CalibrationOptions, LinearChoice, matches, require_matches
-from optimum_qvlm.quant.spec import TWO_LEVEL_BITS, ActivationSpec, WeightSpec
-from optimum_qvlm.search.plan import Block, PlannedLayer, PlannedLinear, PlannedPart, QuantPlan, Site
+from optimum_qvlm.plan import Block, PlannedLayer, PlannedLinear, PlannedPart, QuantPlan, Site
+from optimum_qvlm.spec import TWO_LEVEL_BITS, ActivationSpec, WeightSpec
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Modules whose weights have more than two dimensions without being several linears."""

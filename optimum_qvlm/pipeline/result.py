@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from optimum_qvlm.data.recipe import Recipe
-from optimum_qvlm.pipeline.encoder import EncoderResult
-from optimum_qvlm.search.plan import Block, ModuleRecord, QuantPlan
+from optimum_qvlm.pipeline.encoder.step import EncoderResult
+from optimum_qvlm.plan import Block, ModuleRecord, QuantPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from optimum_qvlm.errors import SpecError
 from optimum_qvlm.quant.levels import fit_steps, to_multiples
-from optimum_qvlm.quant.spec import WeightSpec
+from optimum_qvlm.spec import WeightSpec
 
 
 @dataclass(frozen=True, slots=True)

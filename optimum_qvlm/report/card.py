@@ -15,7 +15,7 @@ from optimum_qvlm.report.figures import (
     kept_names,
     memory_bytes,
 )
-from optimum_qvlm.report.parts import (
+from optimum_qvlm.report.precision import (
     PartRow,
     bytes_of_modules,
     readable_activation,

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from optimum_qvlm.pipeline.result import CalibrationResult
-from optimum_qvlm.report.parts import scheme_of
+from optimum_qvlm.report.precision import scheme_of
 from optimum_qvlm.version import __version__
 
 

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
-from optimum_qvlm.search.plan import Block, Dependency
+from optimum_qvlm.plan import Block, Dependency
 
 
 def span_dependency(values: Sequence[float], first: int, last: int) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from optimum_qvlm.kernels.recursion import descend
 from optimum_qvlm.quant.affine import QuantizedWeight
 from optimum_qvlm.quant.levels import to_multiples
-from optimum_qvlm.quant.spec import WeightSpec
+from optimum_qvlm.spec import WeightSpec
 
 BLOCK = 128
 """Channels that are decided one by one; what follows from them for all others is computed once per block."""

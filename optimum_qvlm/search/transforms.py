@@ -9,8 +9,8 @@ from torch import Tensor
 
 from optimum_qvlm.quant.affine import dequantize_weight, quantize_weight
 from optimum_qvlm.quant.transform import SiteTransform
-from optimum_qvlm.search.problem import SiteProblem
-from optimum_qvlm.search.weights import conditional_moments
+from optimum_qvlm.search.error_feedback import conditional_moments
+from optimum_qvlm.search.site_problem import SiteProblem
 
 LARGEST_ROTATION = 128
 SMALLEST_ROTATION = 16

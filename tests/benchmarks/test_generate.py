@@ -8,7 +8,7 @@ import pytest
 import torch
 from shapes import llama, model_of
 
-from optimum_qvlm.hf.checkpoint import packed_bytes, quantized_modules
+from optimum_qvlm.hf.format.modules import packed_bytes, quantized_modules
 from optimum_qvlm.modules.fused import FusedLinear
 from optimum_qvlm.modules.qlinear import QuantLinear
 from tests.tiny_models import tiny_llama

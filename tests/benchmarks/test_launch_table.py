@@ -8,7 +8,7 @@ import sys
 import launch_table
 import pytest
 
-from optimum_qvlm.kernels import tiles
+from optimum_qvlm.kernels.triton import tiles
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from proxies import all_proxies
 from subjects import divergence
 
 from optimum_qvlm.pipeline.dependency import EntropyOptions
-from optimum_qvlm.search.plan import Block, PlannedLayer, PlannedPart, QuantPlan
+from optimum_qvlm.plan import Block, PlannedLayer, PlannedPart, QuantPlan
 
 OPTIONS = EntropyOptions(bits=4, static=False, softness="step_squared", tokens=64, seed=0)
 

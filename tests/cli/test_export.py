@@ -65,7 +65,7 @@ def test_a_repository_that_cannot_be_written_is_refused_before_the_model_is_load
     def refuse(repo):
         raise HubError(f"the token only reads, and {repo} is to be written")
 
-    monkeypatch.setattr("optimum_qvlm.hf.pushing.require_access", refuse)
+    monkeypatch.setattr("optimum_qvlm.hf.saving.push.require_access", refuse)
     monkeypatch.setattr(export, "load_model", lambda *_, **__: pytest.fail("loaded the model"))
     args.push_to_hub = "me/model"
 

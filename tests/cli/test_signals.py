@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from optimum_qvlm.hf.workfolder import WORK_MARK
+from optimum_qvlm.files.atomic import WORK_MARK
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_vlm"
 ROOT = Path(__file__).parents[2]
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 # Saving takes a moment longer, so that a signal can come in between.
 SLOW_SAVING = """
 import sys, time
-from optimum_qvlm.hf import writing
+from optimum_qvlm.hf.saving.save import write as writing
 real = writing._seal
 
 def slow(folder):

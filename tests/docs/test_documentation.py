@@ -12,7 +12,7 @@ import pytest
 
 from optimum_qvlm import QVLMConfig, errors
 from optimum_qvlm.errors import QVLMError
-from optimum_qvlm.search.plan import ModuleRecord
+from optimum_qvlm.plan import ModuleRecord
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -5,7 +5,7 @@ import pickle
 from types import SimpleNamespace
 
 from optimum_qvlm.hf.access import Access, unwatch_access, watch_access
-from optimum_qvlm.hf.source import Source
+from optimum_qvlm.hf.saving.source import Source
 
 SECRET = "hf_secret"
 

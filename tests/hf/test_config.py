@@ -9,10 +9,10 @@ import pytest
 from optimum_qvlm import QVLMConfig, QVLMError
 from optimum_qvlm.errors import ConfigError, SpecError
 from optimum_qvlm.hf.config import FORMAT_VERSION
-from optimum_qvlm.hf.record import CalibrationRecord, config_digest, config_identity
-from optimum_qvlm.quant.spec import Scheme
-from optimum_qvlm.search.encoder import EncoderOptions
-from optimum_qvlm.search.plan import ModuleRecord
+from optimum_qvlm.hf.format.record import CalibrationRecord, config_digest, config_identity
+from optimum_qvlm.plan import ModuleRecord
+from optimum_qvlm.search.encoder_loss import EncoderOptions
+from optimum_qvlm.spec import Scheme
 
 OVERRIDES = {"lm_head": "w8a8", "layers.0": None, "*.down_proj": {"scheme": "w4a16", "group_size": 32}}
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from optimum_qvlm.errors import HubError
-from optimum_qvlm.hf.pushing import require_access
-from optimum_qvlm.hf.source import REPORT_FILE
+from optimum_qvlm.hf.saving.push import require_access
+from optimum_qvlm.hf.saving.source import REPORT_FILE
 from tests.jobs import quantize
 
 REPO = "me/tiny"

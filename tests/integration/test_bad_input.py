@@ -20,7 +20,7 @@ from optimum_qvlm.errors import (
     SpecError,
     UnsupportedModelError,
 )
-from optimum_qvlm.hf.workfolder import WORK_MARK
+from optimum_qvlm.files.atomic import WORK_MARK
 from tests.jobs import contents, edit_config, load, logits, make_batch, quantize
 from tests.tiny_models import llama_batch, tiny_llama
 

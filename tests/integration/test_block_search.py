@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from optimum_qvlm import QVLMConfig
-from optimum_qvlm.hf.checkpoint import quantized_modules
+from optimum_qvlm.hf.format.modules import quantized_modules
 from tests.jobs import contents, load, logits, make_batch, quantize
 
 pytestmark = pytest.mark.integration

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from optimum_qvlm import QVLMConfig
-from optimum_qvlm.hf.checkpoint import quantized_modules
+from optimum_qvlm.hf.format.modules import quantized_modules
 from tests.family_cases import examine
 from tests.tiny_families import FAMILIES, ODD_WIDTH
 

@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from optimum_qvlm import fuse_linears, unfuse_linears
 from optimum_qvlm.errors import ConfigError
-from optimum_qvlm.hf.checkpoint import packed_bytes, quantized_modules
+from optimum_qvlm.hf.format.modules import packed_bytes, quantized_modules
 from optimum_qvlm.modules.fused import FusedLinear
 from optimum_qvlm.modules.qlinear import QuantLinear
 from tests.jobs import contents, load, logits, make_batch, quantize

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from optimum_qvlm import QVLMConfig
-from optimum_qvlm.hf.checkpoint import GUARD, packed_bytes, quantized_modules
+from optimum_qvlm.evaluation.fidelity import answer_logits, compare
+from optimum_qvlm.hf.format.modules import GUARD, packed_bytes, quantized_modules
 from optimum_qvlm.modules.qlinear import QuantLinear
-from optimum_qvlm.report.fidelity import answer_logits, compare
 from tests.integration.conftest import SCHEMES
 from tests.jobs import contents, load, logits, make_batch, model_type, quantize, run_python
 from tests.tiny_models import IMAGE_TOKEN

@@ -28,10 +28,10 @@ from optimum_qvlm import QVLMConfig
 from optimum_qvlm.cli.info import as_text, as_values
 from optimum_qvlm.cli.loading import load_model
 from optimum_qvlm.errors import QVLMError
-from optimum_qvlm.hf.checkpoint import GUARD, quantized_modules
-from optimum_qvlm.hf.inspection import inspect_checkpoint
-from optimum_qvlm.hf.record import config_digest, config_identity
-from optimum_qvlm.hf.source import REPORT_FILE, Source
+from optimum_qvlm.hf.format.inspection import inspect_checkpoint
+from optimum_qvlm.hf.format.modules import GUARD, quantized_modules
+from optimum_qvlm.hf.format.record import config_digest, config_identity
+from optimum_qvlm.hf.saving.source import REPORT_FILE, Source
 from tests.jobs import load, logits, make_batch, quantize
 
 pytestmark = pytest.mark.integration

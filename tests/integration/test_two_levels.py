@@ -5,9 +5,10 @@ import torch
 
 from optimum_qvlm import fuse_linears
 from optimum_qvlm.errors import CheckpointError
-from optimum_qvlm.hf.checkpoint import prepare_modules, quantized_modules
-from optimum_qvlm.kernels import dispatch, triton_linear
+from optimum_qvlm.hf.format.modules import prepare_modules, quantized_modules
+from optimum_qvlm.kernels import dispatch
 from optimum_qvlm.kernels.levels import common_step
+from optimum_qvlm.kernels.triton import linear as triton_linear
 from optimum_qvlm.modules.fused import JointLinear
 from tests.jobs import load, logits, make_batch, quantize
 

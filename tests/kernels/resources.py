@@ -17,16 +17,16 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from optimum_qvlm.kernels import tiles
-from optimum_qvlm.kernels.triton_bytes import bytes_kernel
-from optimum_qvlm.kernels.triton_decode import decode_kernel
-from optimum_qvlm.kernels.triton_dequantize import dequantize_kernel
-from optimum_qvlm.kernels.triton_floats import floats_kernel
-from optimum_qvlm.kernels.triton_levels import levels_kernel, write_bytes_kernel
-from optimum_qvlm.kernels.triton_prefill import prefill_kernel
-from optimum_qvlm.kernels.triton_quantize import quantize_kernel
-from optimum_qvlm.kernels.triton_sums import ROWS as SUMMED_ROWS
-from optimum_qvlm.kernels.triton_sums import sums_kernel
+from optimum_qvlm.kernels.triton import tiles
+from optimum_qvlm.kernels.triton.bytes import bytes_kernel
+from optimum_qvlm.kernels.triton.decode import decode_kernel
+from optimum_qvlm.kernels.triton.dequantize import dequantize_kernel
+from optimum_qvlm.kernels.triton.floats import floats_kernel
+from optimum_qvlm.kernels.triton.levels import levels_kernel, write_bytes_kernel
+from optimum_qvlm.kernels.triton.prefill import prefill_kernel
+from optimum_qvlm.kernels.triton.quantize import quantize_kernel
+from optimum_qvlm.kernels.triton.sums import ROWS as SUMMED_ROWS
+from optimum_qvlm.kernels.triton.sums import sums_kernel
 from tests.kernels.ahead_of_time import Resources, compile_kernel, read_resources
 
 ARCHITECTURES = (80, 86, 89, 90, 100)
@@ -98,7 +98,7 @@ class Case:
 def decode_case(
     architecture: int, tokens: int, bits: int, group: int | None, dtype: str = "fp16", **changes: Any
 ) -> Case:
-    """`triton_decode` for a weight of ROWS x CHANNELS."""
+    """`triton.decode` for a weight of ROWS x CHANNELS."""
     tile = tiles.decode_tile(architecture, bits, group, tokens, changes.get("rows", ROWS))
     types = _pointers(dtype, x=dtype)
     parts = tile.parts(architecture, -(-changes.get("rows", ROWS) // tile.rows), CHANNELS)
@@ -136,7 +136,7 @@ def prefill_case(
     grouped: bool = False,
     rows: int = ROWS,
 ) -> Case:
-    """`triton_prefill` with operands of one type."""
+    """`triton.prefill` with operands of one type."""
     kind = DTYPES[operand]
     tile = tiles.prefill_tile(architecture, kind.primitive_bitwidth, bits, group, tokens, rows)
     float_dtype = "fp16" if operand == "i8" else operand
@@ -166,7 +166,7 @@ def prefill_case(
 
 
 def bytes_case(architecture: int, tokens: int, rows: int) -> Case:
-    """`triton_bytes`, whose operands are copied by descriptors."""
+    """`triton.bytes`, whose operands are copied by descriptors."""
     tile = tiles.bytes_tile(architecture, tokens, rows)
     types = {
         "x": f"tensordesc<i8[{tile.tokens}, 128]>", "codes": f"tensordesc<i8[{tile.rows}, 128]>", "x_scale": "*fp32",
@@ -189,7 +189,7 @@ def bytes_case(architecture: int, tokens: int, rows: int) -> Case:
 
 
 def levels_case(architecture: int, tokens: int, rows: int, group: int = 128) -> Case:
-    """`triton_levels`, whose left operand is made in registers."""
+    """`triton.levels`, whose left operand is made in registers."""
     tile = tiles.levels_tile(architecture, tokens, rows)
     types = {
         "x": f"tensordesc<i8[{tile.tokens}, 64]>", "codes": f"tensordesc<i8[{tile.rows}, 64]>",
@@ -213,7 +213,7 @@ def levels_case(architecture: int, tokens: int, rows: int, group: int = 128) -> 
 
 
 def floats_case(architecture: int, tokens: int, rows: int, group: int = 128, dtype: str = "bf16") -> Case:
-    """`triton_floats`, whose left operand is made in registers."""
+    """`triton.floats`, whose left operand is made in registers."""
     tile = tiles.floats_tile(architecture, tokens, rows)
     parts = tile.parts(architecture, -(-rows // tile.rows) * -(-tokens // tile.tokens), CHANNELS)
     types = {
@@ -240,7 +240,7 @@ def floats_case(architecture: int, tokens: int, rows: int, group: int = 128, dty
 
 
 def sums_case(architecture: int, parts: int) -> Case:
-    """`triton_sums`."""
+    """`triton.sums`."""
     types = {"parts": "*fp32", "bias": "*fp16", "y": "*fp16", "rows": "i32"}
     constants = {"PARTS": parts, "HAS_BIAS": True, "BLOCK_ROWS": SUMMED_ROWS}
     return Case(
@@ -250,7 +250,7 @@ def sums_case(architecture: int, parts: int) -> Case:
 
 
 def written_case(architecture: int, group: int) -> Case:
-    """What `triton_levels` writes a whole weight with."""
+    """What `triton.levels` writes a whole weight with."""
     types = {"codes": "*i8", "scale": "*fp16", "out": "*i8", "rows": "i32"}
     constants = {"WIDTH": CHANNELS, "GROUP": group, "ASM": True, "BLOCK_ROWS": 64}
     return Case(
@@ -262,7 +262,7 @@ def written_case(architecture: int, group: int) -> Case:
 def quantize_case(
     architecture: int, group: int | None, rotation: int | None, dtype: str, *, rounds: bool = True
 ) -> Case:
-    """`triton_quantize`, equalised."""
+    """`triton.quantize`, equalised."""
     tile = tiles.quantize_tile(CHANNELS, group, rotation, whole=rounds and group is None)
     constants = {
         "CHANNELS": CHANNELS, "WIDTH": CHANNELS, "GROUP": group or 0, "ROTATION": rotation or 0, "EQUALIZED": True,
@@ -292,7 +292,7 @@ def quantize_case(
 
 
 def dequantize_case(architecture: int, bits: int) -> Case:
-    """`triton_dequantize`."""
+    """`triton.dequantize`."""
     constants = {
         "CHANNELS": CHANNELS, "WIDTH": CHANNELS, "GROUP": 0 if bits == 8 else 128, "BITS": bits,
         "HAS_ZERO": False, "ASM": True, "BLOCK_ROWS": 16,

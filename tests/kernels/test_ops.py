@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from optimum_qvlm.errors import SpecError
-from optimum_qvlm.kernels import CodedWeight, Rounding, WeightGrid, cpu_int4, quantize, reference
+from optimum_qvlm.kernels import CodedWeight, Rounding, WeightGrid, quantize, reference
+from optimum_qvlm.kernels.cpu import int4 as cpu_int4
 from optimum_qvlm.kernels.reference import quantize_static, quantize_tokens, transform_tokens
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
-from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
+from optimum_qvlm.spec import ActivationSpec, WeightSpec
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 

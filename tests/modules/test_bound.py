@@ -12,7 +12,7 @@ from optimum_qvlm.errors import SpecError
 from optimum_qvlm.kernels import PACKED, TRANSIENT
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.quant.affine import quantize_weight
-from optimum_qvlm.quant.spec import Scheme
+from optimum_qvlm.spec import Scheme
 
 SCHEMES = ["w4a16", "w4a8", "w4a4", "w6a6", "w8a8"]
 CHANNELS, ROWS = 128, 48

@@ -5,10 +5,12 @@ import threading
 import pytest
 import torch
 
-from optimum_qvlm.kernels import Rounding, recording, triton_linear
+from optimum_qvlm.kernels import Rounding
+from optimum_qvlm.kernels.triton import launching as recording
+from optimum_qvlm.kernels.triton import linear as triton_linear
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.quant.affine import quantize_weight
-from optimum_qvlm.quant.spec import ActivationSpec, Scheme, WeightSpec
+from optimum_qvlm.spec import ActivationSpec, Scheme, WeightSpec
 
 pytestmark = pytest.mark.gpu
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from optimum_qvlm.errors import ConfigError
-from optimum_qvlm.kernels import PACKED, cpu_int4, dispatch
+from optimum_qvlm.kernels import PACKED, dispatch
+from optimum_qvlm.kernels.cpu import int4 as cpu_int4
 from optimum_qvlm.modules.fused import FusedLinear, JointLinear, fuse, why_apart
 from optimum_qvlm.modules.qlinear import LinearFormat, PackedLinear, QuantLinear
 from optimum_qvlm.quant.affine import quantize_weight
-from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
+from optimum_qvlm.spec import ActivationSpec, WeightSpec
 
 CHANNELS = 96
 ROWS = (33, 16, 64)

@@ -8,11 +8,11 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from optimum_qvlm import QVLMConfig, fuse_linears, unfuse_linears
-from optimum_qvlm.kernels import triton_linear
+from optimum_qvlm.kernels.triton import linear as triton_linear
 from optimum_qvlm.modules.fused import fuse, why_apart
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.quant.affine import quantize_weight
-from optimum_qvlm.quant.spec import Scheme
+from optimum_qvlm.spec import Scheme
 from tests.tiny_models import llava_batch
 
 pytestmark = pytest.mark.gpu

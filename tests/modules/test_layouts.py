@@ -9,10 +9,13 @@ import torch
 from accelerate import cpu_offload
 from torch import Tensor, nn
 
-from optimum_qvlm.kernels import PACKED, TRANSIENT, cpu_int4, cpu_rows, cpu_table, dispatch
+from optimum_qvlm.kernels import PACKED, TRANSIENT, dispatch
+from optimum_qvlm.kernels.cpu import int4 as cpu_int4
+from optimum_qvlm.kernels.cpu import rows as cpu_rows
+from optimum_qvlm.kernels.cpu import table as cpu_table
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.quant.affine import quantize_weight
-from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
+from optimum_qvlm.spec import ActivationSpec, WeightSpec
 
 WEIGHT = ("weight_packed", "weight_scale", "weight_zero_point")
 

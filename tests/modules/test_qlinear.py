@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from optimum_qvlm.kernels import fake_quantize_tokens
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.quant.affine import dequantize_weight, quantize_weight
-from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
 from optimum_qvlm.quant.transform import SiteTransform
+from optimum_qvlm.spec import ActivationSpec, WeightSpec
 
 BITS = range(2, 9)
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]

@@ -8,8 +8,8 @@ from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.modules.trial import TrialLinear
 from optimum_qvlm.quant.affine import QuantizedWeight, quantize_weight
 from optimum_qvlm.quant.observers import static_scale
-from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
 from optimum_qvlm.quant.transform import SiteTransform
+from optimum_qvlm.spec import ActivationSpec, WeightSpec
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -8,7 +8,7 @@ from optimum_qvlm.errors import CalibrationError, UnsupportedModelError
 from optimum_qvlm.models.adapter import Part
 from optimum_qvlm.models.llama import LlamaAdapter
 from optimum_qvlm.pipeline.capture import Tracer, first_tensor, linear_inputs, require_finite
-from optimum_qvlm.search.plan import PlannedLayer, PlannedPart
+from optimum_qvlm.plan import PlannedLayer, PlannedPart
 from tests.plans import CPU, forward_of, plan_for
 from tests.tiny_families import FAMILIES, qwen_batch
 from tests.tiny_models import llama_batch, llava_batch, tiny_llama, tiny_llava

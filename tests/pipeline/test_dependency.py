@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from optimum_qvlm.pipeline import dependency as measuring
 from optimum_qvlm.pipeline.capture import Tracer
-from optimum_qvlm.pipeline.chain import Chain
 from optimum_qvlm.pipeline.dependency import EntropyOptions, dependency, measure_part
+from optimum_qvlm.pipeline.hidden_chains import Chain
 from optimum_qvlm.pipeline.tokens import TokenSampler
 from tests.plans import CPU, forward_of, plan_for
 from tests.tiny_models import llama_batch, llava_batch, tiny_llama, tiny_llava

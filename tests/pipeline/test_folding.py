@@ -10,8 +10,8 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from optimum_qvlm.pipeline.folding import FoldingNorm, folding_norms
-from optimum_qvlm.quant.spec import WeightSpec
-from optimum_qvlm.search.plan import PlannedLayer, PlannedLinear, Site
+from optimum_qvlm.plan import PlannedLayer, PlannedLinear, Site
+from optimum_qvlm.spec import WeightSpec
 
 CHANNELS = 32
 

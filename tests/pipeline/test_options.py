@@ -4,7 +4,7 @@ import pytest
 
 from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.pipeline.options import CalibrationOptions, LinearChoice, matches, require_matches
-from optimum_qvlm.quant.spec import Scheme
+from optimum_qvlm.spec import Scheme
 
 NAMES = [
     "language_model.model.layers.1.mlp.up_proj",

@@ -11,8 +11,8 @@ from optimum_qvlm.errors import ConfigError, SpecError, UnsupportedModelError
 from optimum_qvlm.models.registry import adapter_for
 from optimum_qvlm.pipeline.options import CalibrationOptions, LinearChoice
 from optimum_qvlm.pipeline.planner import make_plan
-from optimum_qvlm.quant.spec import ActivationSpec, GroupSize, Scheme, WeightSpec
-from optimum_qvlm.search.plan import Block, PlannedLinear, QuantPlan, Site
+from optimum_qvlm.plan import Block, PlannedLinear, QuantPlan, Site
+from optimum_qvlm.spec import ActivationSpec, GroupSize, Scheme, WeightSpec
 from tests.tiny_models import llama_config, tiny_llama, tiny_llava
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")

@@ -10,7 +10,7 @@ from optimum_qvlm.errors import CalibrationError, UnsupportedModelError
 from optimum_qvlm.modules.qlinear import QuantLinear
 from optimum_qvlm.pipeline.calibrate import calibrate
 from optimum_qvlm.pipeline.rehearsal import Workload, rehearse
-from optimum_qvlm.search.plan import Block
+from optimum_qvlm.plan import Block
 from tests.plans import CPU, plan_for
 from tests.tiny_families import FAMILIES
 from tests.tiny_models import llava_batch, tiny_llava

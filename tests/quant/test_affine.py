@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optimum_qvlm.errors import SpecError
 from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight, quantize_weight, split_groups
-from optimum_qvlm.quant.spec import WeightSpec
+from optimum_qvlm.spec import WeightSpec
 
 BITS = range(2, 9)
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]

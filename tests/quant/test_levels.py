@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from optimum_qvlm.kernels.levels import LARGEST_MULTIPLE, common_step
 from optimum_qvlm.quant.affine import dequantize_weight, quantize_weight
 from optimum_qvlm.quant.levels import fit_steps, to_multiples
-from optimum_qvlm.quant.spec import WeightSpec
+from optimum_qvlm.spec import WeightSpec
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -4,7 +4,7 @@ import pytest
 
 from optimum_qvlm.report.card import CardFacts, is_ours, read_metadata, render_card, seal
 from optimum_qvlm.report.figures import fidelity_figures
-from optimum_qvlm.report.parts import PartRow
+from optimum_qvlm.report.precision import PartRow
 
 ROW = PartRow(
     part="model.layers",

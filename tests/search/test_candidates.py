@@ -8,11 +8,11 @@ import torch
 from optimum_qvlm.kernels import fake_quantize_static, fake_quantize_tokens
 from optimum_qvlm.quant.affine import dequantize_weight
 from optimum_qvlm.quant.observers import static_scale
-from optimum_qvlm.quant.spec import ActivationSpec
 from optimum_qvlm.quant.transform import SiteTransform
-from optimum_qvlm.search.problem import SiteProblem
-from optimum_qvlm.search.rounding import ClipGrids, SiteOptions, round_site, search_site
-from tests.search.test_rounding import PLAIN, ROUNDING_NOISE, heavy_tailed, make_problem, normal, output_error
+from optimum_qvlm.search.site import ClipGrids, SiteOptions, round_site, search_site
+from optimum_qvlm.search.site_problem import SiteProblem
+from optimum_qvlm.spec import ActivationSpec
+from tests.search.test_site import PLAIN, ROUNDING_NOISE, heavy_tailed, make_problem, normal, output_error
 
 STATIC = SiteOptions(
     clips=ClipGrids(activation=(1.0, 0.995, 0.99, 0.985, 0.98), activation_margin=0.0), transforms=None, feedback=None

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from optimum_qvlm.plan import Block, Dependency
 from optimum_qvlm.search.partition import default_threshold, partition, span_dependency
-from optimum_qvlm.search.plan import Block, Dependency
 
 dependencies = st.lists(st.floats(0, 4).map(lambda value: round(value, 2)), max_size=9)
 

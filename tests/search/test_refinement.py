@@ -7,10 +7,10 @@ from torch import Tensor
 from optimum_qvlm.kernels.levels import LARGEST_MULTIPLE
 from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight, quantize_weight
 from optimum_qvlm.quant.levels import fit_steps, to_multiples
-from optimum_qvlm.quant.spec import WeightSpec
 from optimum_qvlm.search import refinement
+from optimum_qvlm.search.error_feedback import FeedbackOptions, round_with_feedback
 from optimum_qvlm.search.refinement import refined
-from optimum_qvlm.search.weights import FeedbackOptions, round_with_feedback
+from optimum_qvlm.spec import WeightSpec
 
 SUMMATION = 1e-4
 """Relative; the slope is kept up to date in fp32."""

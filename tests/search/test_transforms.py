@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from optimum_qvlm.quant.spec import ActivationSpec, WeightSpec
 from optimum_qvlm.quant.transform import SiteTransform
-from optimum_qvlm.search.problem import SiteProblem
-from optimum_qvlm.search.rounding import FeedbackOptions, SiteOptions, search_site
+from optimum_qvlm.search.site import FeedbackOptions, SiteOptions, search_site
+from optimum_qvlm.search.site_problem import SiteProblem
 from optimum_qvlm.search.transforms import (
     KINDS,
     TransformOptions,
@@ -16,6 +15,7 @@ from optimum_qvlm.search.transforms import (
     equalizer,
     rotation_size,
 )
+from optimum_qvlm.spec import ActivationSpec, WeightSpec
 
 EXPONENTS = [0.0, 0.3, 0.5, 1.0]
 

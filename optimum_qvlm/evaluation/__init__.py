@@ -1,0 +1,1 @@
+"""Runs models, and says how far two of them are apart."""

@@ -1,0 +1,1 @@
+"""What every other layer may write with: whole files or none."""

@@ -1,0 +1,106 @@
+"""The index of a checkpoint in shards, looked at before transformers takes its form for granted."""
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+from optimum_qvlm.errors import CheckpointError
+from optimum_qvlm.hf.config import QVLMConfig
+from optimum_qvlm.hf.format.record import config_digest
+from optimum_qvlm.hf.saving.source import is_folder
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATING = ("float64", "float32", "float16", "bfloat16")
+LARGEST_JSON = 256 * 2**20
+
+
+def parse_json(data: bytes, name: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: it is something else, or too large or too deep to be sound.
+    """
+    if len(data) > LARGEST_JSON:
+        raise CheckpointError(f"{name} has {len(data)} bytes, more than the {LARGEST_JSON} that are read")
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name} is not JSON ({error}); fetch it again") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{name} holds a {type(found).__name__} where an object is expected; fetch it again")
+    return found
+
+
+def shards_of(data: bytes, name: str) -> list[str]:
+    """Names of the files that the content of an index lists, each once.
+
+    Raises:
+        CheckpointError: it is no index, or names what is not a safetensors file of its folder.
+    """
+    content = parse_json(data, name)
+    weight_map, metadata = content.get("weight_map"), content.get("metadata")
+    if not isinstance(weight_map, dict) or len(weight_map) == 0 or not isinstance(metadata, dict):
+        raise CheckpointError(f"{name} has no weight_map and metadata that name files; fetch it again")
+    if "dtype" in metadata and metadata["dtype"] not in FLOATING:
+        raise CheckpointError(
+            f"{name} says dtype {str(metadata['dtype'])[:60]!r}, none of floating point; fetch it again"
+        )
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{name} names {str(shard)[:60]!r}, which is no safetensors file; fetch it again")
+        path = PurePosixPath(shard)
+        if path.is_absolute() or ".." in path.parts or "\\" in shard or "\0" in shard:
+            raise CheckpointError(f"{name} names {shard[:60]!r}, which is outside its folder; fetch it again")
+    return sorted(set(weight_map.values()))
+
+
+def require_index_in(folder: Path) -> None:
+    """Check the index of a folder, where there is one and no single file that goes first.
+
+    Raises:
+        CheckpointError: it is not sound.
+    """
+    path = folder / INDEX
+    if path.is_file() and not (folder / WEIGHTS).is_file():
+        _require_file(path)
+
+
+def require_index_of(config: QVLMConfig, name: str) -> None:
+    """Check the index beside the configuration that was read, where `name` is the folder of both.
+
+    Raises:
+        CheckpointError: it is not sound.
+    """
+    path = Path(name) / "config.json"
+    if name == "" or not path.is_file():
+        return  # a repository, or a configuration without a name
+    values = parse_json(path.read_bytes(), str(path)).get("quantization_config")
+    if isinstance(values, dict) and (config.record is None or config_digest(values) == config.record.found_digest):
+        require_index_in(path.parent)  # elsewhere, the configuration is that of a subfolder
+
+
+def require_index(model: str, revision: str | None) -> None:
+    """The same of a folder or of a repository, of which only the index is fetched.
+
+    A repository that cannot be read is no finding: loading it will say why.
+
+    Raises:
+        CheckpointError: it is not sound.
+    """
+    if is_folder(model):
+        require_index_in(Path(model))
+        return
+    try:
+        path = hf_hub_download(model, INDEX, revision=revision)
+    except (OSError, HTTPError, ValueError):
+        return
+    _require_file(Path(path))
+
+
+def _require_file(path: Path) -> None:
+    if path.stat().st_size > LARGEST_JSON:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, more than the {LARGEST_JSON} that are read")
+    shards_of(path.read_bytes(), str(path))

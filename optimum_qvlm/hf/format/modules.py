@@ -1,0 +1,251 @@
+"""The checkpoint format: extra tensors at save, assertions and module swapping at load.
+
+A linear X is stored as in the pack-quantized format of compressed-tensors: `X.weight_packed`, `X.weight_scale`,
+`X.weight_shape` and, with zero points, `X.weight_zero_point`. Beside them lies an empty `X.weight`: transformers
+without this plugin would otherwise leave X at random values with no more than a warning; the empty tensor makes it
+fail, and the tensor `GUARD` shows in its report what to import. Its 32 bytes are the identity of the configuration
+that the weights were saved with.
+"""
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimum_qvlm.errors import CheckpointError, SpecError
+from optimum_qvlm.hf.config import QVLMConfig
+from optimum_qvlm.hf.format.names import runtime_modules
+from optimum_qvlm.hf.format.record import CalibrationRecord
+from optimum_qvlm.hf.format.safetensors_files import Manifest, read_headers, read_tensor, require_manifest
+from optimum_qvlm.hf.memory import return_freed_memory
+from optimum_qvlm.kernels import CHECKPOINT_LAYOUTS
+from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
+from optimum_qvlm.modules.swap import replace_module
+from optimum_qvlm.plan import ModuleRecord, QuantPlan
+from optimum_qvlm.report.precision import readable_bytes, tensor_bytes
+
+GUARD = "optimum_qvlm.import_optimum_qvlm_before_loading"
+LARGEST_GROWTH = 4  # from two bytes on disk to eight in memory, where dtype= asks for it
+SMALL_BUFFERS = 64 * 2**20  # positions, masks and the like, which are not stored
+SAFETENSORS_NAMES = {torch.int32: "I32", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def stored_state(model: nn.Module, identity: str) -> dict[str, Tensor]:
+    """The state dict as it goes to disk: with weight shapes and guards.
+
+    `identity` is that of the configuration which is saved with it, see `config_identity`.
+    """
+    state = dict(model.state_dict())
+    for path, module in quantized_modules(model).items():
+        if module.layout not in CHECKPOINT_LAYOUTS:
+            state |= {f"{path}.{name}": tensor for name, tensor in module.packed_state().items()}
+        state[f"{path}.weight_shape"] = torch.tensor([module.out_features, module.in_features])
+        state[f"{path}.weight"] = torch.empty(0)
+    state[GUARD] = torch.tensor(list(bytes.fromhex(identity)), dtype=torch.uint8)
+    return state
+
+
+def quantized_modules(model: nn.Module) -> dict[str, QuantLinear]:
+    """Quantized linears by run-time path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def prepare_modules(model: nn.Module, decode_tokens: int) -> None:
+    """Put every weight into the layout that is fastest on its device, one after the other.
+
+    Weights that are offloaded stay packed until a hook brings them to the device for a call.
+
+    Raises:
+        CheckpointError: a weight is not what its record says.
+    """
+    for path, module in quantized_modules(model).items():
+        module.decode_tokens = decode_tokens
+        try:
+            module.prepare(transient=_is_offloaded(module))
+        except SpecError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+    return_freed_memory()
+
+
+def require_checkpoint(config: QVLMConfig, files: list[str]) -> CalibrationRecord:
+    """Assert that configuration and files are what was saved, from headers alone.
+
+    Raises:
+        CheckpointError: an entry was changed, or a tensor is missing, truncated or does not fit.
+    """
+    found = read_headers(files)
+    record = require_record(config, found)
+    if found.get(GUARD) != ["U8", [32]]:
+        raise CheckpointError(f"tensor {GUARD} is {found.get(GUARD)}, not the 32 bytes that every save writes")
+    identity = bytes(read_tensor(files, GUARD).tolist()).hex()
+    if identity != record.found_identity:
+        raise CheckpointError(
+            f"the weights were not written together with config.json (identity {identity}, config "
+            f"{record.found_identity}); the folder mixes two saves: save or fetch it again"
+        )
+    return record
+
+
+def require_record(config: QVLMConfig, found: Manifest) -> CalibrationRecord:
+    """Assert that the configuration is what was saved, and that these tensors are there.
+
+    Raises:
+        CheckpointError: an entry was changed, or a tensor is missing, added or does not fit.
+    """
+    record = config.record
+    if record is None or record.manifest is None or record.digest is None:
+        raise CheckpointError(
+            "quantization_config has no record of a finished calibration (modules, manifest, digest); the folder was "
+            "not written by save_pretrained of a quantized model"
+        )
+    if record.digest != record.found_digest:
+        raise CheckpointError(
+            f"quantization_config was changed after saving (digest {record.digest}, content {record.found_digest}); "
+            "restore config.json, or quantize again with other settings"
+        )
+    require_manifest(record.manifest, found)
+    packed = (tensor.removesuffix(".weight_packed") for tensor in found if tensor.endswith(".weight_packed"))
+    unrecorded = next((name for name in packed if name not in record.modules), None)
+    if unrecorded is not None:
+        raise CheckpointError(f"{unrecorded} is quantized in the checkpoint's files, but not on record; fetch it again")
+    for name, module in record.modules.items():
+        _require_fit(name, module, record.manifest)
+    return record
+
+
+def swap_in_quantized(model: Any, record: CalibrationRecord) -> None:
+    """Replace the recorded linears of a model on the meta device by empty quantized ones.
+
+    Raises:
+        CheckpointError: a recorded linear is not in this model, or has other sizes.
+    """
+    paths = runtime_modules(model, record.modules)
+    for name, entry in record.modules.items():
+        if name not in paths:
+            raise CheckpointError(
+                f"{name} is quantized in the checkpoint, but {type(model).__name__} has no such linear; load it with "
+                "the class that config.json names under architectures"
+            )
+        linear = model.get_submodule(paths[name])
+        if (linear.out_features, linear.in_features) != (entry.out_features, entry.in_features):
+            raise CheckpointError(
+                f"{name} has {entry.out_features}x{entry.in_features} weights in the checkpoint, "
+                f"{linear.out_features}x{linear.in_features} in the model that config.json describes"
+            )
+        replace_module(model, paths[name], _empty(linear, entry))
+    _require_memory(model, record.manifest or {})
+    _ignore_extra_tensors(model)
+
+
+def quantized_skeleton(model: Any, plan: QuantPlan) -> Any:
+    """A copy of a model on the meta device as it will be once quantized: same sizes, no values."""
+    skeleton = copy.deepcopy(model)
+    for site in plan.sites():
+        for planned in site.linears:
+            linear = model.get_submodule(planned.path)
+            empty = QuantLinear(
+                planned.in_features,
+                planned.out_features,
+                LinearFormat(weight=planned.weight, activation=site.activation),
+                bias=planned.bias,
+                scale_dtype=linear.weight.dtype,
+                bias_dtype=linear.weight.dtype,
+                device="meta",
+            )
+            replace_module(skeleton, planned.path, empty)
+    return skeleton
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers as they lie in memory, shared ones once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
+
+
+def _empty(linear: nn.Linear, entry: ModuleRecord) -> QuantLinear:
+    return QuantLinear(
+        entry.in_features,
+        entry.out_features,
+        _format(entry),
+        bias=linear.bias is not None,
+        scale_dtype=getattr(torch, entry.scale_dtype),
+        bias_dtype=None if linear.bias is None else linear.bias.dtype,
+        device=linear.weight.device,
+    )
+
+
+def _format(entry: ModuleRecord) -> LinearFormat:
+    return LinearFormat(
+        weight=entry.weight,
+        activation=entry.activation,
+        activation_clip=entry.activation_clip,
+        equalized=entry.equalized,
+        rotation=entry.rotation,
+    )
+
+
+def _require_fit(name: str, entry: ModuleRecord, manifest: Mapping[str, Any]) -> None:
+    """The tensors of a module against its recorded precision."""
+    try:
+        scale_dtype = getattr(torch, entry.scale_dtype)
+        module = QuantLinear(
+            entry.in_features, entry.out_features, _format(entry), bias=False, scale_dtype=scale_dtype, device="meta"
+        )
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{name}: its entry in quantization_config is not valid: {error}") from error
+    for kind in ("weight_group", "activation_group", "rotation"):
+        size = getattr(entry, kind)
+        if size is not None and (size < 1 or entry.in_features % size != 0):
+            raise CheckpointError(f"{name}: {kind}={size} does not divide its {entry.in_features} channels")
+    for tensor_name, tensor in module.state_dict().items():
+        written = manifest.get(f"{name}.{tensor_name}")
+        expected = [SAFETENSORS_NAMES.get(tensor.dtype), list(tensor.shape)]
+        if written is None or list(written) != expected:
+            raise CheckpointError(
+                f"{name}.{tensor_name} is {written}, but {entry.weight_bits} bits in groups of "
+                f"{entry.weight_group or 'a row'} need {expected}"
+            )
+    for parameter in ("weight_zero_point", "input_equalizer", "input_scale"):
+        if f"{name}.{parameter}" in manifest and parameter not in module.state_dict():
+            raise CheckpointError(
+                f"{name}.{parameter} is in the checkpoint, but its entry in quantization_config says nothing of it; "
+                "the model would compute something else: fetch the checkpoint again"
+            )
+
+
+def _require_memory(model: Any, manifest: Mapping[str, Any]) -> None:
+    """Refuse a config.json that describes a far larger model than the files hold, before memory is taken for it."""
+    described, stored = packed_bytes(model), sum(map(tensor_bytes, manifest.values()))
+    if described > LARGEST_GROWTH * stored + SMALL_BUFFERS:
+        raise CheckpointError(
+            f"config.json describes a model of {readable_bytes(described)}, but the files hold "
+            f"{readable_bytes(stored)}; fetch the checkpoint again"
+        )
+
+
+def _ignore_extra_tensors(model: Any) -> None:
+    """Keep shapes and guards out of transformers' report of unexpected tensors."""
+    paths = "|".join(re.escape(path) for path in quantized_modules(model))
+    ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+    model._keys_to_ignore_on_load_unexpected = ignored | {rf"^({paths})\.weight(_shape)?$", re.escape(GUARD)}
+
+
+__all__ = [
+    "GUARD",
+    "Manifest",
+    "packed_bytes",
+    "prepare_modules",
+    "quantized_modules",
+    "quantized_skeleton",
+    "require_checkpoint",
+    "require_record",
+    "stored_state",
+    "swap_in_quantized",
+]

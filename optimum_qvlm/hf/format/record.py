@@ -1,0 +1,70 @@
+"""The saved outcome of a calibration, and what ties it to the weights beside it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from optimum_qvlm.errors import ConfigError
+from optimum_qvlm.hf.format.entries import require_entries
+from optimum_qvlm.plan import ModuleRecord
+
+
+@dataclass(slots=True, kw_only=True)
+class CalibrationRecord:
+    """The saved outcome of a calibration.
+
+    Attributes:
+        modules: what each quantized linear got, by the name of its tensors on disk.
+        blocks: the partition.
+        calibration: data fingerprint, sample count, seed, package versions.
+        manifest: name -> [dtype, shape] of every tensor as written; set when a checkpoint is saved.
+        digest: SHA-256 over the rest of the saved configuration; set when a checkpoint is saved.
+        found_digest: the same, computed over the configuration that was read.
+        found_identity: `config_identity` of the configuration that was read.
+    """
+
+    modules: dict[str, ModuleRecord]
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    manifest: dict[str, Any] | None = None
+    digest: str | None = None
+    found_digest: str | None = None
+    found_identity: str | None = None
+
+
+def read_record(values: Mapping[str, Any]) -> CalibrationRecord:
+    """The results in a saved quantization_config.
+
+    Raises:
+        ConfigError: they are not whole.
+    """
+    require_entries(values)
+    try:
+        modules = {name: ModuleRecord.from_dict(entry) for name, entry in values["modules"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"the modules of quantization_config are not whole ({error}); fetch the checkpoint again"
+        ) from error
+    return CalibrationRecord(
+        modules=modules,
+        blocks=list(values.get("blocks", [])),
+        calibration=dict(values.get("calibration", {})),
+        manifest=values.get("manifest"),
+        digest=values.get("digest"),
+    )
+
+
+def config_digest(values: Mapping[str, Any]) -> str:
+    """SHA-256 over a saved quantization_config without its own digest, in canonical JSON."""
+    return _sha256({name: value for name, value in values.items() if name != "digest"})
+
+
+def config_identity(values: Mapping[str, Any]) -> str:
+    """SHA-256 over settings and results alone: it stands beside the weights, so that files of two saves do not mix."""
+    return _sha256({name: value for name, value in values.items() if name not in ("digest", "manifest")})
+
+
+def _sha256(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Saving and uploading: whole or not at all."""

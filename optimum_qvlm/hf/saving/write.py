@@ -1,0 +1,120 @@
+"""All files of a quantized model, written into an empty folder."""
+
+import json
+import math
+import re
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+from optimum_qvlm.errors import CheckpointError
+from optimum_qvlm.hf.config import QVLMConfig
+from optimum_qvlm.hf.format.record import config_digest
+from optimum_qvlm.hf.format.safetensors_files import read_headers
+from optimum_qvlm.hf.saving.source import REPORT_FILE
+from optimum_qvlm.report.card import CARD_FILE, CardFacts, is_ours, render_card
+from optimum_qvlm.report.figures import measured_layers, read_report
+from optimum_qvlm.report.precision import part_rows
+
+
+def write_model(
+    model: Any, folder: Path, *args: Any, repo_id: str | None = None, tags: tuple[str, ...] = (), **kwargs: Any
+) -> None:
+    """Weights, configuration, processor, report and card. `args` and `kwargs` are those of transformers' saving.
+
+    Raises:
+        CheckpointError: a quantized linear was not written.
+    """
+    type(model).save_pretrained(model, folder, *args, **kwargs)
+    _open_to_readers(folder)
+    _add_sidecars(model, folder)
+    if (folder / "config.json").exists():  # there is none of adapters alone, or in a process that writes nothing
+        values = _seal(folder)
+        facts = _facts(model, folder, values, repo_id, (*(model.model_tags or ()), *tags))
+        (folder / CARD_FILE).write_text(render_card(facts), encoding="utf-8")
+
+
+def stale_weights(variant: str | None) -> re.Pattern[str]:
+    """Names of weight files that a save of this variant replaces."""
+    stem = re.escape("model" if variant is None else f"model.{variant}")
+    return re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index({stem[5:]})?\.json")
+
+
+def is_users_card(path: Path) -> bool:
+    """Whether somebody wrote, or edited, the card at `path`; False where there is none."""
+    if not path.exists():
+        return False
+    try:
+        return not is_ours(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        return True
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give weight files the mode of any new file here: safetensors lets nobody but their owner read them."""
+    usual = folder / ".mode"
+    usual.touch()
+    mode = stat.S_IMODE(usual.stat().st_mode)
+    usual.unlink()
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
+
+
+def _add_sidecars(model: Any, folder: Path) -> None:
+    """Processor, tokenizer, templates, licence and report beside the weights, unless already written."""
+    quantizer = model.hf_quantizer
+    for path, name in quantizer.source.sidecars():
+        destination = folder / name
+        if not destination.exists() and not (name == REPORT_FILE and quantizer.report is not None):
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, destination)
+    for name, content in quantizer.processor_files.items():
+        destination = folder / name
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        destination.write_bytes(content)
+    if quantizer.report is not None:
+        (folder / REPORT_FILE).write_text(json.dumps(quantizer.report, indent=2) + "\n", encoding="utf-8")
+
+
+def _seal(folder: Path) -> dict[str, Any]:
+    """Write the manifest of the tensors as they are on disk, and the digest, into config.json; returns its values.
+
+    The index of shards gets their number of values: transformers counts those in memory, which depend on the device.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    values: dict[str, Any] = config["quantization_config"]
+    values["manifest"] = read_headers(sorted(folder.glob("*.safetensors")))
+    absent = [name for name in values["modules"] if f"{name}.weight_packed" not in values["manifest"]]
+    if absent:
+        raise CheckpointError(f"{absent[0]} was not written under the name that its record has")
+    values["digest"] = config_digest(values)
+    _write_json(path, config)
+    for path in folder.glob("*.safetensors.index*.json"):
+        index = json.loads(path.read_text(encoding="utf-8"))
+        index["metadata"]["total_parameters"] = sum(math.prod(shape) for _, shape in values["manifest"].values())
+        _write_json(path, index)
+    return values
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """As transformers does."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _facts(model: Any, folder: Path, values: dict[str, Any], repo_id: str | None, tags: tuple[str, ...]) -> CardFacts:
+    config = QVLMConfig.from_dict(values)
+    assert isinstance(config, QVLMConfig) and config.record is not None
+    path = folder / REPORT_FILE
+    report = read_report(path.read_bytes()) if path.exists() else {}
+    return CardFacts(
+        values=values,
+        rows=part_rows(config.record.modules, values["manifest"], measured_layers(report)),
+        report=report,
+        sees_images=hasattr(model.config, "vision_config"),
+        repo=repo_id,
+        files={file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))},
+        inherited=model.hf_quantizer.source.card_metadata(),
+        tags=tags,
+    )

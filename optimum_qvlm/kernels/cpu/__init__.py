@@ -1,0 +1,1 @@
+"""Backends for CPUs, over operators that PyTorch carries."""

@@ -1,0 +1,65 @@
+"""Eight-bit weights as plain int8 rows, for CPUs that multiply bytes exactly (VNNI).
+
+Products of rounded activations are integer products, exact in int32. Older instructions add pairs of products in 16
+bits and saturate, so that PyTorch falls back to a loop there: such CPUs use `cpu.table`.
+"""
+
+import torch
+from torch import Tensor
+
+from optimum_qvlm.kernels import reference
+from optimum_qvlm.kernels.checks import FULL_BITS
+from optimum_qvlm.kernels.weights import CodedWeight, Rounding, StoredWeight, WeightGrid
+
+LAYOUT = "rows"
+
+
+def accepts(grid: WeightGrid, device: torch.device) -> bool:
+    """Whether integer products are fast here and every call can use them.
+
+    Up to `decode_tokens` the activations are not integers; then only bf16 has a fast product with int8 weights.
+    """
+    whole = grid.bits == 8 and grid.groups == 1 and grid.activation_bits < FULL_BITS and grid.activation_group is None
+    few = grid.decode_tokens == 0 or (grid.scale_dtype == torch.bfloat16 and not grid.zero_point)
+    sizes = grid.in_features % 32 == 0 and grid.out_features % 8 == 0  # PyTorch's bf16 product reads past others
+    return device.type == "cpu" and whole and few and sizes and _multiplies_bytes()
+
+
+def store(weight: CodedWeight, grid: WeightGrid) -> StoredWeight:
+    """Codes as they are."""
+    return StoredWeight(LAYOUT, weight.codes.contiguous(), weight.scale, weight.zero_point)
+
+
+def restore(stored: StoredWeight, grid: WeightGrid) -> CodedWeight:
+    """Undo `store`."""
+    return CodedWeight(stored.values, stored.scale, stored.zero_point)
+
+
+def linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: WeightGrid) -> Tensor:
+    """Integer product of rounded activations, else the product with int8 weights in bf16, else the definition."""
+    if rounding.bits < FULL_BITS and x.numel() > 0:
+        return reference.finish(_integers(x, stored, rounding), bias, x.dtype)
+    if x.dtype == stored.scale.dtype == torch.bfloat16 and x.numel() > 0 and stored.zero_point is None:
+        tokens = reference.transform_tokens(x, rounding.equalizer, rounding.rotation).to(x.dtype)
+        product = torch._weight_int8pack_mm(tokens.reshape(-1, grid.in_features), stored.values, stored.scale[:, 0])
+        return reference.finish(product.float(), bias, x.dtype).reshape(*x.shape[:-1], grid.out_features)
+    return reference.linear(x, restore(stored, grid), bias, rounding)
+
+
+def _integers(x: Tensor, stored: StoredWeight, rounding: Rounding) -> Tensor:
+    """fp32 [..., out_features]."""
+    transformed = reference.transform_tokens(x, rounding.equalizer, rounding.rotation)
+    if rounding.scale is not None:
+        codes, scale = reference.quantize_static(transformed, rounding.bits, rounding.scale), rounding.scale.float()
+    else:
+        codes, scale = reference.quantize_tokens(transformed, rounding.bits, None, rounding.clip)
+    flat = codes.reshape(-1, codes.shape[-1])
+    sums = torch._int_mm(flat, stored.values.t())
+    if stored.zero_point is not None:
+        sums -= flat.sum(dim=1, keepdim=True, dtype=torch.int32) * stored.zero_point.T.int()
+    weighted: Tensor = (sums.float() * stored.scale.T.float()).reshape(*x.shape[:-1], -1) * scale
+    return weighted
+
+
+def _multiplies_bytes() -> bool:
+    return bool(torch.cpu.get_capabilities().get("avx512_vnni", False))

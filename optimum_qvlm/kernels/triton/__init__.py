@@ -1,0 +1,1 @@
+"""Backends for GPUs: the Triton kernels, their launchers and launch shapes."""

@@ -1,0 +1,219 @@
+"""Activations of one site in one pass: equalisation, Hadamard rotation, peak, scale, codes.
+
+The rotation is the fast Walsh-Hadamard transform, sums and differences in fp32: as a matrix product, a program would
+spend more on the matrix of signs than on its activations.
+"""
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from optimum_qvlm.kernels.reference import transform_tokens
+from optimum_qvlm.kernels.triton import tiles
+from optimum_qvlm.kernels.triton.launching import empty, start
+from optimum_qvlm.kernels.weights import Rounding
+
+ROTATIONS = (16, 32, 64, 128)
+"""Sizes of Hadamard blocks that the kernel applies."""
+
+
+@triton.jit
+def quantize_kernel(
+    x, equalizer, fixed, out, scales,
+    clip, token_stride, out_stride, scale_stride,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, ROTATION: tl.constexpr,
+    EQUALIZED: tl.constexpr, STATIC: tl.constexpr, ROUNDS: tl.constexpr, QMAX: tl.constexpr,
+    SPAN: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales with ROUNDS, else transformed activations.
+
+    One program per token and SPAN of channels; GROUP 0 shares the scale of a token, which one program does alone.
+    CHUNK is the power of two at or above SPAN that is held at a time.
+    """
+    # Tokens times channels pass 2**31 in long batches.
+    token = tl.program_id(0).to(tl.int64)
+    x += token * token_stride
+    out += token * out_stride
+    start = tl.program_id(1) * SPAN
+    WHOLE: tl.constexpr = ROUNDS and GROUP == 0 and not STATIC
+    if WHOLE and WIDTH > CHUNK:
+        peak = 0.0
+        for step in tl.range(0, (CHANNELS + CHUNK - 1) // CHUNK):
+            part = _transformed(x, equalizer, step * CHUNK, CHANNELS, CHUNK, CHUNK, ROTATION, EQUALIZED)
+            peak = tl.maximum(peak, tl.max(tl.abs(part)))
+        scale = _scale(peak, clip, QMAX)
+        tl.store(scales + token * scale_stride, scale)
+        for step in tl.range(0, (WIDTH + CHUNK - 1) // CHUNK):
+            part = _transformed(x, equalizer, step * CHUNK, CHANNELS, CHUNK, CHUNK, ROTATION, EQUALIZED)
+            _write(out, part, scale, step * CHUNK, WIDTH, CHUNK, CHUNK, QMAX, ROUNDS)
+    else:
+        part = _transformed(x, equalizer, start, CHANNELS, SPAN, CHUNK, ROTATION, EQUALIZED)
+        if not ROUNDS:
+            _write(out, part, 1.0, start, WIDTH, SPAN, CHUNK, QMAX, ROUNDS)
+        elif STATIC:
+            _write(out, part, tl.load(fixed), start, WIDTH, SPAN, CHUNK, QMAX, ROUNDS)
+        elif GROUP == 0 or SPAN != CHUNK:
+            scale = _scale(tl.max(tl.abs(part)), clip, QMAX)
+            tl.store(scales + token * scale_stride + tl.program_id(1), scale)
+            _write(out, part, scale, start, WIDTH, SPAN, CHUNK, QMAX, ROUNDS)
+        else:
+            part = tl.reshape(part, (CHUNK // GROUP, GROUP))
+            scale = _scale(tl.max(tl.abs(part), axis=1), clip, QMAX)
+            group = start // GROUP + tl.arange(0, CHUNK // GROUP)
+            tl.store(scales + token * scale_stride + group, scale, mask=group < WIDTH // GROUP)
+            _write(out, part, scale[:, None], start, WIDTH, SPAN, CHUNK, QMAX, ROUNDS)
+
+
+@triton.jit
+def _transformed(
+    x, equalizer, start,
+    CHANNELS: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr,
+    ROTATION: tl.constexpr, EQUALIZED: tl.constexpr,
+):  # fmt: skip
+    """Transformed activations of a chunk, fp32 [CHUNK]; zeros past the channels or the span."""
+    inside = tl.arange(0, CHUNK)
+    channel = start + inside
+    mask = (channel < CHANNELS) & (inside < SPAN)
+    values = tl.load(x + channel, mask=mask, other=0.0).to(tl.float32)
+    if EQUALIZED:
+        values = values * tl.load(equalizer + channel, mask=mask, other=0.0).to(tl.float32)
+    if ROTATION != 0:
+        SIZE_ROOT: tl.constexpr = ROTATION**-0.5
+        values = _butterflies(values, CHUNK, ROTATION) * SIZE_ROOT
+    return values
+
+
+@triton.jit
+def _butterflies(values, CHUNK: tl.constexpr, SIZE: tl.constexpr):
+    """`values` [CHUNK] times Sylvester's matrix of ones and minus ones, in blocks of SIZE: sums and differences."""
+    if SIZE > 1:
+        HALF: tl.constexpr = SIZE // 2
+        values = _butterflies(values, CHUNK, HALF)
+        left, right = tl.split(tl.permute(tl.reshape(values, (CHUNK // SIZE, 2, HALF)), (0, 2, 1)))
+        values = tl.reshape(tl.permute(tl.join(left + right, left - right), (0, 2, 1)), (CHUNK,))
+    return values
+
+
+@triton.jit
+def _scale(peak, clip, QMAX: tl.constexpr):
+    scale = tl.div_rn(peak * clip, QMAX * 1.0)
+    return tl.where(scale > 0, scale, 1.0)
+
+
+@triton.jit
+def _write(
+    out, values, scale, start,
+    WIDTH: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr, QMAX: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
+    inside = tl.arange(0, CHUNK)
+    mask = (start + inside < WIDTH) & (inside < SPAN)
+    if not ROUNDS:
+        tl.store(out + start + inside, values.to(out.dtype.element_ty), mask=mask)
+    else:
+        steps = tl.minimum(tl.maximum(tl.div_rn(values, scale), -QMAX), QMAX)
+        # Adding 1.5 * 2**23 leaves the integer nearest, halves to even, in the low bits.
+        codes = (steps + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+        # Flat, so that neighbouring channels are written at once.
+        tl.store(out + start + inside, tl.reshape(codes.to(tl.int8), (CHUNK,)), mask=mask)
+
+
+def fuses(rounding: Rounding) -> bool:
+    """Whether the kernel applies the rotation of `rounding`; the definition does it before the kernel otherwise."""
+    rotation, group = rounding.rotation, rounding.group
+    if rotation is None:
+        return True
+    return rotation in ROTATIONS and (group is None or group.bit_count() == 1 or group % rotation == 0)
+
+
+def quantize(x: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
+    """Codes and scales of transformed activations.
+
+    Args:
+        x: [..., channels], floating.
+        rounding: bits 2..8; its group divides the channels.
+
+    Returns:
+        int8 codes of the shape of `x` and fp32 scales [..., groups], or [1] on a static grid.
+    """
+    codes, scale = quantize_padded(_flat(x), rounding, x.shape[-1])
+    if rounding.scale is not None:
+        return codes.view(x.shape), rounding.scale.float().clone()
+    return codes.view(x.shape), scale.view(*x.shape[:-1], scale.shape[1])
+
+
+def quantize_padded(x: Tensor, rounding: Rounding, width: int) -> tuple[Tensor, Tensor]:
+    """Codes [tokens, width] of [tokens, channels] and scales [tokens, width / group], or [1] as given.
+
+    Columns past the channels get code 0, and their groups scale 1.
+    """
+    x, rounding = _rotated(x, rounding)
+    codes = empty(x, x.shape[0], width, dtype=torch.int8)
+    if rounding.scale is not None:
+        scale = rounding.scale
+    else:
+        groups = 1 if rounding.group is None else width // rounding.group
+        scale = empty(x, x.shape[0], groups, dtype=torch.float32)
+    _launch(x, rounding, codes, scale)
+    return codes, scale
+
+
+def transform(x: Tensor, rounding: Rounding) -> Tensor:
+    """Transformed activations [tokens, channels] in the dtype of `x`; `x` itself where there is nothing to do."""
+    if rounding.equalizer is None and rounding.rotation is None:
+        return x
+    if not fuses(rounding):
+        return transform_tokens(x, rounding.equalizer, rounding.rotation).to(x.dtype)
+    transformed = empty(x, *x.shape)
+    _launch(x, rounding, transformed, transformed)
+    return transformed
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[tokens, channels] with contiguous rows."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _rotated(x: Tensor, rounding: Rounding) -> tuple[Tensor, Rounding]:
+    """Activations and what is left for the kernel to do with them."""
+    if fuses(rounding):
+        return x, rounding
+    transformed = transform_tokens(x, rounding.equalizer, rounding.rotation)
+    return transformed, dataclasses.replace(rounding, equalizer=None, rotation=None)
+
+
+def _launch(x: Tensor, rounding: Rounding, out: Tensor, scale: Tensor) -> None:
+    tokens, channels = x.shape
+    width = out.shape[1]
+    if tokens == 0 or width == 0:
+        return
+    rounds, static = out.dtype == torch.int8, rounding.scale is not None
+    group = rounding.group if rounds and not static else None
+    whole = rounds and group is None and not static
+    tile = tiles.quantize_tile(width, group, rounding.rotation, whole=whole)
+    arguments = {
+        "x": x,
+        "equalizer": x if rounding.equalizer is None else rounding.equalizer,
+        "fixed": x if rounding.scale is None else rounding.scale,
+        "out": out,
+        "scales": scale,
+        "clip": rounding.clip,
+        "token_stride": x.stride(0),
+        "out_stride": out.stride(0),
+        "scale_stride": scale.stride(0),
+        "CHANNELS": channels,
+        "WIDTH": width,
+        "GROUP": 0 if group is None else group,
+        "ROTATION": 0 if rounding.rotation is None else rounding.rotation,
+        "EQUALIZED": rounding.equalizer is not None,
+        "STATIC": static,
+        "ROUNDS": rounds,
+        "QMAX": 2 ** (rounding.bits - 1) - 1,
+        "SPAN": tile.span,
+        "CHUNK": tile.chunk,
+    }
+    grid = (tokens, 1 if whole else -(-width // tile.span))
+    start(quantize_kernel, grid, arguments, x.device, num_warps=tile.warps)
