@@ -100,9 +100,11 @@ class Handover:
 class FusedLinear(QuantLinear):
     """A linear whose rows lie in a `JointLinear`. Its parameters are computed from there, as the checkpoint has them.
 
-    Called with the tensor that another linear of the group was just called with, it returns a view of its rows of that
-    product (a copy where gradients are recorded, as views would share a version counter); with any other tensor, or a
-    second time, it computes the product anew. The product is let go when each has taken its rows.
+    Called with the tensor that another linear of the group was just called with, it returns its rows of that product;
+    with any other tensor, or a second time, it computes the product anew. The product is let go when each has taken its
+    rows. On a GPU the rows are a view. They are a copy where gradients are recorded, as views would share a version
+    counter, and on a CPU: PyTorch's elementwise functions (SiLU, GELU) round the last elements of a strided row with
+    other code than those of a contiguous tensor, so that a view would change the model by a bit.
     """
 
     joint: JointLinear
@@ -124,7 +126,9 @@ class FusedLinear(QuantLinear):
             output, waiting = self.joint(input), self.others
         handover.kept = Product(input, moment, output, waiting) if waiting else None
         rows = output.narrow(-1, self.start, self.out_features)
-        return rows.clone(memory_format=torch.contiguous_format) if rows.requires_grad else rows
+        if rows.requires_grad:
+            return rows.clone(memory_format=torch.contiguous_format)
+        return rows.contiguous() if rows.device.type == "cpu" else rows
 
     def quantized_rows(self) -> CodedWeight:
         """Codes, scales and zero points of its own rows."""
