@@ -15,11 +15,10 @@ from typing import Any
 
 from optimum_qvlm.errors import CheckpointError
 from optimum_qvlm.files.atomic import files_below, publish, publishing, replace_file, sync_tree
+from optimum_qvlm.hf.format.index import EXPLICIT
 from optimum_qvlm.hf.saving.weight_files import GENERATION, WeightFiles, stale_weights, weight_files_of
 
 CONFIG = "config.json"
-EXPLICIT = "transformers_weights"
-"""Field of config.json that names the weights to load in place of those with the usual names."""
 
 
 def publish_model(work: Path, target: Path, *, variant: str | None = None) -> list[str]:

@@ -44,7 +44,7 @@ def write_model(
 
 def is_users_card(path: Path) -> bool:
     """Whether somebody wrote, or edited, the card at `path`; False where there is none."""
-    if not path.exists():
+    if not path.is_file():
         return False
     try:
         return not is_ours(path.read_text(encoding="utf-8"))
