@@ -31,7 +31,7 @@ def work_folder(target: Path, *, mode: int = 0o777) -> Iterator[Path]:
     Every call gets a folder of its own, which lies in one that is locked as long as the call lasts. It takes mode,
     group and access lists of a target that exists; else the umask is taken off `mode`. Where the target is a mount
     point, or its parent cannot be written, the folder is made inside the target: renames work within one mount only.
-    Parents of the target that had to be made are removed again when the work fails or is interrupted.
+    Parents of the target that had to be made are removed again where nothing was published.
 
     Raises:
         OSError: no folder can be made there.
@@ -49,11 +49,10 @@ def work_folder(target: Path, *, mode: int = 0o777) -> Iterator[Path]:
                     _take_after(work, target)
                 work.chmod(work.stat().st_mode | 0o700)
             yield work
-    except BaseException:
+    finally:
         for parent in made:
             with suppress(OSError):
                 parent.rmdir()
-        raise
 
 
 @contextmanager

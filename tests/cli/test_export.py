@@ -131,6 +131,18 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_trying_the_output_leaves_nothing(args, tmp_path, monkeypatch):
+    def look(*_, **__):
+        assert list(tmp_path.iterdir()) == []
+        raise QVLMError("loaded the model")
+
+    monkeypatch.setattr(export, "load_model", look)
+    args.output = tmp_path / "some" / "where" / "out"
+
+    assert export.main(args) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_models_own_folder_is_refused_as_output(args, capsys):
     args.output.mkdir()
     args.model = f"{args.output}/../{args.output.name}"

@@ -19,9 +19,12 @@ SHARDS = {"one": "50GB", "few": "150KB", "many": "60KB"}
 
 @pytest.fixture(scope="module")
 def models(llava_folder, bundled_folder, tmp_path_factory) -> Path:
-    """Folders `old-...` and `new-...` of two quantized models with processors, in one file and in shards. Read only."""
+    """Folders `old-...` and `new-...` of two quantized models with processors, in one file and in shards. Read only.
+
+    Their schemes differ, so that the configuration of one does not fit the weights of the other.
+    """
     home = tmp_path_factory.mktemp("models")
-    for name, factor in (("old", 1.0), ("new", 1.5)):
+    for name, factor, scheme in (("old", 1.0, "w4a8"), ("new", 1.5, "w8a8")):
         plain = load(llava_folder)
         with torch.no_grad():
             plain.get_input_embeddings().weight.mul_(factor)
@@ -30,7 +33,7 @@ def models(llava_folder, bundled_folder, tmp_path_factory) -> Path:
             shutil.copyfile(bundled_folder / file, home / name / file)
         template = home / name / "chat_template.jinja"
         template.write_text(f"{{# {name} #}}" + template.read_text())
-        quantized = quantize(home / name, method="rtn")
+        quantized = quantize(home / name, scheme, method="rtn")
         for shards, size in SHARDS.items():
             quantized.save_pretrained(home / f"{name}-{shards}", max_shard_size=size)
     return home
@@ -73,7 +76,7 @@ def names_in(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("way", ["exchange", "files"])
 def test_killed_at_renames(models, tmp_path, way):
-    """Of a save from shards to fewer of the same model's size; all steps are in the heavy test."""
+    """Over shards, by one file; all steps are in the heavy test."""
     outcomes, last = kill(models, tmp_path, way, "many", "one", every=1000)
 
     require_whole(outcomes, last, names_in(models / "new-one"))
