@@ -33,8 +33,10 @@ def export(args: Namespace) -> None:
     arguments = config_arguments(args)
 
     from optimum_qvlm.hf.saving.push import require_access
+    from optimum_qvlm.hf.saving.save import require_writable
 
     config = make_config(args.paper, arguments)
+    require_writable(args.output)
     if args.dry_run:
         tried = try_out(args, config)
         if args.json:

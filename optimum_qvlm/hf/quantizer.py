@@ -91,7 +91,7 @@ class QVLMQuantizer(HfQuantizer):
         if not files:
             raise CheckpointError("a model is quantized from the files of a checkpoint; none were given")
         require_weights_inside(model.config.name_or_path, files)
-        self.source = Source.of(files)
+        self.source = Source.of(files).hold()
         watch_access(model, self._note_access)
         if self.pre_quantized:
             self.source.require_inside(map(Path, files))

@@ -115,6 +115,34 @@ def test_an_output_that_is_a_file_is_refused_first(args, capsys):
     assert args.output.read_text() == "precious"
 
 
+@pytest.mark.parametrize("name", ["file/out", "file/out/deeper", "out"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    args, tmp_path, monkeypatch, capsys, name
+):
+    monkeypatch.setattr(export, "load_model", lambda *_, **__: pytest.fail("loaded the model"))
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "out" / "config.json").mkdir(parents=True)
+    args.output = tmp_path / name
+    before = sorted(tmp_path.rglob("*"))
+
+    assert export.main(args) == 2
+
+    assert f"{tmp_path / name}" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_trying_the_output_leaves_nothing(args, tmp_path, monkeypatch):
+    def look(*_, **__):
+        assert list(tmp_path.iterdir()) == []
+        raise QVLMError("loaded the model")
+
+    monkeypatch.setattr(export, "load_model", look)
+    args.output = tmp_path / "some" / "where" / "out"
+
+    assert export.main(args) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_models_own_folder_is_refused_as_output(args, capsys):
     args.output.mkdir()
     args.model = f"{args.output}/../{args.output.name}"

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 # Saving takes a moment longer, so that a signal can come in between.
 SLOW_SAVING = """
 import sys, time
-from optimum_qvlm.hf.saving.save import write as writing
+from optimum_qvlm.hf.saving import write as writing
 real = writing._seal
 
 def slow(folder):
@@ -82,7 +82,8 @@ def test_a_killed_run_leaves_one_named_folder_that_the_next_run_removes(tmp_path
     process.kill()
     process.communicate(timeout=60)
 
-    assert [path.name for path in tmp_path.iterdir()] == [f".out{WORK_MARK}{process.pid}"]
+    [left] = tmp_path.iterdir()
+    assert left.name.startswith(f".out{WORK_MARK}")
 
     again = start("--method", "rtn", tmp_path / "out")
     again.communicate(timeout=200)

@@ -1,8 +1,11 @@
 """Uploads through the real client: what arrives, where, and in how many commits."""
 
+import copy
 import json
+import threading
 
 import pytest
+import torch
 
 from optimum_qvlm.errors import HubError
 from optimum_qvlm.hf.saving.push import require_access
@@ -183,3 +186,35 @@ def test_access_is_checked_before_hours_are_spent(hub, token, repo, reason):
 def test_access_to_ones_own_names_is_granted(hub, repo):
     require_access(repo)
     assert hub.repos == {}, "nothing is made yet"
+
+
+@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
+def test_threads_push_each_their_own_model(hub, model, tmp_path, way):
+    """At the same time; with `save_pretrained` into one folder, whose files the other one replaces meanwhile."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(2)
+    models, expected = {"first": model, "second": other}, {}
+    for name, pushed in models.items():
+        pushed.save_pretrained(tmp_path / name)
+        expected[name] = (tmp_path / name / "model.safetensors").read_bytes()
+    own = 0
+
+    for round in range(4):
+
+        def push(name, round=round):
+            if way == "push_to_hub":
+                models[name].push_to_hub(f"me/{name}-{round}")
+            else:
+                target = tmp_path / "shared"
+                models[name].save_pretrained(target, push_to_hub=True, repo_id=f"me/{name}-{round}")
+
+        threads = [threading.Thread(target=push, args=(name,)) for name in models]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        own += sum(hub.files(f"me/{name}-{round}").get("model.safetensors") == expected[name] for name in models)
+
+    print(f"{way}: {own} of 8 repositories hold their own model")
+    assert own == 8

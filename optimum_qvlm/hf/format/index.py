@@ -15,6 +15,8 @@ from optimum_qvlm.hf.saving.source import is_folder
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATING = ("float64", "float32", "float16", "bfloat16")
 LARGEST_JSON = 256 * 2**20
+EXPLICIT = "transformers_weights"
+"""Field of config.json that names the weights to load in place of those with the usual names."""
 
 
 def parse_json(data: bytes, name: str) -> dict[str, Any]:
@@ -51,10 +53,20 @@ def shards_of(data: bytes, name: str) -> list[str]:
     for shard in weight_map.values():
         if not isinstance(shard, str) or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{name} names {str(shard)[:60]!r}, which is no safetensors file; fetch it again")
-        path = PurePosixPath(shard)
-        if path.is_absolute() or ".." in path.parts or "\\" in shard or "\0" in shard:
-            raise CheckpointError(f"{name} names {shard[:60]!r}, which is outside its folder; fetch it again")
+        require_inner_name(shard, name)
     return sorted(set(weight_map.values()))
+
+
+def require_inner_name(file: str, name: str) -> str:
+    """A file's name that `name` holds, if it is one of the same folder.
+
+    Raises:
+        CheckpointError: it leads elsewhere.
+    """
+    path = PurePosixPath(file)
+    if path.is_absolute() or ".." in path.parts or "\\" in file or "\0" in file:
+        raise CheckpointError(f"{name} names {file[:60]!r}, which is outside its folder; fetch it again")
+    return file
 
 
 def require_index_in(folder: Path) -> None:
@@ -77,8 +89,11 @@ def require_index_of(config: QVLMConfig, name: str) -> None:
     path = Path(name) / "config.json"
     if name == "" or not path.is_file():
         return  # a repository, or a configuration without a name
-    values = parse_json(path.read_bytes(), str(path)).get("quantization_config")
+    content = parse_json(path.read_bytes(), str(path))
+    values, explicit = content.get("quantization_config"), content.get(EXPLICIT)
     if isinstance(values, dict) and (config.record is None or config_digest(values) == config.record.found_digest):
+        if isinstance(explicit, str) and explicit.endswith(".json") and (path.parent / explicit).is_file():
+            _require_file(path.parent / require_inner_name(explicit, str(path)))
         require_index_in(path.parent)  # elsewhere, the configuration is that of a subfolder
 
 

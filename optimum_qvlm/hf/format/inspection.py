@@ -10,7 +10,7 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
 from optimum_qvlm.errors import CheckpointError, HubError
 from optimum_qvlm.hf.config import QUANT_METHOD, QVLMConfig
-from optimum_qvlm.hf.format.index import LARGEST_JSON, parse_json, shards_of
+from optimum_qvlm.hf.format.index import EXPLICIT, LARGEST_JSON, parse_json, require_inner_name, shards_of
 from optimum_qvlm.hf.format.modules import require_checkpoint, require_record
 from optimum_qvlm.hf.format.safetensors_files import Manifest, merge_headers
 from optimum_qvlm.hf.saving.source import REPORT_FILE, is_folder
@@ -53,7 +53,7 @@ def inspect_checkpoint(name: str, *, revision: str | None = None, variant: str |
     values = config["quantization_config"]
     read = QVLMConfig.from_dict(values)
     assert isinstance(read, QVLMConfig)
-    shards = _shards(place, variant)
+    shards = _shards(place, variant, config.get(EXPLICIT))
     record = place.require(read, shards)
     report = parse_json(place.read(REPORT_FILE) or b"{}", REPORT_FILE)
     architectures = config.get("architectures")
@@ -159,11 +159,13 @@ def _read_config(place: _Folder | _Repository) -> dict[str, Any]:
     return config
 
 
-def _shards(place: _Folder | _Repository, variant: str | None) -> list[str]:
-    """Names of the weight files, as transformers picks them."""
+def _shards(place: _Folder | _Repository, variant: str | None, explicit: object) -> list[str]:
+    """Names of the weight files, as transformers picks them: `explicit`, which config.json may name, goes first."""
     middle = "" if variant is None else f".{variant}"
     single, index = f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"
-    if place.has(single):
+    if isinstance(explicit, str):
+        single = index = require_inner_name(explicit, "config.json")
+    if place.has(single) and not single.endswith(".json"):
         return [single]
     data = place.read(index)
     if data is None:

@@ -9,8 +9,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HTTPError  # type: ignore[attr-defined]
 
 from optimum_qvlm.errors import HubError
-from optimum_qvlm.files.atomic import work_folder
-from optimum_qvlm.hf.saving.write import is_users_card, stale_weights, write_model
+from optimum_qvlm.files.atomic import files_below, work_folder
+from optimum_qvlm.hf.saving.weight_files import stale_weights
+from optimum_qvlm.hf.saving.write import is_users_card, write_model
 from optimum_qvlm.report.card import CARD_FILE
 from optimum_qvlm.version import __version__
 
@@ -47,7 +48,7 @@ class Upload:
                 api.create_branch(repo, branch=self.revision, exist_ok=True)
             if self._has_users_card(api, repo):
                 names = [name for name in names if name != CARD_FILE]
-            stale = stale_weights(self.variant)
+            stale = stale_weights(names, self.variant)
             there = [name for name in api.list_repo_files(repo, revision=self.revision) if stale.fullmatch(name)]
             return api.create_commit(
                 repo,
@@ -96,7 +97,7 @@ def push_to_hub(
     more = (tags,) if isinstance(tags, str) else tuple(tags or ())
     with work_folder(Path(tempfile.gettempdir()) / "optimum_qvlm", mode=0o700) as work:
         write_model(self, work, repo_id=repo_id, tags=more, max_shard_size=max_shard_size, variant=variant)
-        return upload.send(work, [str(path.relative_to(work)) for path in sorted(work.rglob("*")) if path.is_file()])
+        return upload.send(work, files_below(work))
 
 
 def require_access(repo_id: str, token: str | bool | None = None) -> None:

@@ -1,7 +1,9 @@
 """Where a model came from, and the files that lie beside its weights."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +44,67 @@ SIDECARS = (
 CODE = "*.py"
 """What travels too where it is trusted: a processor of its own kind cannot be loaded without."""
 
+LARGEST_HELD = 64 * 2**20
+"""Bytes of the largest file beside the weights whose content is held in memory; tokenizers have up to 35 MB."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sidecar:
+    """A file beside the weights as it was when the model was loaded.
+
+    Attributes:
+        path: where it lies, or lay.
+        content: None of one that is too large to hold.
+        stamp: size in bytes, and time of the last change in nanoseconds.
+    """
+
+    path: Path
+    content: bytes | None = field(repr=False)
+    stamp: tuple[int, int]
+
+    @classmethod
+    def of(cls, path: Path) -> "Sidecar":
+        """Read a file.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        found = path.stat()
+        content = path.read_bytes() if found.st_size <= LARGEST_HELD else None
+        return cls(path=path, content=content, stamp=(found.st_size, found.st_mtime_ns))
+
+    def write(self, destination: Path) -> None:
+        """Write it elsewhere.
+
+        Raises:
+            CheckpointError: it was too large to hold, and is gone or another one by now.
+        """
+        if self.content is not None:
+            destination.write_bytes(self.content)
+            return
+        found = self.path.stat() if self.path.is_file() else None
+        if found is None or (found.st_size, found.st_mtime_ns) != self.stamp:
+            raise CheckpointError(
+                f"{self.path}, which belongs to the model, is gone or was changed after the model was loaded, and is "
+                "too large to be held in memory; put it back and save again"
+            )
+        shutil.copyfile(self.path, destination)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A local folder, or a repository at a fixed commit with the cache that holds it, and how that is reached."""
+    """A local folder, or a repository at a fixed commit with the cache that holds it, and how that is reached.
+
+    Attributes:
+        held: the files beside the weights by their names relative to the folder, as they were when `hold` was called.
+    """
 
     folder: Path
     repo: str | None = None
     revision: str | None = None
     cache: Path | None = None
     access: Access = field(default_factory=Access)
+    held: Mapping[str, Sidecar] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, checkpoint_files: list[str]) -> "Source":
@@ -77,11 +130,24 @@ class Source:
             return {}
         return {"base_model": self.repo, "base_revision": self.revision}
 
-    def sidecars(self) -> list[tuple[Path, str]]:
-        """Files beside the weights with their names relative to the folder; those of the Hub are downloaded.
+    def hold(self) -> "Source":
+        """The same with the files beside the weights read, so that a save needs the folder no more.
 
-        Where the Hub cannot be reached, what its cache holds has to do, with a warning: a model that took hours
-        must be saved.
+        Links that leave the folder are not followed, and what cannot be read is left: a save refuses both.
+        """
+        root = self.root.resolve()
+        held = {}
+        for path in self._paths((*SIDECARS, CODE, CARD_FILE)):
+            if path.resolve().is_relative_to(root):
+                with suppress(OSError):
+                    held[str(path.relative_to(self.folder))] = Sidecar.of(path)
+        return replace(self, held=held)
+
+    def sidecars(self) -> dict[str, Sidecar]:
+        """Files beside the weights by their names relative to the folder; those of the Hub are downloaded.
+
+        Those that were held are as they were then, even if the folder has gone. Where the Hub cannot be
+        reached, what its cache holds has to do, with a warning: a model that took hours must be saved.
 
         Raises:
             CheckpointError: a file is a link that leads elsewhere.
@@ -93,9 +159,11 @@ class Source:
                 "Check that the saved folder has a processor, or save it yourself; for a private model log in with "
                 "`hf auth login` or set HF_TOKEN"
             )
-        paths = sorted({path for pattern in self._patterns() for path in self.folder.glob(pattern) if path.is_file()})
+        paths = self._paths(self._patterns())
         self.require_inside(paths)
-        return [(path, str(path.relative_to(self.folder))) for path in paths]
+        there = {str(path.relative_to(self.folder)): path for path in paths}
+        later = {name: Sidecar.of(path) for name, path in there.items() if name not in self.held}
+        return dict(sorted((later | {name: file for name, file in self.held.items() if self._travels(name)}).items()))
 
     def require_inside(self, paths: Iterable[Path]) -> None:
         """Refuse links that lead out of the folder: with them a save or an upload would carry private files away.
@@ -111,10 +179,10 @@ class Source:
     def card_metadata(self) -> dict[str, Any]:
         """The YAML block of the model card that lies beside the weights; empty where there is none."""
         path = self.folder / CARD_FILE
-        if not path.is_file():
-            return {}
         try:
-            return read_metadata(path.read_text(encoding="utf-8"))
+            held = self.held.get(CARD_FILE)
+            content = path.read_bytes() if held is None or held.content is None else held.content
+            return read_metadata(content.decode())
         except (OSError, UnicodeDecodeError):
             return {}
 
@@ -133,6 +201,12 @@ class Source:
                 f"no processor could be loaded from {self.folder} ({reason or error}); {private}pass processor= to "
                 "QVLMConfig, or ready model inputs (a list of dicts of tensors) as dataset"
             ) from error
+
+    def _paths(self, patterns: Iterable[str]) -> list[Path]:
+        return sorted({path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file()})
+
+    def _travels(self, name: str) -> bool:
+        return name != CARD_FILE and (self.access.trust_remote_code or not name.endswith(".py"))
 
     def _patterns(self) -> tuple[str, ...]:
         return (*SIDECARS, CODE) if self.access.trust_remote_code else SIDECARS

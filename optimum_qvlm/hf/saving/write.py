@@ -2,8 +2,6 @@
 
 import json
 import math
-import re
-import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -19,31 +17,34 @@ from optimum_qvlm.report.precision import part_rows
 
 
 def write_model(
-    model: Any, folder: Path, *args: Any, repo_id: str | None = None, tags: tuple[str, ...] = (), **kwargs: Any
+    model: Any, folder: Path, *, repo_id: str | None = None, tags: tuple[str, ...] = (), **options: Any
 ) -> None:
-    """Weights, configuration, processor, report and card. `args` and `kwargs` are those of transformers' saving.
+    """Weights, configuration, processor, report and card. `options` are those of transformers' saving.
+
+    Of a model with adapters, transformers writes these alone, and so do we; in a process that is not the main one,
+    it writes nothing.
 
     Raises:
-        CheckpointError: a quantized linear was not written.
+        CheckpointError: a quantized linear was not written, a file beside the source has gone, or an adapter does not
+            fit into one file.
     """
-    type(model).save_pretrained(model, folder, *args, **kwargs)
+    type(model).save_pretrained(model, folder, **options)
     _open_to_readers(folder)
-    _add_sidecars(model, folder)
-    if (folder / "config.json").exists():  # there is none of adapters alone, or in a process that writes nothing
+    if (folder / "adapter_config.json").exists() and len(list(folder.glob("*.safetensors*"))) > 1:
+        raise CheckpointError(
+            f"the adapter does not fit into max_shard_size={options.get('max_shard_size')!r}, and adapters are loaded "
+            "from one file; give a larger one"
+        )
+    if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
+        _add_sidecars(model, folder)
         values = _seal(folder)
         facts = _facts(model, folder, values, repo_id, (*(model.model_tags or ()), *tags))
         (folder / CARD_FILE).write_text(render_card(facts), encoding="utf-8")
 
 
-def stale_weights(variant: str | None) -> re.Pattern[str]:
-    """Names of weight files that a save of this variant replaces."""
-    stem = re.escape("model" if variant is None else f"model.{variant}")
-    return re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index({stem[5:]})?\.json")
-
-
 def is_users_card(path: Path) -> bool:
     """Whether somebody wrote, or edited, the card at `path`; False where there is none."""
-    if not path.exists():
+    if not path.is_file():
         return False
     try:
         return not is_ours(path.read_text(encoding="utf-8"))
@@ -64,11 +65,11 @@ def _open_to_readers(folder: Path) -> None:
 def _add_sidecars(model: Any, folder: Path) -> None:
     """Processor, tokenizer, templates, licence and report beside the weights, unless already written."""
     quantizer = model.hf_quantizer
-    for path, name in quantizer.source.sidecars():
+    for name, sidecar in quantizer.source.sidecars().items():
         destination = folder / name
         if not destination.exists() and not (name == REPORT_FILE and quantizer.report is not None):
             destination.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, destination)
+            sidecar.write(destination)
     for name, content in quantizer.processor_files.items():
         destination = folder / name
         destination.parent.mkdir(parents=True, exist_ok=True)
