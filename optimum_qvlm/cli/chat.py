@@ -90,7 +90,12 @@ def render(processor: Any, images: list[Any], question: str) -> dict[str, Any]:
     if question.strip() == "" and not images:
         raise DataError("the question is empty; ask something")
     content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
-    return make_prompts([Sample(messages=({"role": "user", "content": content},), where="the question")], processor)
+    sample = Sample(messages=({"role": "user", "content": content},), where="the question")
+    try:
+        return make_prompts([sample], processor)
+    except DataError as error:
+        reason = error if error.__cause__ is None else error.__cause__
+        raise DataError(f"the processor cannot take the question: {reason}") from error
 
 
 def require_images(model: Any, inputs: dict[str, Any]) -> None:
