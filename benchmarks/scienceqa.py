@@ -25,7 +25,8 @@ from transformers.utils import logging
 
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.data.loader import make_prompts, tokenizer_of
-from optimum_qvlm.data.sample import Sample, open_image
+from optimum_qvlm.data.picture import read_picture
+from optimum_qvlm.data.sample import Sample
 from optimum_qvlm.errors import DataError
 
 LETTERS = "ABCDE"
@@ -89,7 +90,7 @@ class Problem:
         """As calibration and prompts take it."""
         content: list[dict[str, Any]] = []
         if self.image is not None:
-            content.append({"type": "image", "image": open_image(self.image, f"problem {self.number}")})
+            content.append({"type": "image", "image": read_picture(self.image, f"problem {self.number}")})
         content.append({"type": "text", "text": self.prompt})
         answer = LETTERS[self.answer] if answered else None
         return Sample(messages=({"role": "user", "content": content},), answer=answer)

@@ -6,7 +6,7 @@ from typing import Any
 
 from optimum_qvlm.cli.loading import choose_auto_class, load_model, read_model_config
 from optimum_qvlm.cli.outcome import finish
-from optimum_qvlm.data.sample import open_image
+from optimum_qvlm.data.picture import open_image
 from optimum_qvlm.errors import DataError, QVLMError
 
 
@@ -66,7 +66,9 @@ def answer(model: Any, processor: Any, images: list[Any], question: str, max_new
 
     if images and not hasattr(processor, "image_processor"):
         raise DataError(f"{type(model).__name__} takes no images; ask without --image")
-    inputs = render(processor, images, question).to(model.device)
+    inputs = {name: value.to(model.device) for name, value in render(processor, images, question).items()}
+    if images:
+        require_images(model, inputs)
     for name, value in inputs.items():
         if value.is_floating_point():
             inputs[name] = value.to(model.dtype)
@@ -76,17 +78,40 @@ def answer(model: Any, processor: Any, images: list[Any], question: str, max_new
         model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
 
 
-def render(processor: Any, images: list[Any], question: str) -> Any:
-    """Model inputs for the question, through the chat template where there is one."""
-    if getattr(processor, "chat_template", None) is None:
-        return processor(text=question, return_tensors="pt")
-    content: Any = question
-    if hasattr(processor, "image_processor"):
-        content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+def render(processor: Any, images: list[Any], question: str) -> dict[str, Any]:
+    """Model inputs for the question, through the chat template or in the form of a family that has none.
+
+    Raises:
+        DataError: the processor refuses it, as one that needs an image refuses a question without.
+    """
+    from optimum_qvlm.data.loader import make_prompts
+    from optimum_qvlm.data.sample import Sample
+
+    if question.strip() == "" and not images:
+        raise DataError("the question is empty; ask something")
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
+    sample = Sample(messages=({"role": "user", "content": content},), where="the question")
+    try:
+        return make_prompts([sample], processor)
+    except DataError as error:
+        reason = error if error.__cause__ is None else error.__cause__
+        raise DataError(f"the processor cannot take the question: {reason}") from error
+
+
+def require_images(model: Any, inputs: dict[str, Any]) -> None:
+    """Refuse inputs that the images did not get into.
+
+    Raises:
+        DataError: no token stands for an image, or there are no pixels.
+    """
+    import torch
+
+    from optimum_qvlm.models.adapter import Adapter
+
+    tokens = Adapter(model).image_tokens()
+    placed = not tokens or bool(torch.isin(inputs["input_ids"].cpu(), torch.tensor(tokens)).any())
+    if not placed or not any(value.is_floating_point() for value in inputs.values()):
+        raise DataError(
+            "the processor left the images out: its chat template must place a token for each; save the model with a "
+            "processor whose template does"
+        )

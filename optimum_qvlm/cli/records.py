@@ -18,10 +18,11 @@ def read_dataset(name: str | None) -> str | list[dict[str, Any]] | None:
     if name is None:
         return None
     path = Path(name)
-    if path.is_file():
+    if is_file(path):
         return read_records(path)
     if path.suffix == ".jsonl":
-        raise DataError(f"dataset {name}: there is no such file")
+        kind = "it is no regular file" if path.exists() else "there is no such file"
+        raise DataError(f"dataset {name}: {kind}")
     if path.is_dir():
         raise DataError(f"dataset {name} is a folder; name the .jsonl file in it")
     return name
@@ -33,21 +34,26 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: naming file and line, where a line is not a record (see `parse_record`).
     """
+    records = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip() != "":
+                    records.append(_parse_line(line, number, path))
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip() == "":
-            continue
-        try:
-            records.append(parse_record(line, path.parent))
-        except DataError as error:
-            raise DataError(f"{path}, line {number}: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error})") from error
     if len(records) == 0:
         raise DataError(f"{path} holds no records; write {EXPECTED} in each line")
     return records
+
+
+def _parse_line(line: str, number: int, path: Path) -> dict[str, Any]:
+    try:
+        return parse_record(line, path.parent)
+    except DataError as error:
+        raise DataError(f"{path}, line {number}: {error}") from error
 
 
 def parse_record(line: str, folder: Path) -> dict[str, Any]:
@@ -62,12 +68,17 @@ def parse_record(line: str, folder: Path) -> dict[str, Any]:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"not JSON: {error.msg} at column {error.colno}; expected {EXPECTED}") from error
+    except RecursionError as error:
+        raise DataError(f"nested too deeply; expected {EXPECTED}") from error
+    except ValueError as error:  # a number with more digits than Python converts
+        raise DataError(f"{error}; expected {EXPECTED}") from error
     if not isinstance(record, dict):
         raise DataError(f"{line.strip()[:40]!r} is not {EXPECTED}")
     texts = {key: record[key] for key in ("question", "answer", "text") if record.get(key) is not None}
     for key, value in texts.items():
         if not isinstance(value, str) or value.strip() == "":
             raise DataError(f"{key} must be text that is not blank, got {value!r}")
+        require_unicode(key, value)
     if "question" not in texts:
         if "text" not in texts:
             raise DataError(f"neither question nor text among the keys {list(record)}; expected {EXPECTED}")
@@ -94,7 +105,28 @@ def find_image(name: object, folder: Path) -> str:
     """Absolute path of an image file that exists."""
     if not isinstance(name, str):
         raise DataError(f"image must be a path, got {name!r}")
-    path = (folder / name).resolve()
-    if not path.is_file():
+    require_unicode("image", name)
+    path = folder.absolute() / name
+    if not is_file(path):
         raise DataError(f"image {name!r} is no file; paths are relative to the folder of the .jsonl file")
-    return str(path)
+    return str(path.resolve())
+
+
+def is_file(path: Path) -> bool:
+    """Whether it is a regular file; no for names that no file can have, and for links that lead nowhere."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
+def require_unicode(key: str, value: str) -> None:
+    """Refuse half a surrogate pair, which JSON can write and no tokenizer or file system takes.
+
+    Raises:
+        DataError: names the field.
+    """
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{key} is not Unicode text ({error.reason} at character {error.start})") from error

@@ -123,12 +123,12 @@ class _Loaded:
             batch_size=config.batch_size,
             max_length=config.max_length,
             seed=config.seed,
+            vocabulary=getattr(model.get_input_embeddings(), "num_embeddings", None),
         )
         self.image_tokens = adapter_for(model).image_tokens()
-        self.origin, samples = read_dataset(config.dataset, self.options, wants_images=bool(self.image_tokens))
-        self.held_out = read_held_out(
-            config.dataset, self.options, wants_images=bool(self.image_tokens), count=HELD_OUT
-        )
+        images: Any = {"wants_images": bool(self.image_tokens), "image_tokens": self.image_tokens}
+        self.origin, samples = read_dataset(config.dataset, self.options, **images)
+        self.held_out = read_held_out(config.dataset, self.options, count=HELD_OUT, **images)
         self.conversations = [sample for sample in samples if isinstance(sample, Sample)]
         self.ready = [sample for sample in samples if not isinstance(sample, Sample)]
         own = users_processor(config, source.access) if self.conversations else None
@@ -137,7 +137,11 @@ class _Loaded:
     def answered(self, samples: list[Sample], plan: QuantPlan, device: torch.device, *, batch: int) -> list[Sample]:
         """The samples with the model's own answers where they have none."""
         layers = [layer.path for part in plan.parts for layer in part.layers]
-        return fill_answers(self.model, samples, self.processor, layers=layers, device=device, batch=batch)
+        options = replace(self.options, batch_size=batch)
+        tokens = self.image_tokens
+        return fill_answers(
+            self.model, samples, self.processor, options, layers=layers, device=device, image_tokens=tokens
+        )
 
     def render(self, samples: list[Sample]) -> list[Batch]:
         """Batches of model inputs, with labels where the encoder step will want them and all answers are known."""

@@ -72,6 +72,10 @@ class QVLMQuantizer(HfQuantizer):
             from optimum_qvlm.hf.format.index import require_index_of
 
             require_index_of(self.config, config.name_or_path or "")
+        else:
+            from optimum_qvlm.hf.limits import require_buildable
+
+            require_buildable(config)
         return config
 
     def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:

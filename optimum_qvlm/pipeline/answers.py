@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from optimum_qvlm.data.loader import make_prompts, tokenizer_of
+from optimum_qvlm.data.loader import LoaderOptions, make_prompts
+from optimum_qvlm.data.rendering import group, tokenizer_of
 from optimum_qvlm.data.sample import Sample
 from optimum_qvlm.pipeline.layer_streaming import streamed
 
@@ -19,22 +20,28 @@ def fill_answers(
     model: Any,
     samples: Sequence[Sample],
     processor: Any,
+    options: LoaderOptions,
     *,
     layers: Iterable[str],
     device: torch.device,
-    batch: int,
+    image_tokens: Sequence[int] = (),
 ) -> list[Sample]:
-    """Samples in their order, with the model's greedy answer where one is missing. Plain texts need none."""
+    """Samples in their order, with the model's greedy answer where one is missing. Plain texts need none.
+
+    Of `options`, `batch_size`, `max_length` and `vocabulary` count.
+    """
     filled = list(samples)
     open_ones = [i for i, sample in enumerate(filled) if sample.answer is None and sample.text is None]
-    groups = [open_ones[start : start + batch] for start in range(0, len(open_ones), batch)]
+    groups = group([filled[i] for i in open_ones], processor, options.batch_size)
     tokenizer = tokenizer_of(processor)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    indices = iter(open_ones)
     with torch.no_grad(), streamed(model, layers, device):
-        for group in logging.tqdm(groups, desc="answering", unit="batch", disable=not groups):
-            prompt = {n: t.to(device) for n, t in make_prompts([filled[i] for i in group], processor).items()}
+        for members in logging.tqdm(groups, desc="answering", unit="batch", disable=not groups):
+            batch = make_prompts(members, processor, options, image_tokens)
+            prompt = {name: tensor.to(device) for name, tensor in batch.items()}
             output = model.generate(**prompt, do_sample=False, max_new_tokens=ANSWER_TOKENS, pad_token_id=pad)
             texts = tokenizer.batch_decode(output[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-            for index, text in zip(group, texts, strict=True):
-                filled[index] = replace(filled[index], answer=text.strip())
+            for sample, text in zip(members, texts, strict=True):
+                filled[next(indices)] = replace(sample, answer=text.strip())
     return filled

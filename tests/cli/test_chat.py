@@ -1,6 +1,7 @@
 """One question, one answer: on the bundled model, in this process."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -127,3 +128,52 @@ def test_images_are_refused_by_models_that_take_none(llama_folder, picture):
 
     with pytest.raises(DataError, match="takes no images; ask without --image"):
         chat.answer(SimpleNamespace(), SimpleNamespace(), [picture], "?", 5)
+
+
+def test_a_photograph_is_looked_at_upright(run, saved, tmp_path):
+    """Telephones store it lying, with a note of how to turn it."""
+    picture = Image.effect_noise((48, 32), 90).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "lying.png", exif=exif)
+    picture.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+
+    lying, upright = (chat.read_image(tmp_path / f"{name}.png") for name in ("lying", "upright"))
+
+    assert lying.tobytes() == upright.tobytes()
+    assert len({run(saved, "--image", tmp_path / f"{n}.png", "how many?")[:2] for n in ("lying", "upright")}) == 1
+
+
+def test_a_pipe_as_image_is_refused(run, saved, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+
+    code, _, error = run(saved, "--image", tmp_path / "pipe.png", "?")
+
+    assert code == 2
+    assert "pipe.png cannot be read (it is no regular file)" in error
+
+
+def test_a_template_without_a_place_for_the_image_is_refused(run, saved, picture, tmp_path):
+    """Rather than an answer about nothing."""
+    copied = Path(shutil.copytree(saved, tmp_path / "copy"))
+    (copied / "chat_template.jinja").write_text("{{ messages[0]['content'][-1]['text'] }}")
+
+    code, _, error = run(copied, "--image", picture, "how many?")
+
+    assert code == 2
+    assert "the processor cannot take the question" in error and "image" in error
+
+
+def test_a_processor_without_template_gets_the_image(run, saved, picture, tmp_path):
+    copied = Path(shutil.copytree(saved, tmp_path / "copy"))
+    (copied / "chat_template.jinja").unlink()
+
+    code, _, _ = run(copied, "--image", picture, "how many?")
+
+    assert code == 0
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(copied)
+    inputs = chat.render(processor, [chat.read_image(picture)], "how many?")
+    assert processor.chat_template is None
+    assert int((inputs["input_ids"] == processor.image_token_id).sum()) == 36

@@ -1,6 +1,7 @@
 """Calibration files: what is read, and errors that point at the line."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -126,3 +127,35 @@ def test_files_are_read_whatever_their_suffix(folder):
 def test_paths_that_are_no_file_are_refused(folder, name, message):
     with pytest.raises(DataError, match=message):
         read_dataset(str(folder / name))
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"question": ' + "9" * 5000 + "}", "integer string conversion"),
+        ('{"question": "a \\ud800 b"}', "question is not Unicode text"),
+        ('{"question": "q", "image": "\\ud800.png"}', "image is not Unicode text"),
+        ('{"question": "q", "image": "a\\u0000.png"}', "is no file"),
+        ('{"question": "q", "image": "' + "a" * 5000 + '"}', "is no file"),
+        ('{"question": "q", "image": "loop.png"}', "image 'loop.png' is no file"),
+        ('{"question": "q", "image": "pipe.png"}', "image 'pipe.png' is no file"),
+    ],
+    ids=["deep", "digits", "text", "name", "zero", "long name", "loop", "pipe"],
+)
+def test_odd_lines_are_refused_by_their_number(tmp_path, line, message):
+    """Each once ended in a traceback, or waited for ever."""
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    path = tmp_path / "samples.jsonl"
+    path.write_text('{"text": "fine"}\n' + line + "\n", encoding="utf-8")
+
+    with pytest.raises(DataError, match=f"line 2: .*{re.escape(message)}"):
+        read_dataset(str(path))
+
+
+def test_a_pipe_is_no_dataset(tmp_path):
+    os.mkfifo(tmp_path / "samples.jsonl")
+
+    with pytest.raises(DataError, match="it is no regular file"):
+        read_dataset(str(tmp_path / "samples.jsonl"))

@@ -18,7 +18,8 @@ def test_image_samples_are_whole():
     for sample in samples:
         (turn,) = sample.messages
         image, question = turn["content"]
-        assert image["image"].mode == "RGB" and min(image["image"].size) > 0
+        picture = image["image"].open()
+        assert picture.mode == "RGB" and min(picture.size) > 0
         assert question["text"].strip() and sample.answer and sample.answer.strip()
 
 

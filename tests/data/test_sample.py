@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from optimum_qvlm.data.sample import Sample, open_image, read_sample
+from optimum_qvlm.data.picture import open_image
+from optimum_qvlm.data.sample import Sample, read_sample
 from optimum_qvlm.errors import DataError
 
 
@@ -30,7 +31,7 @@ def name_of(value: object) -> str:
 
 
 def images_of(sample: Sample) -> list[Image.Image]:
-    return [part["image"] for turn in sample.messages for part in turn["content"] if part["type"] == "image"]
+    return [image.open() for image in sample.images]
 
 
 def texts_of(sample: Sample) -> list[str]:
@@ -229,7 +230,7 @@ def test_every_form_names_the_bad_image(form, tmp_path):
 
 @pytest.mark.parametrize(
     "image",
-    [3, b"bytes", np.zeros((2, 2, 3)), {"bytes": b"", "path": None}],
+    [3, np.zeros((2, 2, 3)), {"bytes": None, "path": None}],
     ids=lambda image: type(image).__name__,
 )
 def test_other_objects_are_no_images(image):

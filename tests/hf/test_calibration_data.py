@@ -114,8 +114,10 @@ def test_a_named_processor_that_is_not_there_is_refused(llama_folder, tmp_path):
         prepare(llama_folder, dataset=["Hello"], processor=str(tmp_path / "nowhere"))
 
 
-def test_a_named_processor_is_loaded(llama_folder, bundled_folder):
-    data = prepare(llama_folder, dataset=["Hello"], processor=str(bundled_folder))
+def test_a_named_processor_is_loaded(tmp_path, bundled_folder):
+    tiny_llama(vocab_size=384).save_pretrained(tmp_path)
+
+    data = prepare(tmp_path, dataset=["Hello"], processor=str(bundled_folder))
 
     assert data.batches[0]["input_ids"].shape[0] == 1
 

@@ -3,6 +3,7 @@
 import pytest
 from PIL import Image
 
+from optimum_qvlm.data.loader import LoaderOptions
 from optimum_qvlm.data.sample import Sample
 from optimum_qvlm.pipeline.answers import ANSWER_TOKENS, fill_answers
 from tests.jobs import load
@@ -25,7 +26,8 @@ def make_sample(colour: str, answer: str | None = None, question: str = "what co
 
 
 def fill(model, samples, processor, batch=2):
-    return fill_answers(model, samples, processor, layers=[], device=CPU, batch=batch)
+    options = LoaderOptions(num_samples=64, batch_size=batch, max_length=512, seed=0)
+    return fill_answers(model, samples, processor, options, layers=[], device=CPU)
 
 
 def test_answers_that_are_there_stay(model, processor):
