@@ -51,7 +51,7 @@ class ReadOnlyWeight(Tensor):
     @staticmethod
     def __new__(cls, read: Callable[[], Tensor], owner: str, like: Tensor, device: torch.device) -> Self:
         """`like` has the shape, strides and dtype of what `read` gives; `owner` says whose weight it is."""
-        weight: Self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        weight: Self = Tensor._make_wrapper_subclass(
             cls,
             like.shape,
             strides=like.stride(),

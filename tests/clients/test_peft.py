@@ -73,7 +73,7 @@ def test_the_trainer_trains_saves_and_resumes(folder, tmp_path):
 
 
 def test_transformers_refuses_to_train_the_bare_model(folder, tmp_path):
-    with pytest.raises(ValueError, match="purely quantized models. Please attach trainable adapters"):
+    with pytest.raises(ValueError, match=r"purely quantized models\. Please attach trainable adapters"):
         trainer(load(folder), folder, tmp_path, steps=1)
 
 
