@@ -35,3 +35,7 @@ class CheckpointError(QVLMError):
 
 class HubError(QVLMError):
     """The Hub could not be reached, or did not allow what was asked of it."""
+
+
+class ReadOnlyError(QVLMError):
+    """A write to the weight of a quantized linear, which is computed from packed integers."""

@@ -52,8 +52,8 @@ class QVLMQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Packed weights cannot be trained."""
-        return False
+        """Adapters on a quantized model can be trained; transformers refuses the bare model itself."""
+        return True
 
     def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
         """Keep the request for after the calibration, and load on the CPU until then."""

@@ -224,6 +224,9 @@ class FusedLinear(QuantLinear):
         self.joint.pack()
         return self
 
+    def _device(self) -> torch.device:
+        return self.joint.weight_packed.device
+
     def _stored(self) -> StoredWeight:
         return dispatch.store(self.quantized_rows(), self.grid, PACKED)
 

@@ -20,10 +20,13 @@ from optimum_qvlm.kernels import (
     dispatch,
 )
 from optimum_qvlm.kernels.bound import BoundLinear, is_plain
+from optimum_qvlm.modules.read_only import ReadOnlyWeight, refusal
 from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight
 from optimum_qvlm.quant.packing import packed_width
 from optimum_qvlm.quant.transform import SiteTransform
 from optimum_qvlm.spec import ActivationSpec, WeightSpec
+
+PACKED_PARAMETERS = ("weight_packed", "weight_scale", "weight_zero_point", "input_equalizer", "input_scale")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,8 +195,35 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight [out_features, in_features] in the dtype of the scales, transform undone."""
-        return self._plain_weight().to(self.weight_scale.dtype)
+        """The dequantized weight [out_features, in_features] in the dtype of the scales, transform undone.
+
+        To be read only: see `ReadOnlyWeight`, which dequantizes when values are needed. Compiled code dequantizes at
+        once, into a plain tensor.
+        """
+        if torch.compiler.is_compiling():
+            return self._weight_values()
+        like = torch.empty(self.out_features, self.in_features, dtype=self.grid.scale_dtype, device="meta")
+        return ReadOnlyWeight(self._weight_values, self._owner(), like, self._device())
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        raise refusal(self._owner())
+
+    @weight.deleter
+    def weight(self) -> None:
+        raise refusal(self._owner())
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Add a parameter. What is packed asks for no gradients, and there is no weight beside it.
+
+        Raises:
+            ReadOnlyError: `name` is "weight".
+        """
+        if name == "weight":
+            raise refusal(self._owner())
+        if param is not None and name in PACKED_PARAMETERS:
+            param.requires_grad_(False)
+        super().register_parameter(name, param)
 
     def forward(self, input: Tensor) -> Tensor:
         """Product of the rounded input [..., in_features] with the weight, plus bias, in the input's dtype."""
@@ -253,6 +283,16 @@ class PackedLinear(nn.Module):
         self.weight_packed, self.weight_scale = _frozen(stored.values), _frozen(stored.scale)
         if stored.zero_point is not None:
             self.weight_zero_point = _frozen(stored.zero_point)
+
+    def _device(self) -> torch.device:
+        return self.weight_packed.device
+
+    def _owner(self) -> str:
+        """What errors call it; a module does not know its name in the model."""
+        return f"a quantized linear of {self.out_features}x{self.in_features}"
+
+    def _weight_values(self) -> Tensor:
+        return self._plain_weight().to(self.grid.scale_dtype)
 
     def _plain_weight(self) -> Tensor:
         transform = SiteTransform(self.input_equalizer, self.format.rotation)
@@ -324,7 +364,7 @@ class PackedLinear(nn.Module):
         return linear
 
 
-class QuantLinear(PackedLinear, nn.Linear):  # type: ignore[misc, override]
+class QuantLinear(PackedLinear, nn.Linear):  # type: ignore[misc]
     """A linear of a model: what looks for `nn.Linear` finds it."""
 
 

@@ -67,7 +67,7 @@ def require_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_what_was_packed_comes_back_bit_for_bit(bits, symmetric, sizes, dtype):
     """A saved model is the one that was calibrated, also after it ran."""
     module = make_module(bits, 32, symmetric=symmetric, sizes=sizes, dtype=dtype)
-    packed, weight = state_of(module), module.weight
+    packed, weight = state_of(module), module.weight.clone()
 
     module.prepare()
 

@@ -213,7 +213,7 @@ def test_a_deep_copy_is_independent(symmetric):
 def test_a_change_of_dtype_leaves_the_weight_alone(dtype, symmetric):
     """Codes were chosen for the scales as stored: rounding scales to another dtype would change the weight."""
     module = make_module(make_format(symmetric=symmetric, activation_bits=8))
-    weight = module.weight
+    weight = module.weight.clone()
 
     module.to(dtype)
 
@@ -304,7 +304,7 @@ def test_printing_a_model_shows_the_grids(format, expected):
 def test_initialisation_leaves_packed_weights_alone():
     """transformers calls reset_parameters on modules that it takes for uninitialised."""
     module = make_module(make_format())
-    before = module.weight
+    before = module.weight.clone()
 
     module.reset_parameters()
 
