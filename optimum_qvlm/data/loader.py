@@ -97,7 +97,7 @@ def make_labelled_batches(
     for number, batch in enumerate(batches):
         group = samples[number * options.batch_size : (number + 1) * options.batch_size]
         prompt_lengths = make_prompts(group, processor)["attention_mask"].sum(dim=1, keepdim=True)
-        places = torch.arange(batch["input_ids"].shape[1])
+        places = torch.arange(batch["input_ids"].shape[1], device=prompt_lengths.device)
         in_answer = (places >= prompt_lengths) & batch["attention_mask"].bool()
         batch["labels"] = torch.where(in_answer, batch["input_ids"], -100)
     return batches
@@ -107,6 +107,11 @@ def make_prompts(samples: Sequence[Sample], processor: Any) -> Batch:
     """Prompts without answers, padded on the left, ready for `generate`."""
     with _padding_side(processor, "left"):
         return _render(list(samples), processor, answered=False)
+
+
+def stands_for_image(ids: Tensor, image_tokens: Sequence[int]) -> Tensor:
+    """bool of the shape of `ids`: which token ids are among the image tokens."""
+    return torch.isin(ids, torch.tensor(list(image_tokens), dtype=ids.dtype, device=ids.device))
 
 
 def fingerprint(batches: Sequence[Batch]) -> str:
@@ -257,7 +262,7 @@ def _plain(sample: Sample, *, answered: bool) -> str:
 
 def _cut(batch: Batch, max_length: int, image_tokens: Sequence[int]) -> Batch:
     ids = batch["input_ids"]
-    is_image = torch.isin(ids, torch.tensor(list(image_tokens), dtype=ids.dtype))
+    is_image = stands_for_image(ids, image_tokens)
     last_image = int(is_image.any(dim=0).nonzero().max()) + 1 if bool(is_image.any()) else 0
     keep = max(max_length, last_image)
     if ids.shape[1] <= keep:

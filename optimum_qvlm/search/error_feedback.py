@@ -73,7 +73,10 @@ class Moments:
 def site_moments(problem: SiteProblem, rounding: SiteRounding, asymmetry: float) -> tuple[Moments, Moments]:
     """Second moments over all calibration tokens of the problem: of the first half of each piece, and of the second."""
     channels, device = problem.inputs.shape[1], problem.inputs.device
-    halves = tuple(Moments(*(torch.zeros(channels, channels, device=device) for _ in range(2))) for _ in range(2))
+    halves = tuple(
+        Moments(*(torch.zeros(channels, channels, dtype=torch.float32, device=device) for _ in range(2)))
+        for _ in range(2)
+    )
     for found, wanted in problem.pieces():
         middle = -(-len(found) // 2)
         for half, part in zip(halves, (slice(middle), slice(middle, None)), strict=True):
@@ -240,7 +243,7 @@ def _round_groups(
     work, count = rows.T.contiguous(), rows.shape[0]
     clips = clips if step is None else (*clips, NEXT_MULTIPLE)
     whole = WeightSpec(bits=spec.bits, symmetric=spec.symmetric)
-    codes, grid = torch.empty_like(work, dtype=torch.int8), torch.tensor(clips, device=work.device)
+    codes, grid = torch.empty_like(work, dtype=torch.int8), torch.tensor(clips, dtype=torch.float32, device=work.device)
     scales, zeros, ratios = [], [], []
     for start in range(0, work.shape[0], width):
         stop = start + width
@@ -305,7 +308,7 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 def _cholesky(hessian: Tensor, damping: float) -> Tensor:
     """Lower factor of the Hessian with `damping` of its mean on the diagonal, more where fp32 needs it."""
     mean = float(hessian.diagonal().mean())
-    eye = torch.eye(hessian.shape[0], device=hessian.device)
+    eye = torch.eye(hessian.shape[0], dtype=torch.float32, device=hessian.device)
     if mean <= 0:
         return eye
     while True:

@@ -20,6 +20,7 @@ from optimum_qvlm.pipeline.encoder.observe import Observer, Seen
 from optimum_qvlm.pipeline.encoder.recompute import frozen, recomputed
 from optimum_qvlm.pipeline.layer_streaming import streamed
 from optimum_qvlm.pipeline.options import CalibrationOptions
+from optimum_qvlm.pipeline.tokens import seeded_order
 from optimum_qvlm.plan import ModuleRecord, PlannedLinear, QuantPlan
 from optimum_qvlm.search.encoder_loss import (
     EncoderOptions,
@@ -87,7 +88,7 @@ class SoftDependency:
 
     def __call__(self, first: Tensor, second: Tensor) -> Tensor:
         """H(second | first) of two outputs [tokens, channels] in nats; H(second) where shapes differ."""
-        order = torch.randperm(second.shape[1], generator=torch.Generator().manual_seed(self.options.seed))
+        order = seeded_order(second.shape[1], self.options.seed)
         channels = order[:CHANNELS].sort().values.to(second.device)
         later = positions(second, self.options).columns(channels)
         earlier = positions(first, self.options).columns(channels) if first.shape == second.shape else None
