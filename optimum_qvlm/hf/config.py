@@ -1,7 +1,6 @@
 """`QVLMConfig`: what the user asks for, and after calibration what every module got."""
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Self
@@ -9,6 +8,7 @@ from typing import Any, Literal, Self
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_qvlm.errors import ConfigError
+from optimum_qvlm.files import strict_json
 from optimum_qvlm.hf.format.migration import migrate
 from optimum_qvlm.hf.format.record import CalibrationRecord, config_digest, config_identity, read_record
 from optimum_qvlm.hf.settings import LISTS, require_group, require_levels, require_valid
@@ -303,7 +303,7 @@ class QVLMConfig(QuantizationConfigMixin):
                 values["manifest"] = self.record.manifest
             if self.record.digest is not None:
                 values["digest"] = self.record.digest
-        return json.loads(json.dumps(values))  # type: ignore[no-any-return]
+        return strict_json.loads(strict_json.dumps(values))  # type: ignore[no-any-return]
 
     @classmethod
     def from_dict(

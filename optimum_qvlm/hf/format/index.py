@@ -1,6 +1,5 @@
 """The index of a checkpoint in shards, looked at before transformers takes its form for granted."""
 
-import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -8,6 +7,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
 from optimum_qvlm.errors import CheckpointError
+from optimum_qvlm.files import strict_json
 from optimum_qvlm.hf.config import QVLMConfig
 from optimum_qvlm.hf.format.record import config_digest
 from optimum_qvlm.hf.saving.source import is_folder
@@ -26,8 +26,8 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
     if len(data) > LARGEST_JSON:
         raise CheckpointError(f"{name} has {len(data)} bytes, more than the {LARGEST_JSON} that are read")
     try:
-        found = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        found = strict_json.loads(data)
+    except ValueError as error:
         raise CheckpointError(f"{name} is not JSON ({error}); fetch it again") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{name} holds a {type(found).__name__} where an object is expected; fetch it again")
