@@ -1,10 +1,11 @@
 """Calibration records from a JSONL file."""
 
-import json
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 from optimum_qvlm.errors import DataError
+from optimum_qvlm.files import strict_json
 
 EXPECTED = "an object with image, question and answer, or with text"
 
@@ -18,7 +19,11 @@ def read_dataset(name: str | None) -> str | list[dict[str, Any]] | None:
     if name is None:
         return None
     path = Path(name)
-    if path.is_file():
+    try:
+        present = path.is_file()
+    except OSError as error:
+        raise DataError(f"dataset {name[:100]!r} is no usable path: {error}") from error
+    if present:
         return read_records(path)
     if path.suffix == ".jsonl":
         raise DataError(f"dataset {name}: there is no such file")
@@ -37,6 +42,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error})") from error
     records = []
     for number, line in enumerate(lines, start=1):
         if line.strip() == "":
@@ -59,21 +66,30 @@ def parse_record(line: str, folder: Path) -> dict[str, Any]:
         DataError: the line is not such a record, or an image is missing.
     """
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
+        record = strict_json.loads(line)
+    except JSONDecodeError as error:
         raise DataError(f"not JSON: {error.msg} at column {error.colno}; expected {EXPECTED}") from error
+    except ValueError as error:
+        raise DataError(f"not JSON: {error}; expected {EXPECTED}") from error
     if not isinstance(record, dict):
         raise DataError(f"{line.strip()[:40]!r} is not {EXPECTED}")
     texts = {key: record[key] for key in ("question", "answer", "text") if record.get(key) is not None}
     for key, value in texts.items():
         if not isinstance(value, str) or value.strip() == "":
             raise DataError(f"{key} must be text that is not blank, got {value!r}")
+        if not is_whole_text(value):
+            raise DataError(f"{key} holds half of a character ({value[:40]!r}); write it as UTF-8")
     if "question" not in texts:
         if "text" not in texts:
             raise DataError(f"neither question nor text among the keys {list(record)}; expected {EXPECTED}")
         return {"text": texts["text"]}
     texts.pop("text", None)
     return texts | parse_images(record, folder)
+
+
+def is_whole_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: JSON may hold halves of characters, which no tokenizer takes."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def parse_images(record: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -94,7 +110,11 @@ def find_image(name: object, folder: Path) -> str:
     """Absolute path of an image file that exists."""
     if not isinstance(name, str):
         raise DataError(f"image must be a path, got {name!r}")
-    path = (folder / name).resolve()
-    if not path.is_file():
+    try:
+        path = (folder / name).resolve()
+        readable = is_whole_text(name) and path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # a loop of links is a RuntimeError before Python 3.13
+        raise DataError(f"image {name!r} is no usable path: {error}") from error
+    if not readable:
         raise DataError(f"image {name!r} is no file; paths are relative to the folder of the .jsonl file")
     return str(path)

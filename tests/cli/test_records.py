@@ -126,3 +126,24 @@ def test_files_are_read_whatever_their_suffix(folder):
 def test_paths_that_are_no_file_are_refused(folder, name, message):
     with pytest.raises(DataError, match=message):
         read_dataset(str(folder / name))
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("[" * 100_000, "nested too deep"),
+        ('{"question": ' + "1" * 5000 + "}", "not JSON"),
+        ('{"question": "a", "answer": NaN}', "holds NaN"),
+        ('{"question": "\\ud83d"}', "half of a character"),
+        ('{"question": "a", "image": "a\\u0000b"}', "no usable path|is no file"),
+        ('{"question": "a", "image": "\\ud83d.png"}', "is no file|no usable path"),
+        ('{"question": "a", "image": "loop.png"}', "no usable path|is no file"),
+    ],
+    ids=["deep", "long number", "nan", "half a character", "null", "half in a path", "loop"],
+)
+def test_odd_records_are_refused_by_their_line(tmp_path, line, message):
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "data.jsonl").write_text(line)
+
+    with pytest.raises(DataError, match=rf"line 1.*({message})"):
+        read_records(tmp_path / "data.jsonl")

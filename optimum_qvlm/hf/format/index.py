@@ -82,8 +82,8 @@ def require_index_of(config: QVLMConfig, name: str) -> None:
         require_index_in(path.parent)  # elsewhere, the configuration is that of a subfolder
 
 
-def require_index(model: str, revision: str | None) -> None:
-    """The same of a folder or of a repository, of which only the index is fetched.
+def require_index(model: str, *, subfolder: str = "", **source: Any) -> None:
+    """The same of a folder or of a repository, of which only the index is fetched; `source` says how.
 
     A repository that cannot be read is no finding: loading it will say why.
 
@@ -91,10 +91,11 @@ def require_index(model: str, revision: str | None) -> None:
         CheckpointError: it is not sound.
     """
     if is_folder(model):
-        require_index_in(Path(model))
+        require_index_in(Path(model) / subfolder)
         return
     try:
-        path = hf_hub_download(model, INDEX, revision=revision)
+        download = {name: source[name] for name in ("revision", "cache_dir") if name in source}
+        path = hf_hub_download(model, INDEX, subfolder=subfolder or None, **download)
     except (OSError, HTTPError, ValueError):
         return
     _require_file(Path(path))
