@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from optimum_qvlm.cli.loading import choose_auto_class, load_model, read_model_config
+from optimum_qvlm.cli.loading import load_model, source_of
 from optimum_qvlm.cli.outcome import finish
 from optimum_qvlm.data.picture import open_image
 from optimum_qvlm.errors import DataError, QVLMError
@@ -45,7 +45,9 @@ def load_processor(args: Namespace) -> Any:
     """
     from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-    source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    from optimum_qvlm.hf.model_class import choose_auto_class, read_model_config
+
+    source = source_of(args)
     takes_text = choose_auto_class("auto", read_model_config(args.model, source)) is AutoModelForCausalLM
     try:
         return (AutoTokenizer if takes_text else AutoProcessor).from_pretrained(args.model, **source)

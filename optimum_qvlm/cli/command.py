@@ -24,6 +24,7 @@ from .qvlm_options import (
     add_search_options,
     add_sharing_options,
     add_source_options,
+    leave_out_defaults,
     positive_int,
 )
 
@@ -124,12 +125,14 @@ class QVLMExportCommand(Command):
             EXPORT_EPILOG,
         )
         add_model_options(parser)
+        add_sharing_options(parser)
+        kept = {"paper", *(action.dest for action in parser._actions)}
         add_scheme_options(parser)
         add_search_options(parser)
         add_encoder_options(parser)
         add_runtime_options(parser)
         add_calibration_options(parser)
-        add_sharing_options(parser)
+        leave_out_defaults(parser, kept)
 
     def work(self) -> int:
         """Quantize, save, and if asked upload."""

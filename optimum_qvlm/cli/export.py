@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from optimum_qvlm.cli.loading import how_to_load, load_model
-from optimum_qvlm.cli.outcome import finish, print_json
+from optimum_qvlm.cli.outcome import finish, print_json, say
 from optimum_qvlm.cli.records import read_dataset
 from optimum_qvlm.errors import QVLMError
 from optimum_qvlm.report.precision import readable_bytes
@@ -29,7 +29,7 @@ def main(args: Namespace) -> int:
 def export(args: Namespace) -> None:
     """Quantize `args.model`, save it in `args.output`, and upload it if asked."""
     started = time.perf_counter()
-    check_output(args.output, args.model)
+    check_output(args.output, args.model, args.subfolder)
     arguments = config_arguments(args)
 
     from optimum_qvlm.hf.saving.push import require_access
@@ -42,7 +42,7 @@ def export(args: Namespace) -> None:
         if args.json:
             print_json(tried.to_dict())
         else:
-            print(tried)
+            say(str(tried))
         return
     if args.push_to_hub is not None:
         require_access(args.push_to_hub)
@@ -50,23 +50,30 @@ def export(args: Namespace) -> None:
     names = save_model(model, args)
     saved = outcome(args.output, config.scheme, time.perf_counter() - started)
     if not args.json:
-        print(f"Saved the {config.scheme} model in {args.output}: {saved['files']} files, {saved['size']}", flush=True)
+        say(f"Saved the {config.scheme} model in {args.output}: {saved['files']} files, {saved['size']}")
     if args.push_to_hub is not None:
         saved |= push(args, names)
     if args.json:
         print_json(saved)
 
 
-def check_output(output: Path, model: str) -> None:
+def check_output(output: Path, model: str, subfolder: str | None = None) -> None:
     """Refuse, before hours are spent, a folder that could not be written or holds the model itself."""
-    if output.exists() and not output.is_dir():
+    try:
+        place, taken = output.resolve(), output.exists() and not output.is_dir()
+        sources = [Path(model).resolve(), (Path(model) / (subfolder or "")).resolve()] if Path(model).is_dir() else []
+    except (OSError, ValueError, RuntimeError) as error:  # a loop of links is a RuntimeError before Python 3.13
+        raise QVLMError(f"output {output} or model {model} is no usable path ({error}); name another one") from error
+    if taken:
         raise QVLMError(f"output {output} is a file; name a folder")
-    if Path(model).is_dir() and output.resolve() == Path(model).resolve():
+    if output.is_symlink() and not output.exists():
+        raise QVLMError(f"output {output} is a link that leads nowhere; name a folder")
+    if place in sources:
         raise QVLMError(f"output {output} is the folder of the full-precision model; name another one")
 
 
 def config_arguments(args: Namespace) -> dict[str, Any]:
-    """Keyword arguments for `QVLMConfig`: every option that has the name of one.
+    """Keyword arguments for `QVLMConfig`: every option that was given and has the name of one.
 
     Raises:
         DataError: the file given as `--dataset` cannot be used.
@@ -75,7 +82,7 @@ def config_arguments(args: Namespace) -> dict[str, Any]:
 
     given = vars(args)
     found = {name: given[name] for name in signature(QVLMConfig).parameters if name in given}
-    return found | {"dataset": read_dataset(args.dataset)}
+    return found | ({"dataset": read_dataset(args.dataset)} if "dataset" in found else {})
 
 
 def try_out(args: Namespace, config: Any) -> Any:
@@ -89,14 +96,10 @@ def try_out(args: Namespace, config: Any) -> Any:
 
 
 def make_config(paper: int | None, arguments: dict[str, Any]) -> Any:
-    """The configuration; with `paper` bits the paper's mode, changed by the arguments that are not defaults."""
+    """The configuration; with `paper` bits the paper's mode, changed by the arguments that were given."""
     from optimum_qvlm import QVLMConfig
 
-    if paper is None:
-        return QVLMConfig(**arguments)
-    parameters = signature(QVLMConfig).parameters
-    changed = {name: value for name, value in arguments.items() if value != parameters[name].default}
-    return QVLMConfig.paper(paper, **changed)
+    return QVLMConfig(**arguments) if paper is None else QVLMConfig.paper(paper, **arguments)
 
 
 def outcome(output: Path, scheme: str, seconds: float) -> dict[str, Any]:
@@ -127,7 +130,7 @@ def push(args: Namespace, names: list[str]) -> dict[str, Any]:
     with stopped_at_once():
         info = Upload(repo_id=args.push_to_hub, private=args.private or None).send(args.output, names)
     if not args.json:
-        print(f"Pushed it to {info.commit_url}", flush=True)
+        say(f"Pushed it to {info.commit_url}")
     return {"repo": args.push_to_hub, "commit": info.oid, "url": info.commit_url}
 
 

@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from optimum_qvlm.cli.outcome import finish, print_json
+from optimum_qvlm.cli.outcome import finish, print_json, say
 from optimum_qvlm.hf.format.inspection import Inspection, inspect_checkpoint
 from optimum_qvlm.plan import ModuleRecord
 from optimum_qvlm.report.figures import fidelity_figures, folded_norms, generation_figures
@@ -28,7 +28,7 @@ def main(args: Namespace) -> int:
         if args.json:
             print_json(as_values(found))
         else:
-            print(as_text(found))
+            say(as_text(found))
 
     return finish("optimum-cli qvlm info", work, as_json=args.json)
 

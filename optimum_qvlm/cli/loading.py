@@ -9,6 +9,9 @@ from optimum_qvlm.errors import ConfigError, HubError, QVLMError
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 """Devices that transformers chooses."""
 
+WITH_PAST = "-with-past"
+"""What other exporters of optimum append to a task whose model keeps keys and values, as all do here."""
+
 
 def load_model(args: Namespace, **options: Any) -> Any:
     """The model that `args` names, with its task, device, dtype and revision; `options` are for `from_pretrained`.
@@ -32,37 +35,27 @@ def how_to_load(args: Namespace, *, to_quantize: bool = False) -> tuple[Any, dic
         QVLMError: configuration, index or device cannot be used, or the model shall be quantized and is already.
     """
     from optimum_qvlm.hf.format.index import require_index
+    from optimum_qvlm.hf.model_class import choose_auto_class, read_model_config, require_class
 
-    source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    source = source_of(args)
     device = choose_device(args.device)
     config = read_model_config(args.model, source)
     if to_quantize:
         require_full_precision(args.model, config)
-    auto_class = choose_auto_class(getattr(args, "task", "auto"), config)
+    auto_class = choose_auto_class(getattr(args, "task", "auto").removesuffix(WITH_PAST), config)
     require_class(args.model, config, auto_class)
-    require_index(args.model, args.revision)
+    if args.variant is None:
+        require_index(args.model, **source)
+    else:
+        source["variant"] = args.variant
     return auto_class, {"dtype": args.dtype, "device_map": device, **source}
 
 
-def read_model_config(model: str, source: dict[str, Any]) -> Any:
-    """The configuration of a model.
-
-    Raises:
-        QVLMError: there is none that transformers can read.
-    """
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-    from transformers import AutoConfig
-
-    from optimum_qvlm.hf.saving.source import is_folder
-
-    is_folder(model)
-    try:
-        return AutoConfig.from_pretrained(model, **source)
-    except (OSError, HTTPError, ValueError) as error:
-        kind = _failure(model) if isinstance(error, (OSError, HTTPError)) else QVLMError
-        raise kind(
-            f"model {model} cannot be read; name a folder with a config.json, or a model on the Hub. {error}"
-        ) from error
+def source_of(args: Namespace) -> dict[str, Any]:
+    """Where the files of a model and of its processor are, as options of any `from_pretrained`."""
+    source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    given = {"subfolder": args.subfolder, "cache_dir": args.cache_dir}
+    return source | {name: value for name, value in given.items() if value is not None}
 
 
 def require_full_precision(model: str, config: Any) -> None:
@@ -75,41 +68,6 @@ def require_full_precision(model: str, config: Any) -> None:
     if found is not None:
         method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
         raise QVLMError(f"model {model} is quantized already, with {str(method)!r}; name the full-precision model")
-
-
-def choose_auto_class(task: str, config: Any) -> Any:
-    """The auto class for `task`; `auto` prefers image-text-to-text where `config` allows it."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-    if task == "auto":
-        remote_classes = getattr(config, "auto_map", None) or {}
-        takes_images = (
-            config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-            or "AutoModelForImageTextToText" in remote_classes
-        )
-        task = "image-text-to-text" if takes_images else "text-generation"
-    return AutoModelForImageTextToText if task == "image-text-to-text" else AutoModelForCausalLM
-
-
-def require_class(model: str, config: Any, auto_class: Any) -> None:
-    """Refuse a model that is of another kind.
-
-    Raises:
-        QVLMError: names its type.
-    """
-    from transformers.models.auto import modeling_auto
-
-    kinds = {
-        "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-        "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    }
-    name = auto_class.__name__
-    if config.model_type not in kinds[name] and name not in (getattr(config, "auto_map", None) or {}):
-        raise QVLMError(
-            f"model {model} is of type {config.model_type!r}, which {name} does not load; name a model that answers "
-            "in text, or another --task"
-        )
 
 
 def choose_device(device: str | None) -> str:

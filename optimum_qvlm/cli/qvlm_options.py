@@ -5,7 +5,7 @@ The file lies beside the commands where they are registered, and imports nothing
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,26 @@ def clips(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(message) from None
 
 
+def task(text: str) -> str:
+    """What a model is loaded for, with or without `-with-past`."""
+    if text.removesuffix("-with-past") not in ("auto", "image-text-to-text", "text-generation"):
+        message = f"must be auto, image-text-to-text or text-generation, with or without -with-past, got {text!r}"
+        raise argparse.ArgumentTypeError(message)
+    return text
+
+
+def leave_out_defaults(parser: argparse.ArgumentParser, kept: Collection[str]) -> None:
+    """From here on the namespace holds only options that were given, and those in `kept`.
+
+    Whoever reads it can then tell an option that equals the default from one that was left out; the help shows
+    defaults as before.
+    """
+    for action in parser._actions:
+        if action.dest not in kept and action.default is not argparse.SUPPRESS:
+            action.help = None if action.help is None else action.help.replace("%(default)s", str(action.default))
+            action.default = argparse.SUPPRESS
+
+
 def optional_scheme(text: str) -> str | None:
     """A scheme's name, or `none` for full precision. Whether the scheme exists is not checked here."""
     return None if text == "none" else text
@@ -54,7 +74,7 @@ def override(text: str) -> tuple[str, Any]:
         pattern, _, value = text.partition("={")
         try:
             settings = json.loads("{" + value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise argparse.ArgumentTypeError(f"what follows = is not JSON ({error}), got {text!r}") from None
         if pattern != "":
             return pattern, settings
@@ -80,7 +100,7 @@ class AddOverride(argparse.Action):
     ) -> None:
         assert isinstance(values, tuple), "the type of the option is `override`"
         pattern, scheme = values
-        collected: dict[str, Any] = dict(getattr(namespace, self.dest) or {})
+        collected: dict[str, Any] = dict(getattr(namespace, self.dest, None) or {})
         if pattern in collected:
             parser.error(f"argument {option_string}: pattern {pattern!r} is given twice; keep one of them")
         collected[pattern] = scheme
@@ -96,19 +116,26 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="try everything on one sample, print each module's precision and what the export would cost, save nothing",
     )
     group = parser.add_argument_group("model")
-    group.add_argument("--model", required=True, help="folder or Hub id of the full-precision model")
+    group.add_argument("-m", "--model", required=True, help="folder or Hub id of the full-precision model")
     add_source_options(group)
     group.add_argument(
         "--task",
-        choices=("auto", "image-text-to-text", "text-generation"),
+        type=task,
         default="auto",
-        help="what the model is loaded for; auto decides by its configuration (%(default)s)",
+        metavar="TASK",
+        help="what the model is loaded for: auto, which decides by its configuration, image-text-to-text or "
+        "text-generation; -with-past may follow, as other exporters have it (%(default)s)",
     )
 
 
 def add_source_options(group: Any) -> None:
     """How any model is found and loaded."""
     group.add_argument("--revision", default="main", help="branch, tag or commit on the Hub (%(default)s)")
+    group.add_argument("--subfolder", metavar="NAME", help="folder inside the model's in which its files are")
+    group.add_argument("--variant", metavar="NAME", help="of the weight files, as in model.VARIANT.safetensors")
+    group.add_argument(
+        "--cache-dir", "--cache_dir", metavar="FOLDER", help="where downloads are kept (default: the Hub client's)"
+    )
     group.add_argument(
         "--device",
         help="device to run on, like cuda:1, or auto to spread over all (default: cuda, else cpu)",

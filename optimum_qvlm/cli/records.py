@@ -1,10 +1,11 @@
 """Calibration records from a JSONL file."""
 
-import json
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 from optimum_qvlm.errors import DataError
+from optimum_qvlm.files import strict_json
 
 EXPECTED = "an object with image, question and answer, or with text"
 
@@ -65,13 +66,11 @@ def parse_record(line: str, folder: Path) -> dict[str, Any]:
         DataError: the line is not such a record, or an image is missing.
     """
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
+        record = strict_json.loads(line)
+    except JSONDecodeError as error:
         raise DataError(f"not JSON: {error.msg} at column {error.colno}; expected {EXPECTED}") from error
-    except RecursionError as error:
-        raise DataError(f"nested too deeply; expected {EXPECTED}") from error
-    except ValueError as error:  # a number with more digits than Python converts
-        raise DataError(f"{error}; expected {EXPECTED}") from error
+    except ValueError as error:
+        raise DataError(f"not JSON: {error}; expected {EXPECTED}") from error
     if not isinstance(record, dict):
         raise DataError(f"{line.strip()[:40]!r} is not {EXPECTED}")
     texts = {key: record[key] for key in ("question", "answer", "text") if record.get(key) is not None}

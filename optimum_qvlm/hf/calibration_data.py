@@ -17,6 +17,7 @@ from optimum_qvlm.data.loader import (
     make_labelled_batches,
     read_dataset,
     read_held_out,
+    stands_for_image,
 )
 from optimum_qvlm.data.recipe import Recipe
 from optimum_qvlm.data.sample import Sample
@@ -151,7 +152,7 @@ class _Loaded:
 
     def holds_image(self, batch: Batch) -> bool:
         """Whether a token of the batch stands for an image."""
-        return bool(torch.isin(batch["input_ids"], torch.tensor(self.image_tokens)).any())
+        return bool(stands_for_image(batch["input_ids"], self.image_tokens).any())
 
     def data(self, batches: list[Batch]) -> CalibrationData:
         """The batches with their record; a processor that drops images would leave the tower without data."""
@@ -172,7 +173,7 @@ class _Loaded:
     def text_labels(self, batch: Batch) -> torch.Tensor:
         """Labels of a batch that does not say which tokens are the answer: all that are text."""
         ids = batch["input_ids"]
-        text = ~torch.isin(ids, torch.tensor(self.image_tokens, dtype=ids.dtype))
+        text = ~stands_for_image(ids, self.image_tokens)
         if "attention_mask" in batch and batch["attention_mask"].shape == ids.shape:
             text &= batch["attention_mask"].bool()
         return torch.where(text, ids, -100)

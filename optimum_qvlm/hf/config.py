@@ -1,17 +1,18 @@
 """`QVLMConfig`: what the user asks for, and after calibration what every module got."""
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from typing import Any, Literal, Self
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_qvlm.errors import ConfigError
+from optimum_qvlm.files import strict_json
 from optimum_qvlm.hf.format.migration import migrate
 from optimum_qvlm.hf.format.record import CalibrationRecord, config_digest, config_identity, read_record
-from optimum_qvlm.hf.settings import LISTS, require_group, require_levels, require_valid
+from optimum_qvlm.hf.settings import LISTS, idle_settings, require_group, require_levels, require_valid
 from optimum_qvlm.pipeline.options import (
     FAST_CLIPS,
     FEEDBACK_CLIPS,
@@ -303,7 +304,7 @@ class QVLMConfig(QuantizationConfigMixin):
                 values["manifest"] = self.record.manifest
             if self.record.digest is not None:
                 values["digest"] = self.record.digest
-        return json.loads(json.dumps(values))  # type: ignore[no-any-return]
+        return strict_json.loads(strict_json.dumps(values))  # type: ignore[no-any-return]
 
     @classmethod
     def from_dict(
@@ -326,6 +327,11 @@ class QVLMConfig(QuantizationConfigMixin):
             config.record.found_digest = config_digest(config_dict)
             config.record.found_identity = config_identity(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
+
+    def idle_settings(self) -> list[str]:
+        """Sentences about settings that were changed but have no effect beside others; empty where there are none."""
+        defaults = {name: parameter.default for name, parameter in signature(QVLMConfig).parameters.items()}
+        return idle_settings(vars(self), defaults)
 
     def weight_only_tokens(self) -> int:
         """Up to how many tokens activations are not rounded."""

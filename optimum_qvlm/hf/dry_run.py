@@ -8,22 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from optimum_qvlm.errors import CheckpointError
 from optimum_qvlm.hf.calibration_data import try_data
 from optimum_qvlm.hf.config import QVLMConfig
 from optimum_qvlm.hf.format.modules import packed_bytes
+from optimum_qvlm.hf.model_class import choose_auto_class, read_model_config
 from optimum_qvlm.hf.saving.source import Source
 from optimum_qvlm.pipeline.calibrate import calibrate
 from optimum_qvlm.pipeline.rehearsal import Cost, rehearse
 from optimum_qvlm.pipeline.result import CalibrationResult
 from optimum_qvlm.plan import QuantPlan
 from optimum_qvlm.report.dry_run import DryRun, module_rows
-
-SOURCE_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code")
-"""Options of `from_pretrained` that say where the configuration is."""
 
 RELOAD_OPTIONS = ("attn_implementation", "device_map", "dtype", "max_memory", "torch_dtype", "trust_remote_code")
 """Options of `from_pretrained` that the rehearsal loads the saved folder with."""
@@ -54,7 +50,9 @@ def dry_run(
         >>> print(dry_run("llava-hf/llava-1.5-7b-hf", QVLMConfig("w4a8")))  # doctest: +SKIP
     """
     started = time.perf_counter()
-    loader = _model_class(model, options) if model_class is None else model_class
+    loader = model_class
+    if loader is None:
+        loader = choose_auto_class("auto", read_model_config(str(model), options))
     rehearsed = copy.deepcopy(config)
     rehearsed.rehearse = True
     quantized = loader.from_pretrained(model, quantization_config=rehearsed, **options)
@@ -103,12 +101,6 @@ def try_out(
         rehearsal_seconds=0.0,
     )
     return shown, result
-
-
-def _model_class(model: str | Path, options: dict[str, Any]) -> Any:
-    config = AutoConfig.from_pretrained(model, **{name: options[name] for name in SOURCE_OPTIONS if name in options})
-    takes_images = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
 
 
 def _save_and_reload(model: Any, loader: Any, folder: str | Path | None, options: dict[str, Any]) -> int:

@@ -90,7 +90,7 @@ def require_device(device: torch.device) -> None:
         ConfigError: names the device.
     """
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.uint8, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter from a torch without the device's support
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"device {device} cannot be used here ({reason}); choose another one, as cpu") from error

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 
 from optimum_qvlm.errors import CheckpointError
 from optimum_qvlm.hf.config import QVLMConfig
 from optimum_qvlm.hf.format.record import CalibrationRecord, config_identity
+
+logger = logging.get_logger("transformers.optimum_qvlm")
 
 
 class QVLMQuantizer(HfQuantizer):
@@ -66,16 +69,15 @@ class QVLMQuantizer(HfQuantizer):
         return self._placement.on_cpu()  # type: ignore[no-any-return]
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Look at the index of a local checkpoint. Attention is as it was asked for: this is the one hook that knows
-        the folder before transformers reads the index, which it does without asking what form that has."""
+        """Look at the model's sizes and at the index of a local checkpoint. Attention is as it was asked for: this is
+        the one hook that knows configuration and folder before the model is built and the index read."""
+        from optimum_qvlm.hf.format.model_sizes import require_buildable
+
+        require_buildable(config.to_dict(), config.name_or_path or "the model")
         if self.pre_quantized:
             from optimum_qvlm.hf.format.index import require_index_of
 
             require_index_of(self.config, config.name_or_path or "")
-        else:
-            from optimum_qvlm.hf.limits import require_buildable
-
-            require_buildable(config)
         return config
 
     def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
@@ -151,6 +153,8 @@ class QVLMQuantizer(HfQuantizer):
         from optimum_qvlm.models.registry import adapter_for
         from optimum_qvlm.pipeline.planner import make_plan
 
+        for sentence in self.config.idle_settings():
+            logger.warning(sentence)
         if isinstance(self.config.dataset, str):
             find_preset(self.config.dataset)
         names = disk_names_of_linears(model, read_headers(files))

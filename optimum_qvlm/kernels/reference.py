@@ -107,7 +107,7 @@ def _hadamard(size: int, device: torch.device) -> Tensor:
         common = index.unsqueeze(0) & index.unsqueeze(1)
         for shift in (8, 4, 2, 1):
             common = common ^ (common >> shift)
-        matrix: Tensor = (1.0 - 2.0 * (common & 1)) * size**-0.5
+        matrix: Tensor = (1.0 - 2.0 * (common & 1).float()) * size**-0.5
         return matrix
 
 

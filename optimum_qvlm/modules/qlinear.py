@@ -307,7 +307,7 @@ class PackedLinear(nn.Module):
         here = self.weight_packed.device
         self._bound_linear = None
         prepared = not self._holds_checkpoint()
-        moves = prepared and fn(torch.empty(0, device=here)).device.type != here.type
+        moves = prepared and fn(torch.empty(0, dtype=torch.float32, device=here)).device.type != here.type
         if moves:
             self.pack()
         fixed = ("weight_scale", "input_equalizer", "input_scale")

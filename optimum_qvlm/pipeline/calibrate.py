@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from optimum_qvlm.data.recipe import Recipe
+from optimum_qvlm.errors import CalibrationError
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.modules.swap import replace_module
 from optimum_qvlm.pipeline import checks
@@ -61,7 +62,7 @@ def calibrate(
         UnsupportedModelError: the layers do not form the chains that the plan says.
     """
     started = time.perf_counter()
-    checks.require_finite_weights(model, plan)
+    checks.require_sound_parameters(model, plan)
     work = _Work(model, plan, options, device)
     with logging.tqdm(total=sum(len(part.layers) for part in plan.parts), unit="layer") as bar:
         if data is None:
@@ -191,12 +192,14 @@ class _Work:
         if self.options.joint and sites:
             tokens, seed = self.options.search_tokens, self.options.seed
             chosen, error = search_jointly(self.model, part, block, sites, chain, wanted[-1], tokens=tokens, seed=seed)
+            checks.require_finite_error(error.before, f"the block up to {layers[-1][1].name}")
             self.joint.append(error)
         for entry, number in zip(sites, chosen, strict=True):
             self._finish_site(entry, number)
         for (number, layer), output in zip(layers, wanted, strict=True):
             chain.advance(self._module(layer), number, layer.name)
-            self.layers.append(LayerError(part=part.name, layer=layer.name, error=chain.error(output)))
+            found = checks.require_finite_error(chain.error(output), layer.name)
+            self.layers.append(LayerError(part=part.name, layer=layer.name, error=found))
 
     def _folding_norms(
         self, part: PlannedPart, layer: PlannedLayer, number: int, chain: Chain
@@ -228,7 +231,13 @@ class _Work:
         search = self.options.search
         if self.options.fold and norm is None:
             search = replace(search, transforms=None)
-        best = search_site(problem, search)
+        checks.require_moderate((problem.inputs, problem.wanted_inputs), site.name)
+        try:
+            best = search_site(problem, search)
+        except CalibrationError as error:
+            raise CalibrationError(f"{site.name}: {error}; the checkpoint is damaged, or a sample is") from error
+        for value in (best.error, best.nearest_error):
+            checks.require_finite_error(value, site.name)
         choices = [best]
         if site.activation is not None and self.options.joint:
             clips = near_clips(search.clips.activation, best.activation_clip)

@@ -1,5 +1,6 @@
 """What can be known to fail before hours are spent."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -16,20 +17,75 @@ CHAIN_TOLERANCE = 1e-3
 the dtype where that is more; kernels may choose other orders of summation, a wrong argument shows as far more."""
 
 
-def require_finite_weights(model: nn.Module, plan: QuantPlan) -> None:
-    """Refuse weights that are NaN or infinite.
+LARGEST_VALUE = 1e15
+"""Magnitude of weights and activations up to which sums of their squares over all tokens are finite in fp32."""
+
+
+def require_sound_parameters(model: nn.Module, plan: QuantPlan) -> None:
+    """Refuse NaN in parameters of any kind, and infinite values and those whose squares overflow in weights to round.
+
+    What stays as it is may hold infinite values on purpose, as masks do.
 
     Raises:
-        CalibrationError: names the first module.
+        CalibrationError: names the first parameter.
     """
-    for linear in plan.linears():
-        weight = model.get_parameter(f"{linear.path}.weight")
-        bad = int((~torch.isfinite(weight)).sum())
-        if bad:
+    names = {f"{linear.path}.weight": f"{linear.name}.weight" for linear in plan.linears()}
+    for path, parameter in model.named_parameters():
+        if parameter.numel() == 0 or not parameter.is_floating_point():
+            continue
+        values = parameter.detach()
+        if values.element_size() == 1:
+            values = values.float()  # torch finds no extremes of eight-bit floats
+        least, most = (float(bound) for bound in torch.aminmax(values))
+        unsound = math.isnan(least) or (path in names and not math.isfinite(least + most))
+        if unsound:
+            bad = int((~torch.isfinite(parameter)).sum())
             raise CalibrationError(
-                f"{linear.name}.weight holds {bad} NaN or infinite values; the checkpoint is damaged, or its values "
-                "overflow the dtype: load it in a wider one, or fetch it again"
+                f"{names.get(path, path)} holds {bad} NaN or infinite values; the checkpoint is damaged, or its "
+                "values overflow the dtype: load it in a wider one, or fetch it again"
             )
+        if path in names:
+            require_magnitude(max(-least, most), names[path], "the checkpoint is damaged: fetch it again")
+
+
+def require_moderate(tensors: Sequence[Tensor], name: str) -> None:
+    """Refuse activations whose squares overflow where they are summed; of finite ones, see `require_finite`.
+
+    Raises:
+        CalibrationError: with the `name` of the site that they reach.
+    """
+    for tensor in tensors:
+        if tensor.numel() > 0:
+            least, most = (float(bound) for bound in torch.aminmax(tensor))
+            way_out = "a norm or weight before it is damaged: fetch the checkpoint again, or keep the module"
+            require_magnitude(max(-least, most), f"the input of {name}", way_out)
+
+
+def require_magnitude(peak: float, name: str, way_out: str) -> None:
+    """Refuse what holds values beyond `LARGEST_VALUE`.
+
+    Raises:
+        CalibrationError: with the name, the value and the limit.
+    """
+    if not peak <= LARGEST_VALUE:
+        raise CalibrationError(
+            f"{name} holds values up to {peak:.3g}, above {LARGEST_VALUE:.0e}, so sums of their squares overflow; "
+            f"{way_out}"
+        )
+
+
+def require_finite_error(value: float, name: str) -> float:
+    """An error that was measured, if it is a number.
+
+    Raises:
+        CalibrationError: it is NaN or infinite.
+    """
+    if not math.isfinite(value):
+        raise CalibrationError(
+            f"the error of {name} is {value}: its values overflow fp32, so nothing can be compared; the checkpoint is "
+            "damaged, or a sample is: fetch it again, or keep the module with modules_to_not_convert"
+        )
+    return value
 
 
 def require_chain(model: nn.Module, part: PlannedPart, run: Run, device: torch.device) -> float:

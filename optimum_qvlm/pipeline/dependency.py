@@ -11,7 +11,7 @@ from optimum_qvlm.modules.swap import replace_module
 from optimum_qvlm.modules.trial import TrialLinear
 from optimum_qvlm.pipeline.hidden_chains import Chain, some_runs
 from optimum_qvlm.pipeline.layer_streaming import resident
-from optimum_qvlm.pipeline.tokens import TokenSampler
+from optimum_qvlm.pipeline.tokens import TokenSampler, seeded_order
 from optimum_qvlm.plan import Dependency, PlannedLayer, PlannedPart, QuantPlan
 from optimum_qvlm.quant.affine import quantize_weight
 from optimum_qvlm.quant.entropy import (
@@ -89,7 +89,7 @@ def dependency(first: Tensor, second: Tensor, options: EntropyOptions) -> tuple[
 
     The latter where shapes differ. Some channels are drawn with the seed, the same of both.
     """
-    order = torch.randperm(second.shape[1], generator=torch.Generator().manual_seed(options.seed))
+    order = seeded_order(second.shape[1], options.seed)
     channels = order[:CHANNELS].sort().values.to(second.device)
     later = positions(second, options).columns(channels)
     if first.shape != second.shape:

@@ -110,7 +110,9 @@ def _offset(norm: nn.Module, channels: int) -> float | None:
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.shape != (channels,):
         return None
-    probe = torch.randn(4, channels, generator=torch.Generator().manual_seed(0)).to(weight)
+    probe = torch.randn(4, channels, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu").to(
+        weight
+    )
     factor = _powers(channels).to(weight.device)
     plain = first_tensor(norm(probe)).float()
     for offset in (0.0, 1.0):
@@ -156,7 +158,8 @@ def _shared(model: nn.Module, norm: nn.Module) -> bool:
 
 def _powers(channels: int) -> Tensor:
     """Factors 0.5 and 2 in turn at random, exact in every floating dtype."""
-    return 2.0 ** torch.randint(0, 2, (channels,), generator=torch.Generator().manual_seed(1)).mul(2).sub(1)
+    bits = torch.randint(0, 2, (channels,), generator=torch.Generator().manual_seed(1), device="cpu")
+    return torch.exp2(bits.float().mul(2).sub(1))
 
 
 def _close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:

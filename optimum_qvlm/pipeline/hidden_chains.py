@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_qvlm.pipeline.capture import LayerCall, Run, linear_inputs, observe_inputs, require_finite
-from optimum_qvlm.pipeline.tokens import TokenSampler
+from optimum_qvlm.pipeline.tokens import TokenSampler, seeded_order
 from optimum_qvlm.plan import PlannedLayer, Site
 
 
@@ -115,7 +115,7 @@ class Chain:
 def some_runs(hidden: Sequence[Tensor], tokens: int, seed: int) -> list[int]:
     """Numbers of runs drawn with the seed until they hold at least `tokens` tokens together, in order."""
     chosen, held = [], 0
-    for number in torch.randperm(len(hidden), generator=torch.Generator().manual_seed(seed)).tolist():
+    for number in seeded_order(len(hidden), seed).tolist():
         if held >= tokens:
             break
         chosen.append(number)

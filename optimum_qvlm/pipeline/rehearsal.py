@@ -87,7 +87,7 @@ def rehearse(
     Raises:
         CalibrationError, UnsupportedModelError: as the calibration would.
     """
-    checks.require_finite_weights(model, plan)
+    checks.require_sound_parameters(model, plan)
     tracer = Tracer.of(model, plan, device)
     captured = tracer.capture([workload.sample])
     chain, forward_seconds = {}, 0.0

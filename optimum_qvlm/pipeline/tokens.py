@@ -6,6 +6,15 @@ import torch
 from torch import Tensor
 
 
+def seeded_order(count: int, seed: int, run: int | None = None) -> Tensor:
+    """The numbers below `count` in an order drawn on the CPU with the seed, a new one for each `run` if one is given.
+
+    int64 [count], also where torch's default device is another one.
+    """
+    mixed = seed if run is None else (seed * 1_000_003 + run) % 2**63  # torch takes no larger one
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mixed), device="cpu")
+
+
 class TokenSampler:
     """Draws the same tokens of a run for every site that sees as many of them; padding is never drawn.
 
@@ -38,9 +47,8 @@ class TokenSampler:
         """Some of the tokens of `hidden` [..., channels] as [chosen tokens, channels]."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         mask = self.valid(number, *hidden.shape[:2]) if hidden.dim() == 3 else None
-        candidates = torch.arange(flat.shape[0]) if mask is None else mask.nonzero().squeeze(1)
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
-        order = torch.randperm(len(candidates), generator=generator)[: self._share]
+        candidates = torch.arange(flat.shape[0], device="cpu") if mask is None else mask.nonzero().squeeze(1)
+        order = seeded_order(len(candidates), self._seed, number)[: self._share]
         return flat[candidates[order.sort().values].to(flat.device)]
 
     def relative_error(self, number: int, found: Tensor, wanted: Tensor) -> tuple[float, float]:

@@ -68,7 +68,7 @@ def joint_table(first: Positions, second: Positions, softness: Softness = "step_
     `first` and `second` hold the same elements of two consecutive activations.
     """
     count = first.values.numel()
-    total = torch.zeros(2**first.bits - 1, 2**second.bits - 1, dtype=torch.float64)
+    total = torch.zeros(2**first.bits - 1, 2**second.bits - 1, dtype=torch.float64, device="cpu")
     for start in range(0, count, ELEMENTS_AT_ONCE):
         p, q = (soft_assignment(_slice(side, start), softness) for side in (first, second))
         total += (p.T @ q).double().cpu()
@@ -83,7 +83,7 @@ def conditional_entropy(table: Tensor) -> float:
 
 def marginal_entropy(positions: Positions, softness: Softness = "step_squared") -> float:
     """H of one activation, the upper bound of its conditional entropy."""
-    total = torch.zeros(2**positions.bits - 1, dtype=torch.float64)
+    total = torch.zeros(2**positions.bits - 1, dtype=torch.float64, device="cpu")
     count = positions.values.numel()
     for start in range(0, count, ELEMENTS_AT_ONCE):
         total += soft_assignment(_slice(positions, start), softness).sum(dim=0).double().cpu()

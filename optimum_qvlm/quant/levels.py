@@ -1,5 +1,7 @@
 """The choice of scales that are whole multiples of one step per row, see `optimum_qvlm.kernels.levels`."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ def _exact(step: Tensor, dtype: torch.dtype) -> Tensor:
     """Positive fp32 steps rounded to so few bits that all their multiples are exact in `dtype`."""
     limits = torch.finfo(dtype)
     least = max(limits.tiny / 2**MULTIPLE_BITS, torch.finfo(torch.float32).tiny)
-    spare = 24 - (1 - round(torch.log2(torch.tensor(limits.eps)).item()) - MULTIPLE_BITS)
+    spare = 24 - (1 - round(math.log2(limits.eps)) - MULTIPLE_BITS)
     bits = step.clamp(least, limits.max / 2**MULTIPLE_BITS).view(torch.int32)
     rounded = bits + (1 << (spare - 1)) & -(1 << spare)
     return rounded.view(torch.float32)

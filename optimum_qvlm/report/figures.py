@@ -1,8 +1,9 @@
 """Figures of a report that came with a checkpoint: anybody may have written it, so what is odd counts as absent."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
+
+from optimum_qvlm.files import strict_json
 
 HELD_OUT = "held-out samples"
 """What figures of fidelity without a name are measured on."""
@@ -16,8 +17,8 @@ LARGEST = 1e18
 def read_report(data: bytes) -> dict[str, Any]:
     """The content of a report; empty where it is no JSON object."""
     try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
+        found = strict_json.loads(data)
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -103,7 +103,7 @@ def weighted_entropy(dependencies: Sequence[Tensor], weights: Sequence[float]) -
     """Sum of dependencies, each times its layer's weight. Both have one entry per layer that depends on another."""
     assert len(dependencies) == len(weights)
     terms = [weight * dependency for dependency, weight in zip(dependencies, weights, strict=True)]
-    return torch.stack(terms).sum() if terms else torch.zeros(())
+    return torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float32, device="cpu")
 
 
 def jacobian_weights(norms: Sequence[float]) -> list[float]:

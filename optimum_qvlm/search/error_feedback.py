@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from optimum_qvlm.errors import CalibrationError
 from optimum_qvlm.kernels.recursion import feed_back
 from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight, quantize_weight, split_groups
 from optimum_qvlm.quant.levels import fit_steps
@@ -19,6 +20,9 @@ from optimum_qvlm.search.site_problem import SiteProblem, SiteRounding
 from optimum_qvlm.spec import WeightSpec
 
 ROWS_AT_ONCE = 1024
+
+DAMPING_STEPS = 12
+"""Times that damping grows tenfold at most, until it outweighs every second moment by far."""
 
 NEXT_MULTIPLE = 1.1
 """A ratio that is tried beside the clips where scales are multiples of a step: that which is closest to the full range
@@ -73,7 +77,10 @@ class Moments:
 def site_moments(problem: SiteProblem, rounding: SiteRounding, asymmetry: float) -> tuple[Moments, Moments]:
     """Second moments over all calibration tokens of the problem: of the first half of each piece, and of the second."""
     channels, device = problem.inputs.shape[1], problem.inputs.device
-    halves = tuple(Moments(*(torch.zeros(channels, channels, device=device) for _ in range(2))) for _ in range(2))
+    halves = tuple(
+        Moments(*(torch.zeros(channels, channels, dtype=torch.float32, device=device) for _ in range(2)))
+        for _ in range(2)
+    )
     for found, wanted in problem.pieces():
         middle = -(-len(found) // 2)
         for half, part in zip(halves, (slice(middle), slice(middle, None)), strict=True):
@@ -240,7 +247,7 @@ def _round_groups(
     work, count = rows.T.contiguous(), rows.shape[0]
     clips = clips if step is None else (*clips, NEXT_MULTIPLE)
     whole = WeightSpec(bits=spec.bits, symmetric=spec.symmetric)
-    codes, grid = torch.empty_like(work, dtype=torch.int8), torch.tensor(clips, device=work.device)
+    codes, grid = torch.empty_like(work, dtype=torch.int8), torch.tensor(clips, dtype=torch.float32, device=work.device)
     scales, zeros, ratios = [], [], []
     for start in range(0, work.shape[0], width):
         stop = start + width
@@ -298,22 +305,30 @@ def _damped(hessian: Tensor, damping: float) -> Tensor:
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """Upper triangular U with `U^T U` the inverse of the damped Hessian."""
     inverse = torch.cholesky_inverse(_cholesky(hessian, damping))
-    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return upper
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    if bool(failed):
+        raise CalibrationError("the inverse of the second moment of its inputs leaves the range of fp32")
+    found: Tensor = upper
+    return found
 
 
 def _cholesky(hessian: Tensor, damping: float) -> Tensor:
-    """Lower factor of the Hessian with `damping` of its mean on the diagonal, more where fp32 needs it."""
+    """Lower factor of the Hessian with `damping` of its mean on the diagonal, more where fp32 needs it.
+
+    Raises:
+        CalibrationError: the Hessian is not finite, so no damping helps.
+    """
     mean = float(hessian.diagonal().mean())
-    eye = torch.eye(hessian.shape[0], device=hessian.device)
+    eye = torch.eye(hessian.shape[0], dtype=torch.float32, device=hessian.device)
     if mean <= 0:
         return eye
-    while True:
+    for _ in range(DAMPING_STEPS):
         lower, failed = torch.linalg.cholesky_ex(hessian / mean + damping * eye)
         if not bool(failed):
             scaled: Tensor = lower * mean**0.5
             return scaled
         damping *= 10
+    raise CalibrationError(f"the second moment of its inputs (mean {mean:.2g}) overflows fp32")
 
 
 def _solved(hessian: Tensor, right: Tensor, damping: float) -> Tensor:

@@ -151,14 +151,19 @@ def test_the_models_own_folder_is_refused_as_output(args, capsys):
     assert "is the folder of the full-precision model" in capsys.readouterr().err
 
 
-def test_the_papers_mode_takes_what_differs_from_defaults():
-    """So that `--paper 6 --seed 1` is the paper's mode at 6 bits with another seed."""
+def test_the_papers_mode_takes_what_was_given(parser):
+    """Also what equals a default that the mode changes."""
     from optimum_qvlm import QVLMConfig
 
-    given = {"scheme": "w4a8", "vision_scheme": "w8a8", "seed": 1, "dataset": None}
+    given = ["--paper", "4", "--vision-scheme", "w8a8", "--transforms", "auto", "--activation-range", "dynamic"]
+    args = parser.parse_args(["export", "qvlm", "--model", "some/model", "out", *given])
 
-    assert export.make_config(6, given) == QVLMConfig.paper(6, seed=1)
-    assert export.make_config(None, given) == QVLMConfig(seed=1)
+    config = export.make_config(args.paper, export.config_arguments(args))
+
+    assert (config.scheme, config.vision_scheme, config.encoder_epochs) == ("w4a4", "w8a8", 10)
+    assert (config.transforms, config.activation_range) == ("auto", "dynamic")
+    assert config == QVLMConfig.paper(4, vision_scheme="w8a8", transforms="auto", activation_range="dynamic")
+    assert export.make_config(6, {"seed": 1}) == QVLMConfig.paper(6, seed=1)
 
 
 def test_what_is_said_is_the_scheme_that_was_used(args, monkeypatch, capsys):

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIP
 
 from optimum_qvlm.cli import loading
 from optimum_qvlm.errors import ConfigError, HubError, QVLMError
+from optimum_qvlm.hf import model_class
 
 REMOTE_CODE = {"AutoModelForImageTextToText": "modeling.Model"}
 SOURCE = {"revision": "main", "trust_remote_code": False}
@@ -25,8 +26,8 @@ def test_the_model_is_loaded_with_every_option(args, monkeypatch):
     auto_class = SimpleNamespace(
         __name__="AutoModelForImageTextToText", from_pretrained=lambda *given, **options: calls.append((given, options))
     )
-    monkeypatch.setattr(loading, "read_model_config", lambda *_: LlavaConfig())
-    monkeypatch.setattr(loading, "choose_auto_class", lambda *_: auto_class)
+    monkeypatch.setattr(model_class, "read_model_config", lambda *_: LlavaConfig())
+    monkeypatch.setattr(model_class, "choose_auto_class", lambda *_: auto_class)
     args.device, args.dtype, args.revision, args.trust_remote_code = "cpu:0", "bfloat16", "v2", True
 
     loading.load_model(args, quantization_config="the configuration")
@@ -74,18 +75,18 @@ def test_a_device_that_is_not_there_is_refused(device, message):
     ids=["llava", "llama", "remote code", "images given", "text given"],
 )
 def test_the_task_is_the_given_one_or_follows_from_the_model(task, config, auto_class):
-    assert loading.choose_auto_class(task, config) is auto_class
+    assert model_class.choose_auto_class(task, config) is auto_class
 
 
 def test_the_models_configuration_is_read(tmp_path):
     LlavaConfig().save_pretrained(tmp_path)
 
-    assert loading.read_model_config(str(tmp_path), SOURCE).model_type == "llava"
+    assert model_class.read_model_config(str(tmp_path), SOURCE).model_type == "llava"
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(QVLMError, match=f"model {tmp_path} cannot be read; name a folder"):
-        loading.read_model_config(str(tmp_path), SOURCE)
+        model_class.read_model_config(str(tmp_path), SOURCE)
 
 
 def test_a_model_without_weights_is_refused(args, tmp_path):
@@ -122,10 +123,10 @@ def test_a_model_is_not_quantized_twice(found):
 @pytest.mark.parametrize("auto_class", [AutoModelForImageTextToText, AutoModelForCausalLM])
 def test_a_model_of_another_kind_is_refused(auto_class):
     with pytest.raises(QVLMError, match=f"model x is of type 'clip', which {auto_class.__name__} does not load"):
-        loading.require_class("x", CLIPConfig(), auto_class)
+        model_class.require_class("x", CLIPConfig(), auto_class)
 
 
 def test_a_model_with_code_of_its_own_is_not_judged_by_its_type():
     config = LlamaConfig(auto_map=REMOTE_CODE)
 
-    loading.require_class("x", config, AutoModelForImageTextToText)
+    model_class.require_class("x", config, AutoModelForImageTextToText)

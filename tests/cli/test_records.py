@@ -132,8 +132,9 @@ def test_paths_that_are_no_file_are_refused(folder, name, message):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("[" * 100_000, "nested too deeply"),
+        ("[" * 100_000, "nested too deep"),
         ('{"question": ' + "9" * 5000 + "}", "integer string conversion"),
+        ('{"question": "a", "answer": NaN}', "holds NaN"),
         ('{"question": "a \\ud800 b"}', "question is not Unicode text"),
         ('{"question": "q", "image": "\\ud800.png"}', "image is not Unicode text"),
         ('{"question": "q", "image": "a\\u0000.png"}', "is no file"),
@@ -141,7 +142,7 @@ def test_paths_that_are_no_file_are_refused(folder, name, message):
         ('{"question": "q", "image": "loop.png"}', "image 'loop.png' is no file"),
         ('{"question": "q", "image": "pipe.png"}', "image 'pipe.png' is no file"),
     ],
-    ids=["deep", "digits", "text", "name", "zero", "long name", "loop", "pipe"],
+    ids=["deep", "digits", "nan", "text", "name", "zero", "long name", "loop", "pipe"],
 )
 def test_odd_lines_are_refused_by_their_number(tmp_path, line, message):
     """Each once ended in a traceback, or waited for ever."""

@@ -529,3 +529,44 @@ def test_a_learning_rate_of_zero_is_refused():
     """It would cost the time of the step and change nothing."""
     with pytest.raises(ConfigError, match=r"encoder_lr must be above 0.*encoder_epochs=0 turns"):
         QVLMConfig(encoder_lr=0)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("seed", 2**70),
+        ("num_samples", 2**70),
+        ("decode_tokens", 2**40),
+        ("encoder_lr", 1e300),
+        ("encoder_l2", 1e300),
+        ("threshold", 10**400),
+    ],
+)
+def test_numbers_beyond_reason_are_refused(name, value):
+    with pytest.raises(ConfigError, match=name):
+        QVLMConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        (
+            {"effort": "fast", "threshold": 0.5, "max_block_depth": 2},
+            'max_block_depth, threshold have no effect: effort="fast" forms',
+        ),
+        ({"method": "layerwise", "threshold": 0.5}, 'threshold has no effect: method="layerwise"'),
+        ({"method": "rtn", "encoder_epochs": 2, "num_samples": 3}, "num_samples, encoder_epochs have no effect"),
+        ({"encoder_lr": 0.1}, "encoder_lr has no effect: encoder_epochs=0"),
+        ({"exact_decode": True, "decode_tokens": 4}, "decode_tokens has no effect: exact_decode=True"),
+    ],
+)
+def test_settings_without_effect_are_named(settings, sentence):
+    assert any(found.startswith(sentence) for found in QVLMConfig(**settings).idle_settings())
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"method": "rtn"}, {"effort": "fast"}, {"method": "rtn", "transforms": "off"}]
+)
+def test_settings_that_agree_are_not_warned_about(settings):
+    assert QVLMConfig(**settings).idle_settings() == []
+    assert QVLMConfig.paper().idle_settings() == []

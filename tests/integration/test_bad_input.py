@@ -184,9 +184,63 @@ def test_nan_weights_are_refused(source, method):
     refuse(CalibrationError, message, source, method=method)
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    ["language_model.model.norm.weight", "layers.0.self_attn.q_proj.bias", "lm_head"],
+    ids=["norm", "bias", "kept head"],
+)
+@pytest.mark.parametrize("method", ["qvlm", "rtn"])
+def test_nan_is_refused_wherever_it_lies(source, damaged, method):
+    """Also in what is not rounded, and where no sample runs through the model."""
+    name = next(name for name in load_file(source / WEIGHTS) if damaged in name)
+    change_tensors(source, lambda state: state[name].view(-1)[0].fill_(float("nan")))
+
+    refuse(CalibrationError, r"holds 1 NaN or infinite values; the checkpoint is damaged", source, method=method)
+
+
+@pytest.mark.parametrize("settings", [{}, {"error_feedback": False, "transforms": "off"}, {"method": "rtn"}])
+def test_a_flipped_exponent_bit_is_refused_by_name_and_value(source, settings):
+    """bfloat16 of -0.0089 becomes -3e36 with its highest exponent bit set: finite, but its square is not."""
+
+    def flip(state):
+        for key in state:
+            state[key] = state[key].bfloat16()
+        weight = state[f"{Q_PROJ}.weight"]
+        weight[3, 5] = -0.0089
+        weight.view(torch.int16)[3, 5] |= 1 << 14
+
+    change_tensors(source, flip)
+
+    message = rf"{Q_PROJ}.weight holds values up to 3.*e\+36, above 1e\+15.*the checkpoint is damaged"
+    refuse(CalibrationError, message, source, **settings)
+
+
+@pytest.mark.parametrize("size", [1e16, 1e20, 1e30])
+@pytest.mark.parametrize("settings", [{}, {"error_feedback": False, "transforms": "off"}], ids=["feedback", "plain"])
+def test_a_norm_beyond_reason_is_refused_by_the_site_that_reads_it(source, size, settings):
+    """Its second moments overflow, which no damping of them mends."""
+    norm = "language_model.model.layers.0.input_layernorm.weight"
+    change_tensors(source, lambda state: state[norm].fill_(size))
+
+    message = rf"the input of {Q_PROJ} holds values up to .*, above 1e\+15|infinite activations at .*layers.0"
+    refuse(CalibrationError, message, source, **settings)
+
+
+def test_outputs_that_overflow_are_refused_by_their_layer(source):
+    """Inputs and weights may both be moderate where the square of their product is not."""
+
+    def enlarge(state):
+        state["language_model.model.layers.0.input_layernorm.weight"].fill_(1e13)
+        state[f"{Q_PROJ}.weight"].mul_(1e11)
+
+    change_tensors(source, enlarge)
+
+    refuse(CalibrationError, r"language_model.model.layers.0.* (overflows|is inf|is nan)", source)
+
+
 def test_nan_activations_are_refused_by_layer_and_batch(source):
     norm = "language_model.model.layers.1.input_layernorm.weight"
-    change_tensors(source, lambda state: state[norm].fill_(float("nan")))
+    change_tensors(source, lambda state: state[norm].fill_(float("inf")))
 
     message = r"NaN or infinite activations at language_model.model.layers.1 in calibration batch 0"
     refuse(CalibrationError, message, source)

@@ -1,6 +1,5 @@
 """The index of a checkpoint in shards, looked at before transformers takes its form for granted."""
 
-import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -8,6 +7,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
 from optimum_qvlm.errors import CheckpointError
+from optimum_qvlm.files import strict_json
 from optimum_qvlm.hf.config import QVLMConfig
 from optimum_qvlm.hf.format.record import config_digest
 from optimum_qvlm.hf.saving.source import is_folder
@@ -28,8 +28,8 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
     if len(data) > LARGEST_JSON:
         raise CheckpointError(f"{name} has {len(data)} bytes, more than the {LARGEST_JSON} that are read")
     try:
-        found = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        found = strict_json.loads(data)
+    except ValueError as error:
         raise CheckpointError(f"{name} is not JSON ({error}); fetch it again") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{name} holds a {type(found).__name__} where an object is expected; fetch it again")
@@ -97,8 +97,8 @@ def require_index_of(config: QVLMConfig, name: str) -> None:
         require_index_in(path.parent)  # elsewhere, the configuration is that of a subfolder
 
 
-def require_index(model: str, revision: str | None) -> None:
-    """The same of a folder or of a repository, of which only the index is fetched.
+def require_index(model: str, *, subfolder: str = "", **source: Any) -> None:
+    """The same of a folder or of a repository, of which only the index is fetched; `source` says how.
 
     A repository that cannot be read is no finding: loading it will say why.
 
@@ -106,10 +106,11 @@ def require_index(model: str, revision: str | None) -> None:
         CheckpointError: it is not sound.
     """
     if is_folder(model):
-        require_index_in(Path(model))
+        require_index_in(Path(model) / subfolder)
         return
     try:
-        path = hf_hub_download(model, INDEX, revision=revision)
+        download = {name: source[name] for name in ("revision", "cache_dir") if name in source}
+        path = hf_hub_download(model, INDEX, subfolder=subfolder or None, **download)
     except (OSError, HTTPError, ValueError):
         return
     _require_file(Path(path))

@@ -10,7 +10,12 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
 from optimum_qvlm.errors import CheckpointError, HubError
 from optimum_qvlm.hf.config import QUANT_METHOD, QVLMConfig
+<<<<<<< HEAD
 from optimum_qvlm.hf.format.index import EXPLICIT, LARGEST_JSON, parse_json, require_inner_name, shards_of
+=======
+from optimum_qvlm.hf.format.index import LARGEST_JSON, parse_json, shards_of
+from optimum_qvlm.hf.format.model_sizes import require_buildable
+>>>>>>> robust
 from optimum_qvlm.hf.format.modules import require_checkpoint, require_record
 from optimum_qvlm.hf.format.safetensors_files import Manifest, merge_headers
 from optimum_qvlm.hf.saving.source import REPORT_FILE, is_folder
@@ -151,6 +156,7 @@ def _read_config(place: _Folder | _Repository) -> dict[str, Any]:
     if data is None:
         raise CheckpointError(f"{place.name} has no config.json; name the folder of a saved model")
     config = parse_json(data, "config.json")
+    require_buildable(config, place.name)
     values = config.get("quantization_config")
     if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
         method = values.get("quant_method") if isinstance(values, dict) else None

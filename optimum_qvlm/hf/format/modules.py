@@ -42,9 +42,9 @@ def stored_state(model: nn.Module, identity: str) -> dict[str, Tensor]:
     for path, module in quantized_modules(model).items():
         if module.layout not in CHECKPOINT_LAYOUTS:
             state |= {f"{path}.{name}": tensor for name, tensor in module.packed_state().items()}
-        state[f"{path}.weight_shape"] = torch.tensor([module.out_features, module.in_features])
-        state[f"{path}.weight"] = torch.empty(0)
-    state[GUARD] = torch.tensor(list(bytes.fromhex(identity)), dtype=torch.uint8)
+        state[f"{path}.weight_shape"] = torch.tensor([module.out_features, module.in_features], device="cpu")
+        state[f"{path}.weight"] = torch.empty(0, dtype=torch.float32, device="cpu")
+    state[GUARD] = torch.tensor(list(bytes.fromhex(identity)), dtype=torch.uint8, device="cpu")
     return state
 
 

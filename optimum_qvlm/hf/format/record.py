@@ -1,12 +1,12 @@
 """The saved outcome of a calibration, and what ties it to the weights beside it."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from optimum_qvlm.errors import ConfigError
+from optimum_qvlm.files import strict_json
 from optimum_qvlm.hf.format.entries import require_entries
 from optimum_qvlm.plan import ModuleRecord
 
@@ -67,4 +67,8 @@ def config_identity(values: Mapping[str, Any]) -> str:
 
 
 def _sha256(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    try:
+        text = strict_json.dumps(values, sort_keys=True, separators=(",", ":"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"quantization_config is not whole ({error}); fetch the checkpoint again") from error
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -237,9 +237,13 @@ def is_folder(name: str) -> bool:
     Raises:
         CheckpointError: it is neither.
     """
-    if Path(name).is_dir():
+    try:
+        folder, file = Path(name).is_dir(), Path(name).is_file()
+    except OSError as error:
+        raise CheckpointError(f"{name[:100]!r} is no usable path ({error}); name a folder or a model") from error
+    if folder:
         return True
-    if Path(name).is_file():
+    if file:
         raise CheckpointError(f"{name} is a file; name the folder that it lies in")
     try:
         validate_repo_id(name)

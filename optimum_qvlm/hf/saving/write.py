@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum_qvlm.errors import CheckpointError
+from optimum_qvlm.files import strict_json
 from optimum_qvlm.hf.config import QVLMConfig
 from optimum_qvlm.hf.format.record import config_digest
 from optimum_qvlm.hf.format.safetensors_files import read_headers
@@ -75,7 +76,7 @@ def _add_sidecars(model: Any, folder: Path) -> None:
         destination.parent.mkdir(parents=True, exist_ok=True)
         destination.write_bytes(content)
     if quantizer.report is not None:
-        (folder / REPORT_FILE).write_text(json.dumps(quantizer.report, indent=2) + "\n", encoding="utf-8")
+        (folder / REPORT_FILE).write_text(strict_json.dumps(quantizer.report, indent=2) + "\n", encoding="utf-8")
 
 
 def _seal(folder: Path) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def _seal(folder: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, value: Any) -> None:
     """As transformers does."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(strict_json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _facts(model: Any, folder: Path, values: dict[str, Any], repo_id: str | None, tags: tuple[str, ...]) -> CardFacts:

@@ -110,8 +110,8 @@ def _bags(x: Tensor, tokens: int, stored: StoredWeight, grid: WeightGrid) -> Ten
 @lru_cache(maxsize=64)
 def _bag_indices(blocks: int, tokens: int, channels: int, group: int) -> tuple[Tensor, Tensor]:
     """Row of every factor, and where the bags start: the same for all weights of a size, so made once."""
-    rows = torch.arange(blocks * channels, dtype=torch.int32).view(blocks, 1, channels)
-    starts = torch.arange(0, blocks * tokens * channels, group, dtype=torch.int32)
+    rows = torch.arange(blocks * channels, dtype=torch.int32, device="cpu").view(blocks, 1, channels)
+    starts = torch.arange(0, blocks * tokens * channels, group, dtype=torch.int32, device="cpu")
     return rows.expand(blocks, tokens, channels).reshape(-1), starts
 
 
@@ -166,7 +166,8 @@ def _tables(stored: StoredWeight, grid: WeightGrid) -> list[tuple[int, Tensor]]:
 
 def _tail(bits: int, scale: float, bias: float) -> Tensor:
     """The bytes after a row: two floats, in fp16 where the table is narrower than a byte."""
-    return torch.tensor([scale, bias], dtype=torch.float32 if bits == 8 else torch.float16).view(torch.uint8)
+    dtype = torch.float32 if bits == 8 else torch.float16
+    return torch.tensor([scale, bias], dtype=dtype, device="cpu").view(torch.uint8)
 
 
 def _block(out_features: int) -> int:

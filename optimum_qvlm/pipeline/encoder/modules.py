@@ -36,7 +36,9 @@ class LearnedSite(nn.Module):
         self.register_buffer("scale", start.input_scale)
         self.register_buffer("equalizer", start.input_equalizer)
         equalizer = start.input_equalizer
-        self.log_clip = None if self.activation is None else nn.Parameter(torch.zeros(1))
+        self.log_clip = (
+            None if self.activation is None else nn.Parameter(start.weight_scale.new_zeros(1, dtype=torch.float32))
+        )
         self.log_equalizer = None if equalizer is None else nn.Parameter(torch.zeros_like(equalizer))
 
     def transform(self) -> Tensor | None:
@@ -93,7 +95,7 @@ class LearnedLinear(nn.Module):
         self.register_buffer("scale", begun.scale)
         self.register_buffer("zero_point", begun.zero_point)
         self.register_buffer("offset", begun.offset)
-        self.log_scale = nn.Parameter(torch.zeros(found.scale.shape, dtype=torch.float32))
+        self.log_scale = nn.Parameter(torch.zeros_like(found.scale, dtype=torch.float32))
 
     def forward(self, input: Tensor) -> Tensor:
         """Product of the rounded input [..., in_features] with the rounded weight, plus bias."""

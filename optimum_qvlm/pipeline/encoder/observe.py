@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_qvlm.pipeline.capture import first_tensor
+from optimum_qvlm.pipeline.tokens import seeded_order
 from optimum_qvlm.plan import PlannedPart, QuantPlan
 from optimum_qvlm.search.encoder_loss import relative_error
 
@@ -49,9 +50,10 @@ class Observer:
     def take(self, hidden: Tensor, valid: Tensor | None, number: int) -> Tensor:
         """[tokens, channels] of `hidden` [..., channels]; `valid` [...] marks real tokens, None where all are."""
         flat = hidden.reshape(-1, hidden.shape[-1])
-        real = torch.arange(flat.shape[0]) if valid is None else valid.reshape(-1).cpu().nonzero().squeeze(1)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        return flat[real[torch.randperm(len(real), generator=generator)[:TOKENS]].to(flat.device)]
+        real = (
+            torch.arange(flat.shape[0], device="cpu") if valid is None else valid.reshape(-1).cpu().nonzero().squeeze(1)
+        )
+        return flat[real[seeded_order(len(real), self.seed, number)[:TOKENS]].to(flat.device)]
 
     @contextmanager
     def watching(

@@ -58,7 +58,7 @@ class _Recomputing:
     def __init__(self, unit: nn.Module, device: torch.device) -> None:
         self.unit, self.device, self.inner = unit, device, unit.forward
         # Outputs of a unit that learns need gradients also where no input does.
-        self.anchor = torch.zeros((), requires_grad=True)
+        self.anchor = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, form = pytree.tree_flatten((args, kwargs))

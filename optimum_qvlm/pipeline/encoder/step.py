@@ -1,5 +1,6 @@
 """The optimisation of tower and projector by gradients through the language model (equations 8 to 10 of the paper)."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ from optimum_qvlm.pipeline.encoder.observe import Observer, Seen
 from optimum_qvlm.pipeline.encoder.recompute import frozen, recomputed
 from optimum_qvlm.pipeline.layer_streaming import streamed
 from optimum_qvlm.pipeline.options import CalibrationOptions
+from optimum_qvlm.pipeline.tokens import seeded_order
 from optimum_qvlm.plan import ModuleRecord, PlannedLinear, QuantPlan
 from optimum_qvlm.search.encoder_loss import (
     EncoderOptions,
@@ -87,7 +89,7 @@ class SoftDependency:
 
     def __call__(self, first: Tensor, second: Tensor) -> Tensor:
         """H(second | first) of two outputs [tokens, channels] in nats; H(second) where shapes differ."""
-        order = torch.randperm(second.shape[1], generator=torch.Generator().manual_seed(self.options.seed))
+        order = seeded_order(second.shape[1], self.options.seed)
         channels = order[:CHANNELS].sort().values.to(second.device)
         later = positions(second, self.options).columns(channels)
         earlier = positions(first, self.options).columns(channels) if first.shape == second.shape else None
@@ -289,11 +291,7 @@ class _Descent:
         self.optimizer.zero_grad()
         terms = self.step.terms(number, self.batches[number], self.labels[number], weights)
         loss = terms.total(self.step.options)
-        if not bool(torch.isfinite(loss)):
-            raise CalibrationError(
-                f"the loss of the encoder is {float(loss)} in calibration batch {number}; load the model in a wider "
-                "dtype, lower encoder_lr, or turn the optimisation off with encoder_epochs=0"
-            )
+        _require_finite(float(loss), number)
         loss.backward()
         self.optimizer.step()
         self.schedule.step()
@@ -307,8 +305,23 @@ class _Descent:
             terms = self.step.terms(number, batch, labels, weights)
             for name in ("answer", "entropy", "vision", "final"):
                 sums[name] += float(getattr(terms, name)) / len(self.batches)
-            sums["total"] += float(terms.total(self.step.options)) / len(self.batches)
+            total = _require_finite(float(terms.total(self.step.options)), number)
+            sums["total"] += total / len(self.batches)
         return EncoderLoss(**sums)
 
     def _state(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.parameters]
+
+
+def _require_finite(loss: float, number: int) -> float:
+    """The loss of a batch, if it is a number.
+
+    Raises:
+        CalibrationError: it is NaN or infinite.
+    """
+    if not math.isfinite(loss):
+        raise CalibrationError(
+            f"the loss of the encoder is {loss} in calibration batch {number}; load the model in a wider dtype, lower "
+            "encoder_lr, or turn the optimisation off with encoder_epochs=0"
+        )
+    return loss

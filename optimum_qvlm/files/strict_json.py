@@ -1,0 +1,29 @@
+"""JSON as the standard has it: without NaN and infinite numbers, which Python reads and writes by default."""
+
+import json
+from typing import Any, NoReturn
+
+
+def dumps(value: Any, **layout: Any) -> str:
+    """JSON text; `layout` are options of `json.dumps`.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    return json.dumps(value, allow_nan=False, **layout)
+
+
+def loads(data: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, holds NaN or an infinite number, or is nested too deep.
+    """
+    try:
+        return json.loads(data, parse_constant=_refuse)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def _refuse(name: str) -> NoReturn:
+    raise ValueError(f"it holds {name}, which is no number of JSON")
