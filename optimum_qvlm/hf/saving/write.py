@@ -26,6 +26,7 @@ def write_model(
     Raises:
         CheckpointError: a quantized linear was not written.
     """
+    model.hf_quantizer.name_as_written(model, original_format=kwargs.get("save_original_format", True))
     type(model).save_pretrained(model, folder, *args, **kwargs)
     _open_to_readers(folder)
     _add_sidecars(model, folder)
