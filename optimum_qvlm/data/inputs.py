@@ -53,7 +53,7 @@ def require_inputs(
     wrong = ids < 0
     if vocabulary is not None:
         wrong |= ids >= vocabulary
-    wrong &= ~torch.isin(ids, torch.tensor(list(image_tokens), dtype=ids.dtype, device=ids.device))
+    wrong &= ~stands_for_image(ids, image_tokens)
     if bool(wrong.any()):
         row, place = wrong.nonzero()[0].tolist()
         limit = "negative" if vocabulary is None else f"outside 0..{vocabulary - 1}, which the model's embedding has"
@@ -71,3 +71,8 @@ def _require_mask(mask: Tensor, ids: Tensor, names: Sequence[str]) -> None:
     masked = ~mask.bool().any(dim=1)
     if bool(masked.any()):
         raise DataError(f"{names[int(masked.nonzero()[0])]} is empty: its attention_mask is zero everywhere")
+
+
+def stands_for_image(ids: Tensor, image_tokens: Sequence[int]) -> Tensor:
+    """bool of the shape of `ids`: which token ids are among the image tokens."""
+    return torch.isin(ids, torch.tensor(list(image_tokens), dtype=ids.dtype, device=ids.device))

@@ -103,20 +103,12 @@ def make_labelled_batches(
 
     Every sample needs an answer.
     """
-<<<<<<< HEAD
     batches = []
     for members in group(samples, processor, options.batch_size):
         batch = _make_batch(members, processor, options, image_tokens)
         prompts = make_prompts(members, processor, options, image_tokens)
         prompt_lengths = prompts["attention_mask"].sum(dim=1, keepdim=True)
-        places = torch.arange(batch["input_ids"].shape[1])
-=======
-    batches = make_batches(samples, processor, options, image_tokens)
-    for number, batch in enumerate(batches):
-        group = samples[number * options.batch_size : (number + 1) * options.batch_size]
-        prompt_lengths = make_prompts(group, processor)["attention_mask"].sum(dim=1, keepdim=True)
         places = torch.arange(batch["input_ids"].shape[1], device=prompt_lengths.device)
->>>>>>> robust
         in_answer = (places >= prompt_lengths) & batch["attention_mask"].bool()
         batches.append({**batch, "labels": torch.where(in_answer, batch["input_ids"], -100)})
     return batches
@@ -137,11 +129,6 @@ def make_prompts(
     vocabulary = None if options is None else options.vocabulary
     require_inputs(batch, [sample.where for sample in samples], vocabulary, image_tokens)
     return batch
-
-
-def stands_for_image(ids: Tensor, image_tokens: Sequence[int]) -> Tensor:
-    """bool of the shape of `ids`: which token ids are among the image tokens."""
-    return torch.isin(ids, torch.tensor(list(image_tokens), dtype=ids.dtype, device=ids.device))
 
 
 def fingerprint(batches: Sequence[Batch]) -> str:
@@ -217,36 +204,3 @@ def _tell_of_answers(samples: Sequence[Sample]) -> None:
             f"{len(several)} of {len(samples)} samples list several answers, {several[0].where} the first of them; the "
             "first answer of each is used"
         )
-<<<<<<< HEAD
-=======
-    if sample.text is not None:
-        return sample.text
-    question = "\n".join(part.get("text", "") for message in sample.messages for part in message["content"])
-    return f"{question}\n{sample.answer}" if answered and sample.answer is not None else question
-
-
-def _cut(batch: Batch, max_length: int, image_tokens: Sequence[int]) -> Batch:
-    ids = batch["input_ids"]
-    is_image = stands_for_image(ids, image_tokens)
-    last_image = int(is_image.any(dim=0).nonzero().max()) + 1 if bool(is_image.any()) else 0
-    keep = max(max_length, last_image)
-    if ids.shape[1] <= keep:
-        return batch
-    return {name: t[:, :keep] if t.dim() == 2 and t.shape == ids.shape else t for name, t in batch.items()}
-
-
-@contextmanager
-def _padding_side(processor: Any, side: str) -> Iterator[None]:
-    """Pad on one side, with the end token where there is no pad token; the user's tokenizer is left as it was."""
-    tokenizer = tokenizer_of(processor)
-    before, pad = tokenizer.padding_side, tokenizer.pad_token
-    tokenizer.padding_side = side
-    if pad is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    try:
-        yield
-    finally:
-        tokenizer.padding_side = before
-        if pad is None:
-            tokenizer.pad_token = None
->>>>>>> robust

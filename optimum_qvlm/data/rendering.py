@@ -6,11 +6,11 @@ from dataclasses import replace
 from inspect import signature
 from typing import Any
 
-import torch
 from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
+from optimum_qvlm.data.inputs import stands_for_image
 from optimum_qvlm.data.picture import Picture
 from optimum_qvlm.data.sample import Sample
 from optimum_qvlm.errors import DataError
@@ -81,7 +81,7 @@ def render(
 def cut(batch: Batch, max_length: int, image_tokens: Sequence[int]) -> Batch:
     """A batch of at most `max_length` tokens, but never without its last image token."""
     ids = batch["input_ids"]
-    is_image = torch.isin(ids, torch.tensor(list(image_tokens), dtype=ids.dtype))
+    is_image = stands_for_image(ids, image_tokens)
     last_image = int(is_image.any(dim=0).nonzero().max()) + 1 if bool(is_image.any()) else 0
     keep = max(max_length, last_image)
     if ids.shape[1] <= keep:

@@ -1,7 +1,6 @@
 """What must be in order before a calibration starts: weights, processor, data."""
 
 import math
-import re
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoProcessor
 
+from optimum_qvlm.data.inputs import stands_for_image
 from optimum_qvlm.data.loader import (
     Batch,
     LoaderOptions,
@@ -17,7 +17,6 @@ from optimum_qvlm.data.loader import (
     make_labelled_batches,
     read_dataset,
     read_held_out,
-    stands_for_image,
 )
 from optimum_qvlm.data.recipe import Recipe
 from optimum_qvlm.data.sample import Sample
@@ -25,6 +24,7 @@ from optimum_qvlm.errors import CheckpointError, DataError
 from optimum_qvlm.evaluation.fidelity import IGNORED
 from optimum_qvlm.hf.access import Access
 from optimum_qvlm.hf.config import QVLMConfig
+from optimum_qvlm.hf.format.coverage import without_new_heads
 from optimum_qvlm.hf.saving.source import Source
 from optimum_qvlm.models.registry import adapter_for
 from optimum_qvlm.pipeline.answers import fill_answers
@@ -43,23 +43,28 @@ def require_all_loaded(model: Any) -> None:
     """Refuse a checkpoint that lacks tensors: transformers fills them at random with no more than a warning.
 
     Raises:
-        CheckpointError: names the tensors. Tied ones are exempt, and those that the model says may be missing.
+        CheckpointError: names the tensors. Tied ones are exempt, those that the model says may be missing, and those of
+            a head that this class adds to the saved one, which stays in full precision: not an output embedding,
+            without which no fidelity could be measured.
     """
-    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    missing = [
-        name
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if not getattr(tensor, "_is_hf_initialized", False)
-        and name not in tied
-        and not any(pattern.search(name) for pattern in optional)
-    ]
+    state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in tied}
+    given = {name for name, tensor in state.items() if getattr(tensor, "_is_hf_initialized", False)}
+    random = [name for name in state if name not in given]
+    missing = without_new_heads(model, random, given | _output_parameters(model))
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise CheckpointError(
             f"the checkpoint {model.config.name_or_path} lacks {shown}, so these weights are random; fetch it again, "
             "or load it with the class that its config.json names under architectures"
         )
+
+
+def _output_parameters(model: Any) -> set[str]:
+    """Names of the parameters of the output embedding."""
+    head = model.get_output_embeddings()
+    held = set() if head is None else {id(parameter) for parameter in head.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in held}
 
 
 def prepare_data(

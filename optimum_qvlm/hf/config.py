@@ -64,6 +64,23 @@ _SETTINGS = (
     "encoder_l1",
     "encoder_l2",
 )
+_RUN_TIME = ("decode_tokens", "exact_decode", "dequantize")
+"""Settings that `from_pretrained` takes beside a quantized checkpoint."""
+
+_PRECISION = (
+    "scheme",
+    "group_size",
+    "vision_scheme",
+    "symmetric",
+    "modules_to_not_convert",
+    "overrides",
+    "activation_range",
+    "transforms",
+    "servable",
+    "two_level_scales",
+)
+"""Settings that say what a checkpoint holds: another value asked for when it is loaded is an error."""
+
 _RESULTS = ("modules", "blocks", "calibration", "manifest", "digest")
 
 
@@ -120,6 +137,11 @@ class QVLMConfig(QuantizationConfigMixin):
         encoder_eta: share of the language model's final error beside the error of the encoder's output.
         encoder_l1: factor of the weighted dependencies of layers in its loss.
         encoder_l2: factor of the two errors in its loss.
+        dequantize: load a quantized checkpoint as a model of plain linears with the rounded weights, as the model's
+            `dequantize()` gives. It is never saved.
+
+    Beside a quantized checkpoint `decode_tokens`, `exact_decode` and `dequantize` hold where they are given; other
+    settings must be those that were saved, or are not given.
 
     Raises:
         ConfigError, SpecError: a field is not valid.
@@ -131,6 +153,18 @@ class QVLMConfig(QuantizationConfigMixin):
 
     rehearse = False
     """Set by `dry_run` on its copy: try the calibration out in place of doing it. No setting, and never saved."""
+
+    given: frozenset[str] = frozenset()
+    """Names of the arguments that were passed, whatever their value."""
+
+    requests: Mapping[str, Any] | None = None
+    """Of a configuration that was read: what the user's, passed beside the checkpoint, asks for."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Note what is given: a default that nobody asked for overwrites nothing that was saved."""
+        config: Self = object.__new__(cls)
+        config.given = frozenset((*kwargs, "scheme") if args else kwargs)
+        return config
 
     def __init__(
         self,
@@ -167,6 +201,7 @@ class QVLMConfig(QuantizationConfigMixin):
         encoder_eta: float = 1.0,
         encoder_l1: float = 1.0,
         encoder_l2: float = 10.0,
+        dequantize: bool = False,
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.scheme = scheme
@@ -201,6 +236,7 @@ class QVLMConfig(QuantizationConfigMixin):
         self.encoder_eta = encoder_eta
         self.encoder_l1 = encoder_l1
         self.encoder_l2 = encoder_l2
+        self.dequantize = dequantize
         self.record: CalibrationRecord | None = None
         self._validate()
 
@@ -330,12 +366,39 @@ class QVLMConfig(QuantizationConfigMixin):
 
     def idle_settings(self) -> list[str]:
         """Sentences about settings that were changed but have no effect beside others; empty where there are none."""
-        defaults = {name: parameter.default for name, parameter in signature(QVLMConfig).parameters.items()}
-        return idle_settings(vars(self), defaults)
+        return idle_settings(vars(self), _defaults())
 
     def weight_only_tokens(self) -> int:
         """Up to how many tokens activations are not rounded."""
         return 0 if self.exact_decode else self.decode_tokens
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What transformers carries over from this configuration to that of a quantized checkpoint.
+
+        Of settings that cannot be changed any more only `requests`, for `take_requests` to look at.
+        """
+        asked = {name: getattr(self, name) for name in (*_RUN_TIME, *_PRECISION) if self._is_asked_for(name)}
+        run_time = {name: value for name, value in asked.items() if name in _RUN_TIME}
+        return {**run_time, "requests": asked} if len(run_time) < len(asked) else run_time
+
+    def take_requests(self) -> None:
+        """Compare what was asked for beside the checkpoint with what it holds.
+
+        Raises:
+            ConfigError: they differ.
+        """
+        requests, self.requests = self.requests or {}, None
+        for name in _PRECISION:
+            if name in requests and strict_json.dumps(requests[name]) != strict_json.dumps(getattr(self, name)):
+                raise ConfigError(
+                    f"quantization_config asks for {name}={requests[name]!r}, but the checkpoint is quantized with "
+                    f"{name}={getattr(self, name)!r}; leave it out to load the checkpoint as it is, or quantize the "
+                    "full-precision model"
+                )
+
+    def _is_asked_for(self, name: str) -> bool:
+        """Given, or changed since."""
+        return name in self.given or getattr(self, name) != _defaults()[name]
 
     def drop_data(self) -> None:
         """Forget dataset and processor objects; a preset's name stays, as a record."""
@@ -391,3 +454,8 @@ class QVLMConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             setattr(self, name, None if value is None else list(value))
         self.options()
+
+
+def _defaults() -> dict[str, Any]:
+    """What each setting is where it is not given."""
+    return {name: parameter.default for name, parameter in signature(QVLMConfig.__init__).parameters.items()}

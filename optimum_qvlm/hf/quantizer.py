@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from optimum_qvlm.errors import CheckpointError
+from optimum_qvlm.errors import CheckpointError, ConfigError
 from optimum_qvlm.hf.config import QVLMConfig
 from optimum_qvlm.hf.format.record import CalibrationRecord, config_identity
 
@@ -33,6 +33,13 @@ class QVLMQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: QVLMConfig, **kwargs: Any) -> None:
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        if self.pre_quantized:
+            self.config.take_requests()
+        elif self.config.dequantize:
+            raise ConfigError(
+                "dequantize=True loads a quantized checkpoint as a plain model, and this one is not quantized; leave "
+                "it out"
+            )
         self.source: Any = None
         self.processor_files: dict[str, bytes] = {}
         self.report: dict[str, Any] | None = None
@@ -80,6 +87,10 @@ class QVLMQuantizer(HfQuantizer):
             require_index_of(self.config, config.name_or_path or "")
         return config
 
+    def update_tp_plan(self, config: Any) -> Any:
+        """The same hook in releases of transformers before there was `update_attn_implementation`, as 5.16."""
+        return self.update_attn_implementation(config)
+
     def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
         """The only hook that sees `max_memory`."""
         if self.pre_quantized:
@@ -90,7 +101,8 @@ class QVLMQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from optimum_qvlm.hf.access import watch_access
-        from optimum_qvlm.hf.format.modules import require_checkpoint, swap_in_quantized
+        from optimum_qvlm.hf.format.coverage import require_coverage
+        from optimum_qvlm.hf.format.modules import extra_tensors, require_checkpoint, swap_in_quantized
         from optimum_qvlm.hf.saving.source import Source, require_weights_inside
 
         files = kwargs.get("checkpoint_files")
@@ -101,7 +113,9 @@ class QVLMQuantizer(HfQuantizer):
         watch_access(model, self._note_access)
         if self.pre_quantized:
             self.source.require_inside(map(Path, files))
-            swap_in_quantized(model, require_checkpoint(self.config, files))
+            record = require_checkpoint(self.config, files)
+            swap_in_quantized(model, record)
+            require_coverage(model, record.manifest or {}, extra_tensors(record.modules))
             self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         else:
             self._prepare(model, files)
@@ -110,6 +124,7 @@ class QVLMQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from optimum_qvlm.hf.access import unwatch_access
         from optimum_qvlm.hf.format.modules import prepare_modules
+        from optimum_qvlm.hf.methods import wrap_methods
         from optimum_qvlm.hf.saving.save import wrap_saving
 
         unwatch_access(model)
@@ -117,30 +132,69 @@ class QVLMQuantizer(HfQuantizer):
             self._cast(model)
         else:
             self._calibrate(model)
+        if self.config.dequantize:
+            return self._dequantize(model, model.config.dtype)
         prepare_modules(model, self.config.weight_only_tokens())
         if self._reference is not None:
             self._compare(model)
         wrap_saving(model)
+        wrap_methods(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict with guards and shapes, as it goes to disk."""
         from optimum_qvlm.hf.format.modules import stored_state
+        from optimum_qvlm.hf.format.names import runtime_modules
 
-        return stored_state(model, config_identity(self.config.to_dict())), {}
+        record = self.config.record
+        assert record is not None
+        paths = runtime_modules(model, record.modules, "weight_packed")
+        entries = {path: record.modules[name] for name, path in paths.items()}
+        return stored_state(model, config_identity(self.config.to_dict()), entries), {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         from optimum_qvlm.hf.format.modules import quantized_modules
+        from optimum_qvlm.hf.methods import unwrap_methods
         from optimum_qvlm.hf.saving.save import unwrap_saving
         from optimum_qvlm.modules.swap import replace_module
 
+        offloaded = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+        if offloaded is not None:
+            raise ConfigError(
+                f"{offloaded} is offloaded, and dequantizing needs all weights in memory; load with a device_map that "
+                "keeps them there"
+            )
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for path, module in quantized_modules(model).items():
             replace_module(model, path, module.to_linear(module.grid.scale_dtype if wanted is None else wanted))
         if wanted is not None and wanted != model.dtype:
             torch.nn.Module.to(model, wanted)
         unwrap_saving(model)
+        unwrap_methods(model)
         return model
+
+    def name_as_written(self, model: Any, *, original_format: bool) -> None:
+        """Let the record name modules as their tensors will be named in the files that are about to be written.
+
+        Raises:
+            CheckpointError: another module took the place of a quantized one.
+        """
+        from optimum_qvlm.hf.format.modules import quantized_modules
+        from optimum_qvlm.hf.format.names import runtime_modules, written_names
+        from optimum_qvlm.hf.format.record import rename_modules
+
+        record = self.config.record
+        assert record is not None
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return  # only adapters are written
+        paths, quantized = runtime_modules(model, record.modules, "weight_packed"), quantized_modules(model)
+        absent = next((name for name in record.modules if paths.get(name) not in quantized), None)
+        if absent is not None:
+            raise CheckpointError(
+                f"{absent} was quantized, but the model has another module in its place, so that it cannot be saved as "
+                "quantized; put the quantized one back, or save what dequantize() returns"
+            )
+        rename_modules(record, written_names(model, paths, original_format=original_format))
 
     def _note_access(self, access: Any) -> None:
         self.source = replace(self.source, access=access)

@@ -26,7 +26,7 @@ LARGEST_RATE, LARGEST_FACTOR = 100.0, 1e6
 
 _POSITIVE = ("num_samples", "batch_size", "max_length", "search_tokens", "max_block_depth")
 _COUNTS = ("seed", "decode_tokens", "encoder_epochs")
-_SWITCHES = ("symmetric", "error_feedback", "servable", "two_level_scales", "exact_decode")
+_SWITCHES = ("symmetric", "error_feedback", "servable", "two_level_scales", "exact_decode", "dequantize")
 _FACTORS = ("encoder_lr", "encoder_eta", "encoder_l1", "encoder_l2")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "method": get_args(Method),

@@ -104,12 +104,22 @@ class Adapter:
                 site.append(path)
         return [tuple(site) for site in sites]
 
+    def located(self, path: str) -> str:
+        """Where the module that a model with a head has at `path` lies in this one.
+
+        The class that `AutoModel` gives is the base model alone, whose paths lack its name at the start.
+        """
+        prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
+        alone = getattr(self.model, "base_model", None) is self.model
+        return path.removeprefix(prefix) if alone else path
+
     def numbered(self, path: str) -> tuple[str, ...]:
         """Paths of the entries of the module list at `path`.
 
         Raises:
             UnsupportedModelError: there is no such list.
         """
+        path = self.located(path)
         try:
             children = self.model.get_submodule(path)
         except AttributeError as error:
@@ -126,6 +136,7 @@ class Adapter:
         Raises:
             UnsupportedModelError: there is none, or two are equally long.
         """
+        path = self.located(path)
         found = {name: len(self.model.get_submodule(name)) for name in layer_lists(self.model, path)}  # type: ignore[arg-type]
         longest = [name for name, length in found.items() if length == max(found.values())]
         if len(longest) != 1:

@@ -19,8 +19,9 @@ class LlavaAdapter(Adapter):
     def parts(self) -> tuple[Part, ...]:
         """Tower, projector, decoder. A projector without linears (Gemma 3 multiplies by a bare matrix) is no part."""
         parts = [self.tower_part()]
-        if holds_linear(self.model.get_submodule(self.projector)):
-            parts.append(Part(name="projector", layers=(self.projector,), vision=True))
+        projector = self.located(self.projector)
+        if holds_linear(self.model.get_submodule(projector)):
+            parts.append(Part(name="projector", layers=(projector,), vision=True))
         return (*parts, Part(name="language", layers=self.numbered(self.layer_list(self.decoder))))
 
     def tower_part(self) -> Part:

@@ -17,7 +17,7 @@ class Qwen25VLAdapter(Adapter):
         """Tower, merger, decoder."""
         return (
             Part(name="vision", layers=self.numbered("model.visual.blocks"), vision=True),
-            Part(name="projector", layers=("model.visual.merger",), vision=True),
+            Part(name="projector", layers=(self.located("model.visual.merger"),), vision=True),
             Part(name="language", layers=self.numbered(f"{DECODER}.layers")),
         )
 
@@ -31,11 +31,11 @@ class Qwen3VLAdapter(Adapter):
         return (
             Part(name="vision", layers=self.numbered("model.visual.blocks"), vision=True),
             *(Part(name=f"deepstack {n}", layers=(path,), vision=True) for n, path in enumerate(mergers)),
-            Part(name="projector", layers=("model.visual.merger",), vision=True),
+            Part(name="projector", layers=(self.located("model.visual.merger"),), vision=True),
             Part(
                 name="language",
                 layers=self.numbered(f"{DECODER}.layers"),
-                join=Join(owner=DECODER, apply=add_deepstack),
+                join=Join(owner=self.located(DECODER), apply=add_deepstack),
             ),
         )
 

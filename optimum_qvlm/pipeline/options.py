@@ -1,7 +1,8 @@
 """What a calibration is asked to do, as validated values."""
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -111,14 +112,31 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
 
 
-def require_matches(patterns: Iterable[str], names: Iterable[str], field_name: str) -> None:
-    """Refuse a pattern that matches nothing, since it is a typing error or a wrong idea of the model.
+def keeps(pattern: str, name: str) -> bool:
+    """Whether a pattern keeps a module in full precision: as `matches`, or by the rule of transformers.
+
+    That rule, as of its 5.24: the pattern is a regular expression for the start of the name up to the end of a
+    component, or the end of the name as it is. What is no regular expression, as `*.mlp.*`, is shell-style only.
+    """
+    if matches(pattern, name):
+        return True
+    try:
+        starts = re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", name) is not None
+    except re.error:
+        return False
+    return starts or name.endswith(pattern)
+
+
+def require_matches(
+    patterns: Iterable[str], names: Iterable[str], field_name: str, rule: Callable[[str, str], bool] = matches
+) -> None:
+    """Refuse a pattern that matches nothing by its `rule`, since it is a typing error or a wrong idea of the model.
 
     Raises:
         ConfigError: with the closest names.
     """
     known = list(names)
     for pattern in patterns:
-        if not any(matches(pattern, name) for name in known):
+        if not any(rule(pattern, name) for name in known):
             close = difflib.get_close_matches(pattern, known, n=3, cutoff=0.0)
             raise ConfigError(f"{field_name}: {pattern!r} matches no linear of the model; close: {', '.join(close)}")

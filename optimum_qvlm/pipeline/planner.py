@@ -8,7 +8,7 @@ from torch import nn
 
 from optimum_qvlm.errors import ConfigError, SpecError, UnsupportedModelError
 from optimum_qvlm.models.adapter import Adapter, Part
-from optimum_qvlm.pipeline.options import CalibrationOptions, LinearChoice, matches, require_matches
+from optimum_qvlm.pipeline.options import CalibrationOptions, LinearChoice, keeps, matches, require_matches
 from optimum_qvlm.plan import Block, PlannedLayer, PlannedLinear, PlannedPart, QuantPlan, Site
 from optimum_qvlm.spec import TWO_LEVEL_BITS, ActivationSpec, WeightSpec
 
@@ -80,8 +80,8 @@ class _Planner:
         head = self._head()
         if head is not None:
             found = (*found, head)
-        patterns = [*self.options.keep, *(pattern for pattern, _ in self.options.overrides)]
-        require_matches(patterns, self.names.values(), "modules_to_not_convert and overrides")
+        require_matches(self.options.keep, self.names.values(), "modules_to_not_convert", keeps)
+        require_matches((pattern for pattern, _ in self.options.overrides), self.names.values(), "overrides")
         unused = tuple(self._layer(path, part) for part in found for path in part.unused)
         return tuple(self._part(part) for part in found), unused
 
@@ -156,7 +156,7 @@ class _Planner:
         override = self._override(name)
         if override is not None:
             return override
-        if any(matches(pattern, name) for pattern in self.options.keep):
+        if any(keeps(pattern, name) for pattern in self.options.keep):
             return LinearChoice(scheme=None)
         return self.options.vision if part.vision else self.options.language
 

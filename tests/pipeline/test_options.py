@@ -3,7 +3,7 @@
 import pytest
 
 from optimum_qvlm.errors import ConfigError
-from optimum_qvlm.pipeline.options import CalibrationOptions, LinearChoice, matches, require_matches
+from optimum_qvlm.pipeline.options import CalibrationOptions, LinearChoice, keeps, matches, require_matches
 from optimum_qvlm.spec import Scheme
 
 NAMES = [
@@ -83,3 +83,21 @@ def test_defaults_search_with_both_grids():
     assert options.method == "qvlm"
     assert options.keep == () and options.overrides == ()
     assert options.search.clips.activation[0] == options.search.clips.weight[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    "pattern, name, kept",
+    [
+        ("layers.1", "model.layers.1.mlp.up_proj", True),
+        ("model.layers.1", "model.layers.11.mlp.up_proj", False),
+        (r"model.layers.\d+.mlp", "model.layers.11.mlp.up_proj", True),
+        ("model.layers.0.mlp.gate", "model.layers.0.mlp.gate_proj", False),
+        ("_proj", "model.layers.0.mlp.up_proj", True),
+        ("*.mlp.*", "model.layers.0.mlp.up_proj", True),
+        ("*up_proj", "model.layers.0.mlp.down_proj", False),
+        ("a|model", "model.layers.0.mlp.up_proj", True),
+    ],
+)
+def test_a_module_is_kept_by_our_rule_or_that_of_transformers(pattern, name, kept):
+    """Lists of names are copied from other quantizers' configurations."""
+    assert keeps(pattern, name) is kept

@@ -10,12 +10,8 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
 from optimum_qvlm.errors import CheckpointError, HubError
 from optimum_qvlm.hf.config import QUANT_METHOD, QVLMConfig
-<<<<<<< HEAD
 from optimum_qvlm.hf.format.index import EXPLICIT, LARGEST_JSON, parse_json, require_inner_name, shards_of
-=======
-from optimum_qvlm.hf.format.index import LARGEST_JSON, parse_json, shards_of
 from optimum_qvlm.hf.format.model_sizes import require_buildable
->>>>>>> robust
 from optimum_qvlm.hf.format.modules import require_checkpoint, require_record
 from optimum_qvlm.hf.format.safetensors_files import Manifest, merge_headers
 from optimum_qvlm.hf.saving.source import REPORT_FILE, is_folder

@@ -9,7 +9,7 @@ that the weights were saved with.
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -33,15 +33,22 @@ SMALL_BUFFERS = 64 * 2**20  # positions, masks and the like, which are not store
 SAFETENSORS_NAMES = {torch.int32: "I32", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-def stored_state(model: nn.Module, identity: str) -> dict[str, Tensor]:
+def stored_state(model: nn.Module, identity: str, entries: Mapping[str, ModuleRecord]) -> dict[str, Tensor]:
     """The state dict as it goes to disk: with weight shapes and guards.
 
-    `identity` is that of the configuration which is saved with it, see `config_identity`.
+    `identity` is that of the configuration which is saved with it, see `config_identity`; `entries` are the records of
+    the quantized linears by run-time path.
+
+    Raises:
+        CheckpointError: something changed the scales of a linear since they were recorded.
     """
     state = dict(model.state_dict())
     for path, module in quantized_modules(model).items():
         if module.layout not in CHECKPOINT_LAYOUTS:
             state |= {f"{path}.{name}": tensor for name, tensor in module.packed_state().items()}
+        if path in entries:
+            scale = f"{path}.weight_scale"
+            state[scale] = _recorded_scale(path, state[scale], getattr(torch, entries[path].scale_dtype))
         state[f"{path}.weight_shape"] = torch.tensor([module.out_features, module.in_features], device="cpu")
         state[f"{path}.weight"] = torch.empty(0, dtype=torch.float32, device="cpu")
     state[GUARD] = torch.tensor(list(bytes.fromhex(identity)), dtype=torch.uint8, device="cpu")
@@ -120,7 +127,7 @@ def swap_in_quantized(model: Any, record: CalibrationRecord) -> None:
     """Replace the recorded linears of a model on the meta device by empty quantized ones.
 
     Raises:
-        CheckpointError: a recorded linear is not in this model, or has other sizes.
+        CheckpointError: a recorded linear is not in this model, has other sizes, or another bias.
     """
     paths = runtime_modules(model, record.modules)
     for name, entry in record.modules.items():
@@ -135,9 +142,19 @@ def swap_in_quantized(model: Any, record: CalibrationRecord) -> None:
                 f"{name} has {entry.out_features}x{entry.in_features} weights in the checkpoint, "
                 f"{linear.out_features}x{linear.in_features} in the model that config.json describes"
             )
+        if entry.bias != (linear.bias is not None):
+            raise CheckpointError(
+                f"{name} has {_bias(entry.bias)} in the checkpoint, {_bias(not entry.bias)} in the model that "
+                "config.json describes; restore config.json"
+            )
         replace_module(model, paths[name], _empty(linear, entry))
     _require_memory(model, record.manifest or {})
     _ignore_extra_tensors(model)
+
+
+def extra_tensors(modules: Iterable[str]) -> list[str]:
+    """Names of what lies in the files beside the parameters."""
+    return [GUARD, *(f"{name}.{tensor}" for name in modules for tensor in ("weight", "weight_shape"))]
 
 
 def quantized_skeleton(model: Any, plan: QuantPlan) -> Any:
@@ -163,6 +180,20 @@ def packed_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers as they lie in memory, shared ones once."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+
+
+def _recorded_scale(path: str, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scales of a linear in the dtype on record, which nothing is lost by.
+
+    `prepare_model_for_kbit_training` of PEFT turns every 16-bit parameter into float32, for one.
+    """
+    narrow = scale.to(dtype)
+    if not scale.is_meta and not torch.equal(narrow.to(scale.dtype), scale):
+        raise CheckpointError(
+            f"the scales of {path} were changed: they are no values of {dtype}, in which they were recorded; load the "
+            "model again, or save what dequantize() returns"
+        )
+    return narrow
 
 
 def _is_offloaded(module: nn.Module) -> bool:
@@ -212,7 +243,10 @@ def _require_fit(name: str, entry: ModuleRecord, manifest: Mapping[str, Any]) ->
                 f"{name}.{tensor_name} is {written}, but {entry.weight_bits} bits in groups of "
                 f"{entry.weight_group or 'a row'} need {expected}"
             )
-    for parameter in ("weight_zero_point", "input_equalizer", "input_scale"):
+    if entry.bias and f"{name}.bias" not in manifest:
+        raise CheckpointError(f"{name}.bias is on record, but not in the checkpoint; fetch it again")
+    stray = ("weight_zero_point", "input_equalizer", "input_scale", *(() if entry.bias else ("bias",)))
+    for parameter in stray:
         if f"{name}.{parameter}" in manifest and parameter not in module.state_dict():
             raise CheckpointError(
                 f"{name}.{parameter} is in the checkpoint, but its entry in quantization_config says nothing of it; "
@@ -230,6 +264,10 @@ def _require_memory(model: Any, manifest: Mapping[str, Any]) -> None:
         )
 
 
+def _bias(present: bool) -> str:
+    return "a bias" if present else "no bias"
+
+
 def _ignore_extra_tensors(model: Any) -> None:
     """Keep shapes and guards out of transformers' report of unexpected tensors."""
     paths = "|".join(re.escape(path) for path in quantized_modules(model))
@@ -240,6 +278,7 @@ def _ignore_extra_tensors(model: Any) -> None:
 __all__ = [
     "GUARD",
     "Manifest",
+    "extra_tensors",
     "packed_bytes",
     "prepare_modules",
     "quantized_modules",

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from optimum_qvlm.errors import ConfigError
@@ -54,6 +54,13 @@ def read_record(values: Mapping[str, Any]) -> CalibrationRecord:
         manifest=values.get("manifest"),
         digest=values.get("digest"),
     )
+
+
+def rename_modules(record: CalibrationRecord, names: Mapping[str, str]) -> None:
+    """Call every module, and the site that it belongs to, by another name."""
+    record.modules = {
+        names[name]: replace(entry, site=names.get(entry.site, entry.site)) for name, entry in record.modules.items()
+    }
 
 
 def config_digest(values: Mapping[str, Any]) -> str:

@@ -29,6 +29,7 @@ def write_model(
         CheckpointError: a quantized linear was not written, a file beside the source has gone, or an adapter does not
             fit into one file.
     """
+    model.hf_quantizer.name_as_written(model, original_format=options.get("save_original_format", True))
     type(model).save_pretrained(model, folder, **options)
     _open_to_readers(folder)
     if (folder / "adapter_config.json").exists() and len(list(folder.glob("*.safetensors*"))) > 1:

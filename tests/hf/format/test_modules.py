@@ -64,7 +64,7 @@ def packed(model):
 
 def test_every_quantized_linear_is_stored_with_guard_and_shape(quantized_llava):
     """The empty weight makes transformers without the plugin fail instead of leaving the linear random."""
-    state = stored_state(quantized_llava, IDENTITY)
+    state = stored_state(quantized_llava, IDENTITY, {})
 
     for path, module in quantized_modules(quantized_llava).items():
         assert state[f"{path}.weight"].numel() == 0
@@ -78,7 +78,9 @@ def test_nothing_is_stored_as_a_full_weight_that_is_packed(quantized_llava):
     linears = set(quantized_modules(quantized_llava))
 
     full = {
-        name for name, t in stored_state(quantized_llava, IDENTITY).items() if name.endswith(".weight") and t.numel()
+        name
+        for name, t in stored_state(quantized_llava, IDENTITY, {}).items()
+        if name.endswith(".weight") and t.numel()
     }
 
     assert not {name.removesuffix(".weight") for name in full} & linears
@@ -87,7 +89,7 @@ def test_nothing_is_stored_as_a_full_weight_that_is_packed(quantized_llava):
 def test_storing_leaves_the_model_as_it_is(quantized_llava):
     before = list(quantized_llava.state_dict())
 
-    stored_state(quantized_llava, IDENTITY)
+    stored_state(quantized_llava, IDENTITY, {})
 
     assert list(quantized_llava.state_dict()) == before
 

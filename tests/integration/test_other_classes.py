@@ -1,0 +1,207 @@
+"""Classes, configurations and settings at load that differ from those of the save: works, or refused with a way out."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+)
+
+from optimum_qvlm import QVLMConfig
+from optimum_qvlm.errors import CheckpointError, ConfigError
+from tests.jobs import load, logits, make_batch, quantize
+from tests.tiny_models import tiny_llama, tiny_llava
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def saved(llama_folder, llava_folder, tmp_path_factory) -> dict[str, Path]:
+    """A text and a vision-language model as saved. Read only."""
+    folders = {}
+    for name, source in {"llama": llama_folder, "llava": llava_folder}.items():
+        folders[name] = tmp_path_factory.mktemp(f"quantized_{name}")
+        quantize(source, method="rtn").save_pretrained(folders[name])
+    return folders
+
+
+def edited(folder: Path, target: Path, part: str | None = None, **changes: object) -> Path:
+    """A copy whose config.json, or a part of it, differs outside `quantization_config`."""
+    shutil.copytree(folder, target)
+    values = json.loads((target / "config.json").read_text())
+    (values if part is None else values[part]).update(changes)
+    (target / "config.json").write_text(json.dumps(values))
+    return target
+
+
+def first_output(model, folder):
+    with torch.no_grad():
+        return model(**make_batch(folder))[0]
+
+
+@pytest.mark.parametrize(
+    "family, part, changes, message",
+    [
+        ("llama", None, {"num_hidden_layers": 3}, r"with model.layers.2.*which the checkpoint's files do not hold"),
+        ("llama", None, {"num_hidden_layers": 1}, r"model.layers.1.* is quantized in the checkpoint, but"),
+        ("llama", None, {"mlp_bias": True}, r"mlp.* has no bias in the checkpoint, a bias in the model"),
+        ("llama", None, {"attention_bias": True}, r"self_attn.* has no bias in the checkpoint, a bias in the model"),
+        ("llama", None, {"vocab_size": 60}, r"has shape \[50, 64\] in the checkpoint, \[60, 64\] in the model"),
+        ("llama", None, {"model_type": "qwen2"}, r"has no bias in the checkpoint, a bias in the model"),
+        ("llama", None, {"model_type": "qwen3"}, r"Qwen3ForCausalLM with .*q_norm.* do not hold"),
+        ("llava", "text_config", {"num_hidden_layers": 3}, r"layers.2.*which the checkpoint's files do not hold"),
+        ("llava", "vision_config", {"num_hidden_layers": 4}, r"layers.3.*which the checkpoint's files do not hold"),
+        ("llava", None, {"multimodal_projector_bias": False}, r"has a bias in the checkpoint, no bias in the model"),
+    ],
+    ids=lambda value: next(iter(value.items())).__str__() if isinstance(value, dict) else None,
+)
+def test_a_config_that_does_not_fit_the_files_is_refused(saved, tmp_path, family, part, changes, message):
+    """Parameters that no file holds were random, biases raw memory."""
+    folder = edited(saved[family], tmp_path / "edited", part, **changes)
+
+    with pytest.raises(CheckpointError, match=message):
+        (AutoModelForCausalLM if family == "llama" else AutoModelForImageTextToText).from_pretrained(folder)
+
+
+def test_an_untied_head_that_the_file_lacks_is_refused(tmp_path):
+    """The class is the one that was saved, so the head is no new one."""
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    quantize(tmp_path / "tied", method="rtn").save_pretrained(tmp_path / "saved")
+
+    with pytest.raises(CheckpointError, match=r"LlamaForCausalLM with lm_head.weight, which .* do not hold"):
+        load(edited(tmp_path / "saved", tmp_path / "untied", tie_word_embeddings=False))
+
+
+@pytest.mark.parametrize("family", ["llama", "llava"])
+@pytest.mark.parametrize("options", [{}, {"save_original_format": False}], ids=["original", "run-time names"])
+@pytest.mark.parametrize("auto_class", [AutoModel, None], ids=["base", "whole"])
+def test_what_another_class_or_format_saves_loads_the_same(saved, tmp_path, family, options, auto_class):
+    auto_class = auto_class or (AutoModelForCausalLM if family == "llama" else AutoModelForImageTextToText)
+    model = auto_class.from_pretrained(saved[family])
+
+    model.save_pretrained(tmp_path / "again", **options)
+
+    again = auto_class.from_pretrained(tmp_path / "again")
+    assert torch.equal(first_output(model, saved[family]), first_output(again, saved[family]))
+
+
+@pytest.mark.parametrize("method", ["rtn", "qvlm"])
+@pytest.mark.parametrize(
+    "family, auto_class",
+    [("llama", AutoModel), ("llava", AutoModel), ("llama", AutoModelForSequenceClassification)],
+    ids=["text", "images", "classes"],
+)
+def test_models_without_language_head_are_quantized(request, tmp_path, family, auto_class, method):
+    folder = request.getfixturevalue(f"{family}_folder")
+    dataset = [make_batch(folder, seed=0), make_batch(folder, seed=1)]
+
+    model = auto_class.from_pretrained(folder, quantization_config=QVLMConfig(dataset=dataset, method=method))
+    model.save_pretrained(tmp_path)
+
+    again = auto_class.from_pretrained(tmp_path)
+    assert torch.equal(first_output(model, folder), first_output(again, folder))
+    if hasattr(again, "score"):
+        assert type(again.score) is torch.nn.Linear
+
+
+def test_run_time_settings_hold_at_reload(saved):
+    def tokens(**settings):
+        return (
+            load(saved["llama"], quantization_config=QVLMConfig(**settings)).model.layers[0].mlp.up_proj.decode_tokens
+        )
+
+    assert tokens(exact_decode=True) == 0
+    assert tokens(decode_tokens=3) == 3
+    assert tokens(scheme="w4a8") == 16
+
+
+def test_defaults_overwrite_nothing_that_was_saved(saved, tmp_path):
+    load(saved["llama"], quantization_config=QVLMConfig(exact_decode=True)).save_pretrained(tmp_path)
+
+    assert load(tmp_path, quantization_config=QVLMConfig(decode_tokens=3)).hf_quantizer.config.exact_decode
+    assert not load(tmp_path, quantization_config=QVLMConfig(exact_decode=False)).hf_quantizer.config.exact_decode
+
+
+@pytest.mark.parametrize("settings", [{"scheme": "w8a8"}, {"group_size": 16}, {"vision_scheme": None}], ids=str)
+def test_another_precision_at_reload_is_refused(saved, settings):
+    name = next(iter(settings))
+    with pytest.raises(ConfigError, match=rf"asks for {name}=.*checkpoint is quantized with {name}=.*leave it out"):
+        load(saved["llava"], quantization_config=QVLMConfig(**settings))
+
+
+@pytest.mark.parametrize("family", ["llama", "llava"])
+def test_a_checkpoint_loads_dequantized_and_saves_plain(saved, tmp_path, family):
+    batch = make_batch(saved[family])
+
+    plain = load(saved[family], quantization_config=QVLMConfig(dequantize=True))
+    plain.save_pretrained(tmp_path)
+
+    assert {type(m) for m in plain.modules() if isinstance(m, torch.nn.Linear)} == {torch.nn.Linear}
+    assert torch.equal(logits(plain, batch), logits(load(saved[family]).dequantize(), batch))
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert torch.equal(logits(plain, batch), logits(load(tmp_path), batch))
+
+
+def test_dequantizing_a_plain_model_is_refused(llama_folder):
+    with pytest.raises(ConfigError, match="this one is not quantized; leave it out"):
+        load(llama_folder, quantization_config=QVLMConfig(dequantize=True))
+
+
+@pytest.mark.parametrize("family, build", [("llama", tiny_llama), ("llava", tiny_llava)])
+def test_parameters_are_counted_as_in_full_precision(saved, family, build):
+    model = load(saved[family])
+
+    assert model.num_parameters() == build().num_parameters()
+    assert model.num_parameters(exclude_embeddings=True) == build().num_parameters(exclude_embeddings=True)
+
+
+def test_a_quantized_head_is_not_resized(llama_folder):
+    """It was replaced by a plain one in silence, and could not be saved."""
+    model = quantize(llama_folder, method="rtn", overrides={"lm_head": "w8a8"})
+
+    with pytest.raises(ConfigError, match=r"quantized with 50 tokens and cannot be resized to 64; .*dequantize"):
+        model.resize_token_embeddings(pad_to_multiple_of=64)
+
+    assert model.get_input_embeddings().num_embeddings == 50, "nothing has changed"
+    assert model.resize_token_embeddings(50) is model.get_input_embeddings()
+
+
+def test_a_plain_head_is_resized_and_saved(saved, tmp_path):
+    model = load(saved["llama"])
+    model.resize_token_embeddings(56)
+
+    model.save_pretrained(tmp_path)
+
+    batch = make_batch(tmp_path)
+    assert torch.equal(logits(model, batch), logits(load(tmp_path), batch))
+
+
+@pytest.mark.parametrize("cast", ["kbit", "to"])
+def test_a_model_that_was_cast_saves_and_reloads(llama_folder, tmp_path, cast):
+    """`prepare_model_for_kbit_training` of PEFT sets `.data` of every 16-bit parameter to float32."""
+    model = quantize(llama_folder, method="rtn", options={"dtype": torch.bfloat16})
+    if cast == "kbit":
+        for parameter in model.parameters():
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = parameter.data.to(torch.float32)
+    else:
+        assert model.to(torch.float32) is model
+
+    model.save_pretrained(tmp_path)
+
+    batch = make_batch(tmp_path)
+    assert torch.equal(logits(model, batch), logits(load(tmp_path), batch))
+
+
+def test_a_replaced_linear_is_refused_at_save(saved, tmp_path):
+    model = load(saved["llama"])
+    model.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 96)
+
+    with pytest.raises(CheckpointError, match=r"up_proj was quantized, but the model has another module .*dequantize"):
+        model.save_pretrained(tmp_path)
