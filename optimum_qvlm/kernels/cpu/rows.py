@@ -4,6 +4,8 @@ Products of rounded activations are integer products, exact in int32. Older inst
 bits and saturate, so that PyTorch falls back to a loop there: such CPUs use `cpu.table`.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -54,12 +56,29 @@ def _integers(x: Tensor, stored: StoredWeight, rounding: Rounding) -> Tensor:
     else:
         codes, scale = reference.quantize_tokens(transformed, rounding.bits, None, rounding.clip)
     flat = codes.reshape(-1, codes.shape[-1])
-    sums = torch._int_mm(flat, stored.values.t())
+    sums = _byte_sums(flat, stored.values)
     if stored.zero_point is not None:
         sums -= flat.sum(dim=1, keepdim=True, dtype=torch.int32) * stored.zero_point.T.int()
     weighted: Tensor = (sums.float() * stored.scale.T.float()).reshape(*x.shape[:-1], -1) * scale
     return weighted
 
 
+def _byte_sums(codes: Tensor, values: Tensor) -> Tensor:
+    """int32 [tokens, rows] of `codes` [tokens, channels] and `values` [rows, channels], exact."""
+    if _byte_products_are_exact():
+        return torch._int_mm(codes, values.t())
+    return (codes.double() @ values.t().double()).to(torch.int32)
+
+
 def _multiplies_bytes() -> bool:
-    return bool(torch.cpu.get_capabilities().get("avx512_vnni", False))
+    return bool(torch.cpu.get_capabilities().get("avx512_vnni", False)) and _byte_products_are_exact()
+
+
+@cache
+def _byte_products_are_exact() -> bool:
+    """Whether the library behind PyTorch sums byte products without saturating.
+
+    With `ONEDNN_MAX_CPU_ISA` below what the CPU has, PyTorch still calls oneDNN, whose older instructions saturate.
+    """
+    codes = torch.full((16, 64), 127, dtype=torch.int8, device="cpu")
+    return bool((torch._int_mm(codes, codes[:8].t()) == 64 * 127 * 127).all())
