@@ -74,7 +74,7 @@ def test_folders_of_the_living_stay_and_those_of_the_dead_go(target):
     assert [path.name for path in target.parent.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("owner", ["1", "999999999", "someone", str(os.getpid())])
+@pytest.mark.parametrize("owner", [1, 999999999, "someone", os.getpid()], ids=["1", "high", "name", "own"])
 def test_folders_without_a_lock_stay(target, owner):
     """Nobody can tell whose they are."""
     theirs = target.parent / f".out{WORK_MARK}{owner}"
