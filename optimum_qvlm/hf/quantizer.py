@@ -55,6 +55,11 @@ class QVLMQuantizer(HfQuantizer):
         """Packed weights cannot be trained."""
         return False
 
+    @property
+    def is_compileable(self) -> bool:
+        """`generate` compiles the decoding step of models with a static cache."""
+        return True
+
     def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
         """Keep the request for after the calibration, and load on the CPU until then."""
         if self.pre_quantized:
