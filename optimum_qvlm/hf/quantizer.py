@@ -109,6 +109,7 @@ class QVLMQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from optimum_qvlm.hf.access import unwatch_access
         from optimum_qvlm.hf.format.modules import prepare_modules
+        from optimum_qvlm.hf.fusion import fuse_where_it_pays
         from optimum_qvlm.hf.saving.save import wrap_saving
 
         unwatch_access(model)
@@ -119,6 +120,8 @@ class QVLMQuantizer(HfQuantizer):
         prepare_modules(model, self.config.weight_only_tokens())
         if self._reference is not None:
             self._compare(model)
+        if self.config.record is not None:
+            fuse_where_it_pays(model, self.config.record)
         wrap_saving(model)
         return model
 

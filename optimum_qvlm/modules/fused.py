@@ -26,6 +26,7 @@ class JointLinear(PackedLinear):
     """
 
     handover: "Handover"
+    sizes: list[int]
 
     @classmethod
     def of(cls, linears: Sequence[QuantLinear]) -> Self:
@@ -41,6 +42,7 @@ class JointLinear(PackedLinear):
             device="meta",
         )
         joint.handover, joint.decode_tokens = Handover(), first.decode_tokens
+        joint.sizes = [linear.out_features for linear in linears]
         zeros = [weight.zero_point for weight in weights if weight.zero_point is not None]
         weight = CodedWeight(
             torch.cat([weight.codes for weight in weights]),
@@ -71,27 +73,16 @@ class JointLinear(PackedLinear):
         super().__setattr__(name, value)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Product:
-    """A joint output and who has not taken its rows yet.
+class Handover:
+    """Where the product lies between the calls of the linears. Copies and pickles of a model start with none.
 
     Attributes:
-        input: the very tensor that it is the product of.
-        moment: what else must be the same for it to be valid, see `_moment`.
-        output: [..., rows of all].
-        waiting: a bit for each linear.
+        kept: a joint output whose rows have not all been taken, or None: the very tensor that it is the product of;
+            what else must be the same for it to be valid, see `_moment`; the rows of each linear; and a bit for each
+            that has not taken its own.
     """
 
-    input: Tensor
-    moment: tuple[Any, ...]
-    output: Tensor
-    waiting: int
-
-
-class Handover:
-    """Where the product lies between the calls of the linears. Copies and pickles of a model start with none."""
-
-    kept: Product | None = None
+    kept: tuple[Tensor, tuple[Any, ...], Sequence[Tensor], int] | None = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Handover, ()
@@ -107,24 +98,26 @@ class FusedLinear(QuantLinear):
 
     joint: JointLinear
 
-    def __init__(self, joint: JointLinear, index: int, start: int, out_features: int, others: int) -> None:
+    def __init__(self, joint: JointLinear, index: int) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.format = joint.in_features, out_features, joint.format
-        self.joint, self.start = joint, start
-        self.bit, self.others = 1 << index, others
+        self.in_features, self.out_features, self.format = joint.in_features, joint.sizes[index], joint.format
+        self.joint, self.start = joint, sum(joint.sizes[:index])
+        self.index = index
         self.training = joint.training
 
     def forward(self, input: Tensor) -> Tensor:
         """Product of the rounded input [..., in_features] with the weight, plus bias, in the input's dtype."""
-        handover, moment = self.joint.handover, _moment(input)
+        joint: JointLinear = self._modules["joint"]  # type: ignore[assignment]
+        handover, moment, bit = joint.handover, _moment(input), 1 << self.index
         kept = handover.kept
-        if kept is not None and kept.input is input and kept.moment == moment and kept.waiting & self.bit:
-            output, waiting = kept.output, kept.waiting & ~self.bit
+        if kept is not None and kept[0] is input and kept[1] == moment and kept[3] & bit:
+            rows, waiting = kept[2], kept[3] & ~bit
         else:
-            output, waiting = self.joint(input), self.others
-        handover.kept = Product(input, moment, output, waiting) if waiting else None
-        rows = output.narrow(-1, self.start, self.out_features)
-        return rows.clone(memory_format=torch.contiguous_format) if rows.requires_grad else rows
+            rows = joint(input).split_with_sizes(joint.sizes, -1)
+            waiting = (1 << len(rows)) - 1 & ~bit
+        handover.kept = (input, moment, rows, waiting) if waiting else None
+        mine = rows[self.index]
+        return mine.clone(memory_format=torch.contiguous_format) if mine.requires_grad else mine
 
     def quantized_rows(self) -> CodedWeight:
         """Codes, scales and zero points of its own rows."""
@@ -247,11 +240,7 @@ class FusedLinear(QuantLinear):
 def fuse(linears: Sequence[QuantLinear]) -> list[FusedLinear]:
     """Linears over one joint weight in place of these, of which `why_apart` says nothing."""
     joint = JointLinear.of(linears)
-    everyone, start, fused = (1 << len(linears)) - 1, 0, []
-    for index, linear in enumerate(linears):
-        fused.append(FusedLinear(joint, index, start, linear.out_features, everyone & ~(1 << index)))
-        start += linear.out_features
-    return fused
+    return [FusedLinear(joint, index) for index in range(len(linears))]
 
 
 def why_apart(linears: Sequence[QuantLinear]) -> str | None:
