@@ -1,6 +1,6 @@
 """What a user's own `model.generate` takes on a GPU: plain, and with the static cache whose step transformers compiles.
 
-    python benchmarks/gpu_generate.py --shape llava-1.5-7b --variants bf16 w4a8-rotated w4a8-rotated-fused
+    python benchmarks/gpu_generate.py --shapes llava-1.5-7b --variants bf16 w4a8-rotated w4a8-rotated-fused
 
 Models have random weights and, where they are ours, the quantizer that `from_pretrained` attaches. A variant is `bf16`,
 `bnb-nf4`, `torchao-int4`, or a scheme of ours with `-rotated` (as calibrated models are) and `-fused` (as loaded ones
@@ -45,32 +45,32 @@ SLEEPS = 4
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="llava-1.5-7b")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["llava-1.5-7b"])
     parser.add_argument("--variants", nargs="+", default=[BASELINE, "w4a8-rotated", "w4a8-rotated-fused"])
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--text", type=int, default=24, help="tokens of text, behind an image if the model takes one")
     parser.add_argument("--tokens", type=int, default=32, help="tokens decoded after the first")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.variant is not None:
+    if arguments.one is not None:
         serve(arguments)
         return
     device = torch.device(arguments.device)
     print(f"{machine(device)}; copy {copy_bandwidth(device) / 1e9:.0f} GB/s", flush=True)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    variants = {name: Asked(name) for name in arguments.variants}
-    measure(variants, arguments)
+    asked = [Asked(shape, variant) for shape in arguments.shapes for variant in arguments.variants]
+    measure({each.name: each for each in asked}, arguments)
 
 
 class Asked:
     """The process of one variant: a line to it says what to do, a line from it what came out."""
 
-    def __init__(self, name: str) -> None:
-        command = [sys.executable, __file__, *sys.argv[1:], "--variant", name]
-        self.name = name
+    def __init__(self, shape: str, variant: str) -> None:
+        command = [sys.executable, __file__, *sys.argv[1:], "--one", shape, variant]
+        self.name, self.base = f"{shape} {variant}", f"{shape} {BASELINE}"
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def send(self, request: str) -> bool:
@@ -111,9 +111,9 @@ def measure(variants: dict[str, Asked], arguments: argparse.Namespace) -> None:
         print(HEADING)
         for name, rounds in found.items():
             if None in rounds or costs[name] is None:
-                print(f"{mode:6} {name:20} ended early")
+                print(f"{mode:6} {name:33} ended early")
             else:
-                base = found.get(BASELINE, rounds)
+                base = found.get(variants[name].base, rounds)
                 print(line(mode, name, rounds, base) + line_of_costs(held[name] | warm[name] | costs[name]), flush=True)
     for asked in variants.values():
         asked.end()
@@ -126,7 +126,7 @@ def ask_all(variants: dict[str, Asked], request: str) -> dict[str, Any]:
 
 
 HEADING = (
-    f"{'mode':6} {'variant':20} {'first ms':>8} {'x bf16':>7} {'tok/s':>6} {'x bf16':>7} {'ms':>6} {'lowest':>6}"
+    f"{'mode':6} {'variant':33} {'first ms':>8} {'x bf16':>7} {'tok/s':>6} {'x bf16':>7} {'ms':>6} {'lowest':>6}"
     f" {'host ms':>7} {'GPU ms':>7} {'kernels':>7} {'GB':>6} {'peak GB':>7} {'warm s':>6}"
 )
 
@@ -140,7 +140,7 @@ def line(mode: str, name: str, rounds: list[Any], base: list[Any]) -> str:
     ]
     lowest = min(each["token"] for each in rounds)
     return (
-        f"{mode:6} {name:20} {first * 1e3:8.1f} {ratios[0]:6.2f}x {1 / token:6.1f} {ratios[1]:6.2f}x {token * 1e3:6.2f}"
+        f"{mode:6} {name:33} {first * 1e3:8.1f} {ratios[0]:6.2f}x {1 / token:6.1f} {ratios[1]:6.2f}x {token * 1e3:6.2f}"
         f" {lowest * 1e3:6.2f}"
     )
 
@@ -155,7 +155,7 @@ def line_of_costs(costs: dict[str, float]) -> str:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Make a model, and do what lines from the parent process say."""
-    model = make(arguments.shape, arguments.variant, arguments.device)
+    model = make(*arguments.one, arguments.device)
     generation = Generation(model, arguments)
     for asked in sys.stdin:
         request, mode = asked.split()
@@ -219,9 +219,9 @@ class Generation:
         return {"bytes": torch.cuda.memory_allocated() if self.device.type == "cuda" else packed_bytes(self.model)}
 
     def warm(self, mode: str) -> dict[str, float]:
-        """Seconds of compiling what is compiled."""
+        """Seconds of compiling what is compiled, for a cache of one size."""
         started = time.perf_counter()
-        for tokens in (2, 4, 1, 1 + self.tokens):
+        for tokens in (1 + self.tokens, 1 + self.tokens, 1, 1 + self.tokens):
             self.generate(tokens, mode)
         return {"warm": time.perf_counter() - started}
 

@@ -127,3 +127,13 @@ def test_images_are_refused_by_models_that_take_none(llama_folder, picture):
 
     with pytest.raises(DataError, match="takes no images; ask without --image"):
         chat.answer(SimpleNamespace(), SimpleNamespace(), [picture], "?", 5)
+
+
+@pytest.mark.parametrize("device, tokens, compiles", [("cuda", 4096, True), ("cuda", 256, False), ("cpu", 4096, False)])
+def test_only_a_long_answer_on_a_gpu_is_worth_compiling(device, tokens, compiles):
+    """One question takes seconds, compiling a minute."""
+    import torch
+
+    options = chat.speed_options(torch.device(device), tokens)
+
+    assert options == ({"cache_implementation": "static"} if compiles else {})
