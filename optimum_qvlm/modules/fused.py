@@ -57,6 +57,23 @@ class JointLinear(PackedLinear):
             joint.bias = nn.Parameter(torch.cat(shifts), requires_grad=first.bias.requires_grad)
         return joint.train(first.training)
 
+    def put(self, start: int, linear: QuantLinear) -> None:
+        """Replace the rows from `start` by those of a linear of this format, and what all share by its own."""
+        weight, other = dispatch.restore(self._stored(), self.grid), dispatch.restore(linear._stored(), linear.grid)
+        rows = slice(start, start + linear.out_features)
+        codes, scale = weight.codes.clone(), weight.scale.clone()
+        zero = None if weight.zero_point is None else weight.zero_point.clone()
+        codes[rows], scale[rows] = other.codes, other.scale
+        if zero is not None and other.zero_point is not None:
+            zero[rows] = other.zero_point
+        self._hold(dispatch.store(CodedWeight(codes, scale, zero), self.grid, self.layout))
+        for name in ("input_equalizer", "input_scale"):
+            shared, given = getattr(self, name), getattr(linear, name)
+            if shared is not None:
+                shared.data.copy_(given)
+        if self.bias is not None and linear.bias is not None:
+            self.bias.data[rows] = linear.bias.detach()
+
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
         """Nothing: see the linears."""
         return {} if destination is None else destination
@@ -225,7 +242,19 @@ class FusedLinear(QuantLinear):
                 destination[f"{prefix}{name}"] = tensor.detach().clone()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        args[-1].append(f"{prefix[:-1]} is fused with other linears; call optimum_qvlm.unfuse_linears(model) first")
+        """Take the weight of the linear into its rows; a state without it, as that of adapters, changes nothing."""
+        if not any(f"{prefix}{name}" in state_dict for name in self._written_names()):
+            _, strict, missing, *_ = args
+            missing.extend(f"{prefix}{name}" for name in self._written_names() if strict)
+            return
+        alone = self.apart()
+        alone._load_from_state_dict(state_dict, prefix, *args)
+        self.joint.put(self.start, alone)
+
+    def _written_names(self) -> list[str]:
+        """Names of the tensors in a state of the linear."""
+        given = ("weight_zero_point", "input_equalizer", "input_scale", "bias")
+        return ["weight_packed", "weight_scale", *(name for name in given if self.joint._parameters[name] is not None)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move and cast the joint weight; for the second of a group there is nothing left to do."""
