@@ -41,6 +41,7 @@ class LinearFormat:
 
 
 _SETTINGS = ("in_features", "out_features", "format", "layout", "decode_tokens")
+_ABSENT, _YES, _NO = "-", "yes", "no"
 
 
 class PackedLinear(nn.Module):
@@ -223,20 +224,20 @@ class PackedLinear(nn.Module):
             input,
             held["weight_packed"],
             held["weight_scale"],
-            held["weight_zero_point"] if zero == YES else None,
+            held["weight_zero_point"] if zero == _YES else None,
             bias,
-            held["input_equalizer"] if equal == YES else None,
-            held["input_scale"] if fixed == YES else None,
+            held["input_equalizer"] if equal == _YES else None,
+            held["input_scale"] if fixed == _YES else None,
             layout,
             int(ins),
             int(outs),
             int(bits),
-            None if group == ABSENT else int(group),
-            levels == YES,
+            None if group == _ABSENT else int(group),
+            levels == _YES,
             int(rounds),
-            None if extent == ABSENT else int(extent),
+            None if extent == _ABSENT else int(extent),
             float(clip),
-            None if rotation == ABSENT else int(rotation),
+            None if rotation == _ABSENT else int(rotation),
             int(few),
         )
         return y
@@ -339,9 +340,6 @@ class QuantLinear(PackedLinear, nn.Linear):  # type: ignore[misc, override]
     """A linear of a model: what looks for `nn.Linear` finds it."""
 
 
-ABSENT, YES, NO = "-", "yes", "no"
-
-
 def _written(linear: PackedLinear) -> str:
     """Layout, features, grids and which tensors there are, as `forward` reads them."""
     weight, activation, format = linear.format.weight, linear.format.activation, linear.format
@@ -351,7 +349,7 @@ def _written(linear: PackedLinear) -> str:
         FULL_BITS if activation is None else activation.bits, None if activation is None else activation.group,
         format.activation_clip, format.rotation, linear.decode_tokens, not weight.symmetric, format.equalized, static,
     )  # fmt: skip
-    names = {None: ABSENT, True: YES, False: NO}
+    names = {None: _ABSENT, True: _YES, False: _NO}
     return " ".join(names[value] if value is None or isinstance(value, bool) else str(value) for value in values)
 
 
