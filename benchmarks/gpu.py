@@ -94,6 +94,7 @@ def make_stages(device: str) -> list[Stage]:
     shapes = ["smollm2-135m"] if small else ["llava-1.5-13b", "llava-1.5-7b"]
     for batch in BATCHES[:2] if small else BATCHES:
         stages += [generate_stage(shape, batch, device, small) for shape in shapes]
+    stages += [user_stage(shape, device, small) for shape in shapes]
     stages += [calibration_stage(shape, device, small) for shape in shapes]
     return stages
 
@@ -140,6 +141,28 @@ def generate_stage(shape: str, batch: int, device: str, small: bool) -> Stage:
         command += ["--schemes", *schemes, "--compile"]
         command += ["--image", "--prompt", "24", "--tokens", "128", "--rounds", "3"]
     return Stage(name=f"{shape}-batch{batch}", command=tuple(command), limit_seconds=580)
+
+
+def user_stage(shape: str, device: str, small: bool) -> Stage:
+    """What `model.generate` itself takes, plain and compiled, with other libraries where they are installed."""
+    command = [
+        sys.executable,
+        "benchmarks/gpu_generate.py",
+        "--shapes",
+        shape,
+        "--device",
+        device,
+        "--variants",
+        "bf16",
+    ]
+    if small:
+        command += ["w4a8-rotated-fused", "--text", "4", "--tokens", "2", "--rounds", "1"]
+    else:
+        peers = [
+            name for name, module in (("bnb-nf4", "bitsandbytes"), ("torchao-int4", "torchao")) if find_spec(module)
+        ]
+        command += ["w4a16-rotated-fused", "w4a8-rotated", "w4a8-rotated-fused", "w8a8-rotated-fused", *peers]
+    return Stage(name=f"{shape}-generate", command=tuple(command), limit_seconds=580)
 
 
 def calibration_stage(shape: str, device: str, small: bool) -> Stage:

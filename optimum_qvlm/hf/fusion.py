@@ -12,11 +12,15 @@ from transformers.utils import logging
 from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.hf.format.modules import quantized_modules
 from optimum_qvlm.hf.format.names import runtime_modules
+from optimum_qvlm.hf.format.record import CalibrationRecord
 from optimum_qvlm.hf.memory import return_freed_memory
 from optimum_qvlm.modules.fused import FusedLinear, fuse, why_apart
 from optimum_qvlm.modules.swap import replace_module
 
 logger = logging.get_logger("transformers.optimum_qvlm")
+
+FUSED_ON = ("cuda",)
+"""Device types on which `from_pretrained` fuses: elsewhere a call costs little beside its product."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +68,37 @@ def fuse_linears(model: Any) -> Fusion:
             "model that from_pretrained returned"
         )
     _refuse_adapters(model)  # they change names
-    paths = runtime_modules(model, record.modules, "weight_packed")
+    return _logged(fuse_sites(model, _sites_of(model, record)))
+
+
+def fuse_where_it_pays(model: Any, record: CalibrationRecord) -> Fusion | None:
+    """As `fuse_linears`, of a model that `from_pretrained` is about to return; None where nothing was tried.
+
+    Nothing is tried unless all quantized linears are on devices of `FUSED_ON` or offloaded. A model of which some are
+    offloaded stays as it is, and the reason is logged.
+    """
+    devices = {linear.weight_packed.device.type for linear in quantized_modules(model).values()} - {"meta"}
+    if not devices or not devices.issubset(FUSED_ON):
+        return None
+    try:
+        fusion = fuse_sites(model, _sites_of(model, record))
+    except ConfigError as error:
+        logger.warning(f"linears that read the same tensor were not fused, which would decode faster: {error}")
+        return None
+    logger.info(f"{fusion}; optimum_qvlm.unfuse_linears(model) undoes it")
+    return fusion
+
+
+def _sites_of(model: Any, record: CalibrationRecord) -> Iterable[Iterable[str]]:
     sites: dict[str, list[str]] = {}
-    for name, path in paths.items():
+    for name, path in runtime_modules(model, record.modules, "weight_packed").items():
         sites.setdefault(record.modules[name].site, []).append(path)
-    return fuse_sites(model, sites.values())
+    return sites.values()
+
+
+def _logged(fusion: Fusion) -> Fusion:
+    (logger.warning if fusion.apart or not fusion.groups else logger.info)(str(fusion))
+    return fusion
 
 
 def fuse_sites(model: Any, sites: Iterable[Iterable[str]]) -> Fusion:
@@ -94,9 +124,7 @@ def fuse_sites(model: Any, sites: Iterable[Iterable[str]]) -> Fusion:
         else:
             apart[paths] = reason
     return_freed_memory()
-    outcome = Fusion(groups=tuple(groups), apart=apart)
-    (logger.warning if apart or not groups else logger.info)(str(outcome))
-    return outcome
+    return Fusion(groups=tuple(groups), apart=apart)
 
 
 def unfuse_linears(model: nn.Module) -> None:

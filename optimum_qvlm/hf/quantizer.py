@@ -65,6 +65,11 @@ class QVLMQuantizer(HfQuantizer):
         """Adapters on a quantized model can be trained; transformers refuses the bare model itself."""
         return True
 
+    @property
+    def is_compileable(self) -> bool:
+        """`generate` compiles the decoding step of models with a static cache."""
+        return True
+
     def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
         """Keep the request for after the calibration, and load on the CPU until then."""
         if self.pre_quantized:
@@ -124,6 +129,7 @@ class QVLMQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from optimum_qvlm.hf.access import unwatch_access
         from optimum_qvlm.hf.format.modules import prepare_modules
+        from optimum_qvlm.hf.fusion import fuse_where_it_pays
         from optimum_qvlm.hf.methods import wrap_methods
         from optimum_qvlm.hf.saving.save import wrap_saving
 
@@ -137,6 +143,8 @@ class QVLMQuantizer(HfQuantizer):
         prepare_modules(model, self.config.weight_only_tokens())
         if self._reference is not None:
             self._compare(model)
+        if self.config.record is not None:
+            fuse_where_it_pays(model, self.config.record)
         wrap_saving(model)
         wrap_methods(model)
         return model

@@ -27,26 +27,35 @@ class BoundLinear:
     """
 
     def __init__(
-        self,
-        stored: StoredWeight,
-        bias: Tensor | None,
-        rounding: Rounding,
-        grid: WeightGrid,
-        made_of: tuple[Any, ...] = (),
+        self, stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: WeightGrid, settings: str = ""
     ) -> None:
-        """Settle all but the activation. `made_of` is for the owner, to see whether something was replaced since.
+        """Settle all but the activation. `settings` are for the owner, see `is_of`.
 
         Raises:
             SpecError: tensors lie on several devices, or the rounding does not fit the channels.
         """
-        self.made_of = made_of
         require_rounding(stored.values.new_empty(0, grid.in_features), *_grid_of(rounding))
         require_same_device(stored.values, scale=stored.scale, bias=bias, equalizer=rounding.equalizer)
-        self.stored, self.few_elements = stored, grid.decode_tokens * grid.in_features
+        self.settings = settings
+        self.values, self.scale, self.zero_point = stored.values, stored.scale, stored.zero_point
+        self.bias, self.equalizer, self.input_scale = bias, rounding.equalizer, rounding.scale
+        self.few_elements = grid.decode_tokens * grid.in_features
         self.in_features, self.device = grid.in_features, stored.values.device
         self.many = dispatch.bind(stored, bias, rounding, grid)
         few = rounding.unrounded()
         self.few = self.many if few is rounding else dispatch.bind(stored, bias, few, grid)
+
+    def is_of(self, settings: str, held: dict[str, Any]) -> bool:
+        """Whether these are the settings and the very tensors, by the names of the module's parameters."""
+        return (
+            self.values is held["weight_packed"]
+            and self.scale is held["weight_scale"]
+            and self.bias is held["bias"]
+            and self.zero_point is held["weight_zero_point"]
+            and self.equalizer is held["input_equalizer"]
+            and self.input_scale is held["input_scale"]
+            and self.settings == settings
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         """Product of the activations [..., in_features], plus bias, in their dtype.
@@ -56,7 +65,7 @@ class BoundLinear:
         """
         require_activations(x, self.in_features)
         if x.device != self.device:
-            require_same_device(x, weight=self.stored.values)
+            require_same_device(x, weight=self.values)
         return self.few(x) if x.numel() <= self.few_elements else self.many(x)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:

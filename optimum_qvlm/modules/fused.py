@@ -26,6 +26,7 @@ class JointLinear(PackedLinear):
     """
 
     handover: "Handover"
+    sizes: list[int]
 
     @classmethod
     def of(cls, linears: Sequence[QuantLinear]) -> Self:
@@ -41,6 +42,7 @@ class JointLinear(PackedLinear):
             device="meta",
         )
         joint.handover, joint.decode_tokens = Handover(), first.decode_tokens
+        joint.sizes = [linear.out_features for linear in linears]
         zeros = [weight.zero_point for weight in weights if weight.zero_point is not None]
         weight = CodedWeight(
             torch.cat([weight.codes for weight in weights]),
@@ -54,6 +56,23 @@ class JointLinear(PackedLinear):
             shifts = [linear.bias.detach() for linear in linears if linear.bias is not None]
             joint.bias = nn.Parameter(torch.cat(shifts), requires_grad=first.bias.requires_grad)
         return joint.train(first.training)
+
+    def put(self, start: int, linear: QuantLinear) -> None:
+        """Replace the rows from `start` by those of a linear of this format, and what all share by its own."""
+        weight, other = dispatch.restore(self._stored(), self.grid), dispatch.restore(linear._stored(), linear.grid)
+        rows = slice(start, start + linear.out_features)
+        codes, scale = weight.codes.clone(), weight.scale.clone()
+        zero = None if weight.zero_point is None else weight.zero_point.clone()
+        codes[rows], scale[rows] = other.codes, other.scale
+        if zero is not None and other.zero_point is not None:
+            zero[rows] = other.zero_point
+        self._hold(dispatch.store(CodedWeight(codes, scale, zero), self.grid, self.layout))
+        for name in ("input_equalizer", "input_scale"):
+            shared, given = getattr(self, name), getattr(linear, name)
+            if shared is not None:
+                shared.data.copy_(given)
+        if self.bias is not None and linear.bias is not None:
+            self.bias.data[rows] = linear.bias.detach()
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
         """Nothing: see the linears."""
@@ -71,27 +90,16 @@ class JointLinear(PackedLinear):
         super().__setattr__(name, value)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Product:
-    """A joint output and who has not taken its rows yet.
+class Handover:
+    """Where the product lies between the calls of the linears. Copies and pickles of a model start with none.
 
     Attributes:
-        input: the very tensor that it is the product of.
-        moment: what else must be the same for it to be valid, see `_moment`.
-        output: [..., rows of all].
-        waiting: a bit for each linear.
+        kept: a joint output whose rows have not all been taken, or None: the very tensor that it is the product of;
+            what else must be the same for it to be valid, see `_moment`; the rows of each linear; and a bit for each
+            that has not taken its own.
     """
 
-    input: Tensor
-    moment: tuple[Any, ...]
-    output: Tensor
-    waiting: int
-
-
-class Handover:
-    """Where the product lies between the calls of the linears. Copies and pickles of a model start with none."""
-
-    kept: Product | None = None
+    kept: tuple[Tensor, tuple[Any, ...], Sequence[Tensor], int] | None = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Handover, ()
@@ -109,26 +117,28 @@ class FusedLinear(QuantLinear):
 
     joint: JointLinear
 
-    def __init__(self, joint: JointLinear, index: int, start: int, out_features: int, others: int) -> None:
+    def __init__(self, joint: JointLinear, index: int) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.format = joint.in_features, out_features, joint.format
-        self.joint, self.start = joint, start
-        self.bit, self.others = 1 << index, others
+        self.in_features, self.out_features, self.format = joint.in_features, joint.sizes[index], joint.format
+        self.joint, self.start = joint, sum(joint.sizes[:index])
+        self.index = index
         self.training = joint.training
 
     def forward(self, input: Tensor) -> Tensor:
         """Product of the rounded input [..., in_features] with the weight, plus bias, in the input's dtype."""
-        handover, moment = self.joint.handover, _moment(input)
+        joint: JointLinear = self._modules["joint"]  # type: ignore[assignment]
+        handover, moment, bit = joint.handover, _moment(input), 1 << self.index
         kept = handover.kept
-        if kept is not None and kept.input is input and kept.moment == moment and kept.waiting & self.bit:
-            output, waiting = kept.output, kept.waiting & ~self.bit
+        if kept is not None and kept[0] is input and kept[1] == moment and kept[3] & bit:
+            rows, waiting = kept[2], kept[3] & ~bit
         else:
-            output, waiting = self.joint(input), self.others
-        handover.kept = Product(input, moment, output, waiting) if waiting else None
-        rows = output.narrow(-1, self.start, self.out_features)
-        if rows.requires_grad:
-            return rows.clone(memory_format=torch.contiguous_format)
-        return rows.contiguous() if rows.device.type == "cpu" else rows
+            rows = joint(input).split_with_sizes(joint.sizes, -1)
+            waiting = (1 << len(rows)) - 1 & ~bit
+        handover.kept = (input, moment, rows, waiting) if waiting else None
+        mine = rows[self.index]
+        if mine.requires_grad:
+            return mine.clone(memory_format=torch.contiguous_format)
+        return mine.contiguous() if mine.device.type == "cpu" else mine
 
     def quantized_rows(self) -> CodedWeight:
         """Codes, scales and zero points of its own rows."""
@@ -239,7 +249,19 @@ class FusedLinear(QuantLinear):
                 destination[f"{prefix}{name}"] = tensor.detach().clone()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        args[-1].append(f"{prefix[:-1]} is fused with other linears; call optimum_qvlm.unfuse_linears(model) first")
+        """Take the weight of the linear into its rows; a state without it, as that of adapters, changes nothing."""
+        if not any(f"{prefix}{name}" in state_dict for name in self._written_names()):
+            _, strict, missing, *_ = args
+            missing.extend(f"{prefix}{name}" for name in self._written_names() if strict)
+            return
+        alone = self.apart()
+        alone._load_from_state_dict(state_dict, prefix, *args)
+        self.joint.put(self.start, alone)
+
+    def _written_names(self) -> list[str]:
+        """Names of the tensors in a state of the linear."""
+        given = ("weight_zero_point", "input_equalizer", "input_scale", "bias")
+        return ["weight_packed", "weight_scale", *(name for name in given if self.joint._parameters[name] is not None)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move and cast the joint weight; for the second of a group there is nothing left to do."""
@@ -254,11 +276,7 @@ class FusedLinear(QuantLinear):
 def fuse(linears: Sequence[QuantLinear]) -> list[FusedLinear]:
     """Linears over one joint weight in place of these, of which `why_apart` says nothing."""
     joint = JointLinear.of(linears)
-    everyone, start, fused = (1 << len(linears)) - 1, 0, []
-    for index, linear in enumerate(linears):
-        fused.append(FusedLinear(joint, index, start, linear.out_features, everyone & ~(1 << index)))
-        start += linear.out_features
-    return fused
+    return [FusedLinear(joint, index) for index in range(len(linears))]
 
 
 def why_apart(linears: Sequence[QuantLinear]) -> str | None:

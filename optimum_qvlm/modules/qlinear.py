@@ -1,6 +1,5 @@
 """A linear layer whose weight is stored as packed integers."""
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -44,6 +43,10 @@ class LinearFormat:
     rotation: int | None = None
 
 
+_SETTINGS = ("in_features", "out_features", "format", "layout", "decode_tokens")
+_ABSENT, _YES, _NO = "-", "yes", "no"
+
+
 class PackedLinear(nn.Module):
     """A product with packed integers: `y = Q(x T) dequantize(W)^T + b`.
 
@@ -66,6 +69,7 @@ class PackedLinear(nn.Module):
     out_features: int
     layout: str
     decode_tokens: int
+    settings: str
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
@@ -225,54 +229,62 @@ class PackedLinear(nn.Module):
             param.requires_grad_(False)
         super().register_parameter(name, param)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep `settings` in step: what the operation takes beside tensors, in one string.
+
+        A compiled graph checks every value that it has read before each call. So it reads one and not eleven.
+        """
+        super().__setattr__(name, value)
+        if name in _SETTINGS and all(each in self.__dict__ for each in _SETTINGS):
+            self.__dict__["settings"] = _written(self)
+
     def forward(self, input: Tensor) -> Tensor:
         """Product of the rounded input [..., in_features] with the weight, plus bias, in the input's dtype."""
-        if not self._holds_checkpoint() and is_plain(input, self.bias):
-            return self._bound()(input)
-        format = self.format
-        weight, activation = format.weight, format.activation
+        held = self._parameters
+        bias = held["bias"]
+        if is_plain(input, bias) and self.layout not in CHECKPOINT_LAYOUTS:
+            bound = self._bound_linear
+            if bound is None or not bound.is_of(self.settings, held):
+                bound = self._bind()
+            return bound(input)
+        layout, ins, outs, bits, group, levels, rounds, extent, clip, rotation, few, zero, equal, fixed = (
+            self.settings.split()
+        )
         y: Tensor = torch.ops.optimum_qvlm.linear.default(
             input,
-            self.weight_packed,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.bias,
-            self.input_equalizer,
-            self.input_scale,
-            self.layout,
-            self.in_features,
-            self.out_features,
-            weight.bits,
-            weight.group,
-            weight.two_level,
-            FULL_BITS if activation is None else activation.bits,
-            None if activation is None else activation.group,
-            format.activation_clip,
-            format.rotation,
-            self.decode_tokens,
+            held["weight_packed"],
+            held["weight_scale"],
+            held["weight_zero_point"] if zero == _YES else None,
+            bias,
+            held["input_equalizer"] if equal == _YES else None,
+            held["input_scale"] if fixed == _YES else None,
+            layout,
+            int(ins),
+            int(outs),
+            int(bits),
+            None if group == _ABSENT else int(group),
+            levels == _YES,
+            int(rounds),
+            None if extent == _ABSENT else int(extent),
+            float(clip),
+            None if rotation == _ABSENT else int(rotation),
+            int(few),
         )
         return y
 
-    def _bound(self) -> BoundLinear:
-        """The product as it is now: made anew when a tensor or a setting of it is another."""
-        held = self._parameters
-        read = (
-            held["weight_packed"], held["weight_scale"], held["weight_zero_point"], held["bias"],
-            held["input_equalizer"], held["input_scale"], self.format, self.layout, self.decode_tokens,
-        )  # fmt: skip
-        bound = self._bound_linear
-        if bound is None or not all(map(operator.is_, read, bound.made_of)):
-            activation = self.format.activation
-            rounding = Rounding(
-                bits=FULL_BITS if activation is None else activation.bits,
-                group=None if activation is None else activation.group,
-                clip=self.format.activation_clip,
-                scale=self.input_scale,
-                equalizer=self.input_equalizer,
-                rotation=self.format.rotation,
-            )
-            bound = self._bound_linear = BoundLinear(self._stored(), self.bias, rounding, self.grid, read)
-        return bound
+    def _bind(self) -> BoundLinear:
+        """The product as it is now."""
+        activation = self.format.activation
+        rounding = Rounding(
+            bits=FULL_BITS if activation is None else activation.bits,
+            group=None if activation is None else activation.group,
+            clip=self.format.activation_clip,
+            scale=self.input_scale,
+            equalizer=self.input_equalizer,
+            rotation=self.format.rotation,
+        )
+        self._bound_linear = BoundLinear(self._stored(), self.bias, rounding, self.grid, self.settings)
+        return self._bound_linear
 
     def _stored(self) -> StoredWeight:
         return StoredWeight(self.layout, self.weight_packed, self.weight_scale, self.weight_zero_point)
@@ -366,6 +378,19 @@ class PackedLinear(nn.Module):
 
 class QuantLinear(PackedLinear, nn.Linear):  # type: ignore[misc]
     """A linear of a model: what looks for `nn.Linear` finds it."""
+
+
+def _written(linear: PackedLinear) -> str:
+    """Layout, features, grids and which tensors there are, as `forward` reads them."""
+    weight, activation, format = linear.format.weight, linear.format.activation, linear.format
+    static = activation is not None and activation.static
+    values = (
+        linear.layout, linear.in_features, linear.out_features, weight.bits, weight.group, weight.two_level,
+        FULL_BITS if activation is None else activation.bits, None if activation is None else activation.group,
+        format.activation_clip, format.rotation, linear.decode_tokens, not weight.symmetric, format.equalized, static,
+    )  # fmt: skip
+    names = {None: _ABSENT, True: _YES, False: _NO}
+    return " ".join(names[value] if value is None or isinstance(value, bool) else str(value) for value in values)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

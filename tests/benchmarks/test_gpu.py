@@ -27,8 +27,9 @@ def test_both_devices_have_the_same_kinds_of_stages(monkeypatch, capsys):
     kinds = ["suite", "sanitizer", "kernels", "peers"]
     assert on_gpu[:4] == dry[:4] == kinds
     models = [f"llava-1.5-{size}-batch{batch}" for batch in (1, 4, 16) for size in ("13b", "7b")]
-    assert on_gpu[4:] == [*models, "llava-1.5-13b-calibration", "llava-1.5-7b-calibration"]
-    assert dry[4:] == ["smollm2-135m-batch1", "smollm2-135m-batch4", "smollm2-135m-calibration"]
+    others = [f"llava-1.5-{size}-{kind}" for kind in ("generate", "calibration") for size in ("13b", "7b")]
+    assert on_gpu[4:] == [*models, *others]
+    assert dry[4:] == [f"smollm2-135m-{kind}" for kind in ("batch1", "batch4", "generate", "calibration")]
 
 
 def test_only_the_named_stages_are_taken(monkeypatch, capsys):
@@ -54,7 +55,7 @@ def test_models_are_timed_at_600_tokens_and_decode_128():
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_every_script_of_a_stage_is_there(device):
     scripts = {part for stage in gpu.make_stages(device) for part in stage.command if part.endswith(".py")}
-    assert len(scripts) == 7
+    assert len(scripts) == 8
     assert all((ROOT / script).exists() for script in scripts)
 
 

@@ -177,3 +177,13 @@ def test_a_processor_without_template_gets_the_image(run, saved, picture, tmp_pa
     inputs = chat.render(processor, [chat.read_image(picture)], "how many?")
     assert processor.chat_template is None
     assert int((inputs["input_ids"] == processor.image_token_id).sum()) == 36
+
+
+@pytest.mark.parametrize("device, tokens, compiles", [("cuda", 4096, True), ("cuda", 256, False), ("cpu", 4096, False)])
+def test_only_a_long_answer_on_a_gpu_is_worth_compiling(device, tokens, compiles):
+    """One question takes seconds, compiling a minute."""
+    import torch
+
+    options = chat.speed_options(torch.device(device), tokens)
+
+    assert options == ({"cache_implementation": "static"} if compiles else {})

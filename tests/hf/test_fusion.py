@@ -10,12 +10,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 from transformers.utils import logging
 
-from optimum_qvlm import fuse_linears
+from optimum_qvlm import fuse_linears, unfuse_linears
 from optimum_qvlm.errors import ConfigError
+from optimum_qvlm.hf import fusion
 from optimum_qvlm.hf.fusion import Fusion, fuse_sites
 from optimum_qvlm.modules.fused import FusedLinear
 from optimum_qvlm.modules.swap import replace_module
-from tests.jobs import load, logits, make_batch
+from tests.jobs import contents, load, logits, make_batch, quantize
 from tests.tiny_models import llava_batch
 
 LAYER = "model.language_model.layers.0"
@@ -201,3 +202,46 @@ def test_a_copy_of_a_fused_model_is_fused_and_apart_from_it(model, llava_folder)
 
     assert torch.equal(logits(copied, batch), expected)
     assert not torch.equal(logits(model, batch), expected)
+
+
+@pytest.fixture
+def fused_here(monkeypatch):
+    """This device is one on which models are fused when they are loaded."""
+    monkeypatch.setattr(fusion, "FUSED_ON", ("cpu",))
+
+
+def is_fused(model) -> bool:
+    return any(isinstance(module, FusedLinear) for module in model.modules())
+
+
+def test_models_are_fused_after_calibration_and_at_load_where_that_pays(llava_folder, fused_here, tmp_path, log):
+    """Nobody has to know of it, and no file tells."""
+    with log.at_level("INFO", logger="transformers.optimum_qvlm"):
+        model = quantize(llava_folder)
+    model.save_pretrained(tmp_path / "one")
+    loaded = load(tmp_path / "one")
+    loaded.save_pretrained(tmp_path / "two")
+
+    assert is_fused(model) and is_fused(loaded)
+    assert "optimum_qvlm.unfuse_linears(model) undoes it" in log.text
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    unfuse_linears(loaded)
+    batch = make_batch(llava_folder)
+    torch.testing.assert_close(logits(loaded, batch), logits(model, batch), rtol=1e-4, atol=1e-4)
+
+
+def test_models_are_not_fused_where_calls_cost_little(quantized_llava):
+    assert not is_fused(quantized_llava)
+
+
+def test_a_model_that_cannot_be_fused_is_loaded_and_the_reason_said(llama_folder, fused_here, tmp_path, log):
+    """Weights that come from disk for a call of one module."""
+    quantize(llama_folder).save_pretrained(tmp_path / "saved")
+    on_cpu = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0")
+    device_map = dict.fromkeys(on_cpu, "cpu") | {"model.layers.1": "disk"}
+    log.clear()
+
+    model = load(tmp_path / "saved", device_map=device_map, offload_folder=str(tmp_path / "disk"))
+
+    assert not is_fused(model)
+    assert "were not fused, which would decode faster" in log.text and "is offloaded or not loaded" in log.text

@@ -108,9 +108,10 @@ def change_format(linear, other):
     linear.format = make_linear("w4a16").format
 
 
-@pytest.mark.parametrize(
-    "change", [set_threshold, load_another, replace_bias, write_bias, drop_bias, pack_and_prepare, change_format]
-)
+CHANGES = [set_threshold, load_another, replace_bias, write_bias, drop_bias, pack_and_prepare, change_format]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_change_counts_at_the_next_call(change):
     linear, other, x = make_linear(seed=0), make_linear(seed=5), inputs()
     with torch.no_grad():
@@ -120,6 +121,36 @@ def test_a_change_counts_at_the_next_call(change):
 
     assert torch.equal(after, watched(linear, x))
     assert torch.equal(after, before) == (change is pack_and_prepare)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_counts_at_the_next_compiled_call(change):
+    """A compiled graph checks one string for all settings."""
+    torch._dynamo.reset()
+    linear, other, x = make_linear(seed=0), make_linear(seed=5), inputs()
+    compiled = torch.compile(linear, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        compiled(x)
+        change(linear, other)
+
+        assert torch.equal(compiled(x), watched(linear, x))
+
+
+def test_a_compiled_graph_checks_few_values_of_a_linear():
+    """It does so before every call, for hundreds of linears; checks of a dozen settings cost more than the product."""
+    torch._dynamo.reset()
+    linear, x, checked = make_linear(bias=False), inputs(), set()
+
+    def note(entries):
+        checked.update(entry.name for entry in entries)
+        return [True] * len(entries)
+
+    with torch.no_grad():
+        torch.compile(linear, backend="eager", fullgraph=True, options={"guard_filter_fn": note})(x)
+
+    own = [name for name in checked if "self" in name]
+    assert any("settings" in name for name in own) and any("weight_packed" in name for name in own)
+    assert len(own) <= 6
 
 
 def test_a_moved_module_lets_go_of_its_tensors():

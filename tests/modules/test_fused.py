@@ -45,9 +45,10 @@ def make_linear(
     bias: bool = True,
     static: bool = False,
     transformed: bool = False,
+    seed: int = 0,
 ) -> QuantLinear:
-    """A packed linear whose values depend on its rows alone."""
-    generator = torch.Generator().manual_seed(rows)
+    """A packed linear whose values depend on its rows and the seed alone."""
+    generator = torch.Generator().manual_seed(rows + seed)
     weight = torch.randn(rows, CHANNELS, generator=generator).to(dtype)
     spec = WeightSpec(bits=bits, group=32, symmetric=symmetric)
     activation = ActivationSpec(bits=8, static=static)
@@ -388,12 +389,33 @@ def test_the_state_is_that_of_linears_alone(bits, changes, prepared):
     assert len({tensor.untyped_storage().data_ptr() for tensor in state.values()}) == len(state)
 
 
-def test_a_state_is_not_taken():
-    """It would have to be spread over rows of a layout; whoever wants that has the way out named."""
-    alone, fused = make_sites()
+@pytest.mark.parametrize("prepared", [True, False])
+@pytest.mark.parametrize("changes", [{}, {"symmetric": False}, {"static": True, "transformed": True}], ids=str)
+def test_a_state_is_taken_as_by_linears_alone(changes, prepared):
+    """Of a model that was fused when it was loaded, nobody knows."""
+    alone, fused = make_sites(prepared=prepared, **changes)
+    other = Site([make_linear(rows, seed=7, **changes) for rows in ROWS])
+    with torch.no_grad():
+        fused(inputs())
+    for site in (alone, fused):
+        assert str(site.load_state_dict(other.state_dict())) == "<All keys matched successfully>"
 
-    with pytest.raises(RuntimeError, match=r"first is fused with other linears; call optimum_qvlm.unfuse_linears"):
-        fused.load_state_dict(alone.state_dict())
+    require_equal(fused.state_dict().values(), other.state_dict().values())
+    with torch.no_grad():
+        require_equal(fused(inputs()), alone(inputs()))
+
+
+def test_a_state_of_something_else_is_no_fault_of_the_fused():
+    """As that of adapters, which is loaded into the whole model."""
+    _, fused = make_sites()
+    before = {name: tensor.clone() for name, tensor in fused.state_dict().items()}
+
+    found = fused.load_state_dict({"adapter": torch.zeros(1)}, strict=False)
+
+    assert found.unexpected_keys == ["adapter"] and set(found.missing_keys) == set(before)
+    require_equal(fused.state_dict().values(), before.values())
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "first.weight_packed"'):
+        fused.load_state_dict({})
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText
 
 from optimum_qvlm import QVLMConfig, fuse_linears, unfuse_linears
 from optimum_qvlm.kernels.triton import linear as triton_linear
-from optimum_qvlm.modules.fused import fuse, why_apart
+from optimum_qvlm.modules.fused import FusedLinear, fuse, why_apart
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.quant.affine import quantize_weight
 from optimum_qvlm.spec import Scheme
@@ -149,6 +149,8 @@ def test_a_whole_model_computes_generates_and_saves_the_same(llava_folder, tmp_p
     """Quantized on the device, fused, saved, and undone."""
     config = QVLMConfig(scheme, method="rtn")
     model = AutoModelForImageTextToText.from_pretrained(llava_folder, quantization_config=config, device_map="cuda")
+    assert any(isinstance(module, FusedLinear) for module in model.modules())
+    unfuse_linears(model)
     batch = {name: tensor.cuda() for name, tensor in llava_batch(rows=2, seed=9).items()}
     model.save_pretrained(tmp_path / "alone")
     with torch.inference_mode():
