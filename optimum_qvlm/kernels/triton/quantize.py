@@ -120,6 +120,39 @@ def _write(
         tl.store(out + start + inside, tl.reshape(codes.to(tl.int8), (CHUNK,)), mask=mask)
 
 
+@triton.jit
+def split_kernel(
+    x, equalizer, out, scales,
+    token_stride,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, ROTATION: tl.constexpr, EQUALIZED: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Transformed activations in the dtype of `x` as integers of four digits, out [tokens, 4, WIDTH], times `scales`.
+
+    One program per token and CHUNK of channels; every 128 channels have a scale, a power of two that fills the digits.
+    """
+    # Tokens times channels pass 2**31 in long batches.
+    token = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * CHUNK
+    values = _transformed(x + token * token_stride, equalizer, start, CHANNELS, CHUNK, CHUNK, ROTATION, EQUALIZED)
+    values = tl.reshape(values.to(x.dtype.element_ty).to(tl.float32), (CHUNK // 128, 128))
+    # The exponent of the largest, as in the bits of a float: integers stay below 2**30, and all factors are normal.
+    exponent = tl.max(tl.abs(values), axis=1).to(tl.int32, bitcast=True) >> 23
+    exponent = tl.maximum(exponent, 30)
+    scale = ((exponent - 29) << 23).to(tl.float32, bitcast=True)
+    inverse = ((283 - exponent) << 23).to(tl.float32, bitcast=True)
+    # Digits from -128 to 127: what is added carries into the next one, and flipping a sign bit takes it off again.
+    digits = ((values * inverse[:, None]).to(tl.int32) + 0x808080) ^ 0x808080
+    group = start // 128 + tl.arange(0, CHUNK // 128)
+    # Infinities and what is not a number have no digits, so that their scale tells.
+    scale += tl.sum(values * 0.0, axis=1)
+    tl.store(scales + token * (WIDTH // 128) + group, scale, mask=group < WIDTH // 128)
+    channel = start + tl.arange(0, CHUNK)
+    digits = tl.reshape(digits, (CHUNK,))
+    for place in tl.static_range(0, 4):
+        to = out + (token * 4 + place) * WIDTH + channel
+        tl.store(to, (digits >> (8 * place)).to(tl.int8), mask=channel < WIDTH)
+
+
 def fuses(rounding: Rounding) -> bool:
     """Whether the kernel applies the rotation of `rounding`; the definition does it before the kernel otherwise."""
     rotation, group = rounding.rotation, rounding.group
@@ -169,6 +202,41 @@ def transform(x: Tensor, rounding: Rounding) -> Tensor:
     transformed = empty(x, *x.shape)
     _launch(x, rounding, transformed, transformed)
     return transformed
+
+
+def split(x: Tensor, rounding: Rounding, width: int) -> tuple[Tensor, Tensor]:
+    """Transformed activations, rounded to the dtype of `x`, as int8 digits and powers of two.
+
+    Args:
+        x: [tokens, channels], floating, rows contiguous.
+        width: channels with padding, a multiple of 128; columns past the channels get digits 0.
+
+    Returns:
+        int8 digits [tokens, 4, width], of which the first weighs 1 and the others 256 times the one before, and fp32
+        scales [tokens, width / 128].
+    """
+    if not fuses(rounding):
+        x, rounding = transform(x, rounding), Rounding()
+    tokens, channels = x.shape
+    digits = empty(x, tokens, 4, width, dtype=torch.int8)
+    scale = empty(x, tokens, width // 128, dtype=torch.float32)
+    if digits.numel() == 0:
+        return digits, scale
+    tile = tiles.quantize_tile(width, None, rounding.rotation, whole=False)
+    arguments = {
+        "x": x,
+        "equalizer": x if rounding.equalizer is None else rounding.equalizer,
+        "out": digits,
+        "scales": scale,
+        "token_stride": x.stride(0),
+        "CHANNELS": channels,
+        "WIDTH": width,
+        "ROTATION": 0 if rounding.rotation is None else rounding.rotation,
+        "EQUALIZED": rounding.equalizer is not None,
+        "CHUNK": tile.chunk,
+    }
+    start(split_kernel, (tokens, -(-width // tile.chunk)), arguments, x.device, num_warps=tile.warps)
+    return digits, scale
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ import torch
 OLDEST = 80
 """The oldest architecture, compute capability times ten, that the kernels are compiled for."""
 
+DIGITS_TOKENS = 8
+"""Up to how many tokens an unrounded activation goes through `triton.digits` where that takes the weight."""
+
 DECODE_TOKENS = 32
 """Up to how many tokens an unrounded activation goes through `triton.decode`."""
 
@@ -37,8 +40,8 @@ WRITTEN_TOKENS = 512
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148}
 """Of the largest device of an architecture."""
 
-MANY = {"decode": 64, "prefill": 12288, "bytes": 98304, "levels": 98304, "floats": 2}
-"""Per multiprocessor, the size from which a product is large: weight rows in decoding, programs of 64 rows in
+MANY = {"digits": 64, "decode": 64, "prefill": 12288, "bytes": 98304, "levels": 98304, "floats": 2}
+"""Per multiprocessor, the size from which a product is large: weight rows in decoding and of digits, programs of 64 rows in
 `triton.floats`, else elements of the result."""
 
 MOST_REGISTERS = 255
@@ -131,6 +134,13 @@ def leaves_products_open(device: torch.device) -> bool:
 def size_class(kernel: str, architecture: int, size: int) -> str:
     """ "few" or "many": whether `size`, see `MANY`, keeps all multiprocessors of a device busy with large tiles."""
     return "many" if size >= MANY[kernel] * MULTIPROCESSORS.get(architecture, 108) else "few"
+
+
+@functools.lru_cache(maxsize=1024)
+def digits_tile(architecture: int, tokens: int, rows: int) -> DecodeTile:
+    """The tile of `triton.digits`."""
+    wanted = {"size": size_class("digits", architecture, rows)}
+    return DecodeTile(**_shape(_entry("digits", architecture, tokens, wanted)))
 
 
 @functools.lru_cache(maxsize=1024)
