@@ -16,17 +16,23 @@ from optimum_qvlm.kernels.triton import tiles
 from optimum_qvlm.kernels.triton.launching import empty, start
 from optimum_qvlm.kernels.triton.layout import PackedWeight
 from optimum_qvlm.kernels.triton.sums import add_parts
-from optimum_qvlm.kernels.triton.unpack import sixteenfold_nibbles
 
-DIGITS = 4
+_WORDS = tl.constexpr("""{
+.reg .b32 t;
+shl.b32 t, $2, 4;
+and.b32 $1, $2, 0xf0f0f0f0;
+and.b32 $0, t, 0xf0f0f0f0;
+}""")
+
+RUN = 8 if triton.__version__.startswith("3.6") else 4
 
 
 @triton.jit
 def digits_kernel(
     digits, x_scale, codes, scale, bias, y,
     tokens, rows,
-    WIDTH: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, SLICES: tl.constexpr, DEPTH: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
     """y [tokens, rows] = x W^T + bias, of `digits` [tokens, 4, WIDTH] and `x_scale` [tokens, WIDTH / 128].
@@ -42,13 +48,17 @@ def digits_kernel(
     first_token = tl.program_id(1) * BLOCK_TOKENS
     part = tl.program_id(2)
     slice_ = tl.arange(0, SLICES)
-    # A thread reads 16 bytes of a row, its neighbours the rows below: the rows of the matrix instruction.
-    tile_row = first_row + tl.arange(0, 8)[:, None, None, None] + tl.arange(0, BLOCK_ROWS // 8)[None, None, :, None] * 8
-    column = tl.arange(0, 8)[:, None, None, None] + tl.arange(0, COLUMNS // 8)[None, None, :, None] * 8
-    offset = tl.arange(0, 64)[None, None, None, :]
+    # A thread reads 16 bytes of a row, its neighbours the rows below, and the next warp another block of 128 channels.
+    w_index = tl.arange(0, SLICES * BLOCK_ROWS)
+    tile_row = tl.minimum(first_row + w_index % 8 + w_index // (8 * SLICES) * 8, rows - 1)
     # Rows times channels pass 2**31 in large vocabularies.
-    w_row = codes + tl.minimum(tile_row, rows - 1).to(tl.int64) * (WIDTH // 2) + offset
-    x_column = digits + (tl.minimum(first_token + column // 4, tokens - 1) * 4 + column % 4) * WIDTH + offset
+    w_row = codes.to(tl.pointer_type(tl.int32)) + tile_row.to(tl.int64)[:, None] * (WIDTH // 8) + tl.arange(0, 16)
+    w_slice = w_index // 8 % SLICES
+    x_index = tl.arange(0, SLICES * COLUMNS)
+    x_slice = x_index // 8 % SLICES
+    column = x_index % 8 + x_index // (8 * SLICES) * 8
+    column_of = tl.minimum(first_token + column // 4, tokens - 1) * 4 + column % 4
+    x_column = digits + column_of[:, None] * WIDTH + tl.arange(0, 64)
     row = first_row + tl.arange(0, BLOCK_ROWS)
     safe_row = tl.minimum(row, rows - 1)
     column_token = tl.minimum(first_token + tl.arange(0, COLUMNS) // 4, tokens - 1)
@@ -57,24 +67,34 @@ def digits_kernel(
     # The bits of 1.5 * 2**23: those of that float plus a sum of 128 products, which is below 2**22.
     empty = tl.full((SLICES, BLOCK_ROWS, COLUMNS), 0x4B400000, tl.int32)
     begin, end = (0, STEPS) if PARTS == 1 else (part * SHARE, tl.minimum((part + 1) * SHARE, STEPS))
-    for step in tl.range(begin, end, num_stages=STAGES):
-        block = step * SLICES + slice_
-        stored = block if BLOCKS % SLICES == 0 else tl.minimum(block, BLOCKS - 1)
-        place = stored[None, :, None, None] * 64
-        factor = tl.load(scale + (stored * 128 // GROUP)[:, None] * rows + safe_row[None, :])
+    block = begin * SLICES
+    packed, factor = _weights(w_row, w_slice, scale, block, slice_, safe_row, rows, BLOCKS, GROUP)
+    if DEPTH > 1:
+        packed2, factor2 = _weights(w_row, w_slice, scale, block + SLICES, slice_, safe_row, rows, BLOCKS, GROUP)
+    for step in tl.range(begin, end, num_stages=1):
+        block = step * SLICES
+        # Asked for before those of this step are wanted.
+        next_packed, next_factor = _weights(w_row, w_slice, scale, block + SLICES * DEPTH, slice_, safe_row, rows, BLOCKS, GROUP)
+        stored = tl.minimum(block + slice_, BLOCKS - 1)
+        place = (tl.minimum(block + x_slice, BLOCKS - 1) * 128)[:, None]
         x_factor = tl.load(x_scale + column_token[None, :] * BLOCKS + stored[:, None])
-        packed = tl.load(w_row + place)
-        x_first = tl.load(x_column + place * 2)
-        x_second = tl.load(x_column + place * 2 + 64)
+        x_first = tl.load(x_column + place)
+        x_second = tl.load(x_column + place + 64)
         if BLOCKS % SLICES != 0:
-            x_factor = tl.where((block < BLOCKS)[:, None], x_factor, 0.0)
-        low, high = sixteenfold_nibbles(packed, ASM)
-        low, high = _operand(low, SLICES, BLOCK_ROWS), _operand(high, SLICES, BLOCK_ROWS)
-        x_first, x_second = _operand(x_first, SLICES, COLUMNS), _operand(x_second, SLICES, COLUMNS)
+            x_factor = tl.where((block + slice_ < BLOCKS)[:, None], x_factor, 0.0)
+        low, high = _sixteenfold_words(packed, ASM)
+        low, high = _bytes(low), _bytes(high)
+        low, high = _operand(low, SLICES, BLOCK_ROWS, RUN), _operand(high, SLICES, BLOCK_ROWS, RUN)
+        x_first, x_second = _operand(x_first, SLICES, COLUMNS, RUN), _operand(x_second, SLICES, COLUMNS, RUN)
         product = tl.dot(low, x_first.permute(0, 2, 1), empty, out_dtype=tl.int32)
         product = tl.dot(high, x_second.permute(0, 2, 1), product, out_dtype=tl.int32)
         value = product.to(tl.float32, bitcast=True) - 12582912.0
         sums += value * (factor.to(tl.float32)[:, :, None] * x_factor[:, None, :])
+        if DEPTH > 1:
+            packed, factor = packed2, factor2
+            packed2, factor2 = next_packed, next_factor
+        else:
+            packed, factor = next_packed, next_factor
     total = tl.reshape(tl.sum(sums, axis=0), (BLOCK_ROWS, BLOCK_TOKENS, 4))
     weighs = tl.arange(0, 4)
     weighs = tl.where(weighs == 0, 1.0, tl.where(weighs == 1, 256.0, tl.where(weighs == 2, 65536.0, 16777216.0)))
@@ -89,14 +109,47 @@ def digits_kernel(
 
 
 @triton.jit
-def _operand(tile, SLICES: tl.constexpr, COUNT: tl.constexpr):
-    """[8, SLICES, COUNT / 8, 64] as [SLICES, COUNT, 64], its channels in the order of the matrix instruction.
+def _weights(w_row, w_slice, scale, block, slice_, safe_row, rows, BLOCKS: tl.constexpr, GROUP: tl.constexpr):
+    """Codes [slices * rows, 16], four bytes each, and scales [slices, rows]; past the last block those of it."""
+    stored = tl.minimum(block + slice_, BLOCKS - 1)
+    factor = tl.load(scale + (stored * 128 // GROUP)[:, None] * rows + safe_row[None, :])
+    return tl.load(w_row + tl.minimum(block + w_slice, BLOCKS - 1)[:, None] * 16), factor
 
-    Of 32 channels a thread holds two times four side by side. Both operands get the same order, so that the product is
-    what it was, and a thread keeps the 16 bytes that it has read.
+
+@triton.jit
+def _sixteenfold_words(words, ASM: tl.constexpr):
+    """Sixteen times the codes of the low and of the high nibbles, four bytes in an int32."""
+    if ASM:
+        # The compiler would mix its shifts with those that take the bytes apart, and then do both.
+        return tl.inline_asm_elementwise(
+            _WORDS, "=r,=r,r", [words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
+    else:
+        return (words << 4) & -252645136, words & -252645136
+
+
+@triton.jit
+def _bytes(words):
+    """int8 [count, 64] of [count, 16] words: the same bits."""
+    first = tl.join(words.to(tl.int8), (words >> 16).to(tl.int8))
+    second = tl.join((words >> 8).to(tl.int8), (words >> 24).to(tl.int8))
+    return tl.reshape(tl.join(first, second), (words.shape[0], 64))
+
+
+@triton.jit
+def _operand(tile, SLICES: tl.constexpr, COUNT: tl.constexpr, RUN: tl.constexpr):
+    """[COUNT / 8 * SLICES * 8, 64] as [SLICES, COUNT, 64], its channels in the order of the matrix instruction.
+
+    A thread holds RUN of them side by side. Both operands get the same order, so that the product is what it was, and a
+    thread keeps the 16 bytes that it has read.
     """
-    tile = tile.permute(1, 2, 0, 3).reshape(SLICES, COUNT, 4, 2, 2, 4)
-    return tile.permute(0, 1, 3, 4, 2, 5).reshape(SLICES, COUNT, 64)
+    tile = tile.reshape(COUNT // 8, SLICES, 8, 64)
+    tile = tile.permute(1, 0, 2, 3)
+    if RUN == 8:
+        tile = tile.reshape(SLICES, COUNT, 4, 2, 8).permute(0, 1, 3, 2, 4)
+    else:
+        tile = tile.reshape(SLICES, COUNT, 4, 2, 2, 4).permute(0, 1, 3, 4, 2, 5)
+    return tile.reshape(SLICES, COUNT, 64)
 
 
 def takes(tokens: int, weight: PackedWeight) -> bool:
@@ -136,12 +189,13 @@ def linear_digits(digits: Tensor, x_scale: Tensor, weight: PackedWeight, bias: T
         "rows": rows,
         "WIDTH": weight.width,
         "GROUP": weight.group,
+        "RUN": RUN,
         "HAS_BIAS": bias is not None and parts == 1,
         "ASM": tiles.speaks_ptx(digits.device),
         "BLOCK_TOKENS": tile.tokens,
         "BLOCK_ROWS": tile.rows,
         "SLICES": tile.slices,
-        "STAGES": tile.stages,
+        "DEPTH": tile.stages,
         "PARTS": parts,
     }
     start(digits_kernel, (*grid, parts), arguments, digits.device, num_warps=tile.warps)
