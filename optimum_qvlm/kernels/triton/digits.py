@@ -24,6 +24,11 @@ and.b32 $1, $2, 0xf0f0f0f0;
 and.b32 $0, t, 0xf0f0f0f0;
 }""")
 
+_ROLLED = tl.constexpr("""{
+.pragma "nounroll";
+mov.b32 $0, $1;
+}""")
+
 RUN = 8 if triton.__version__.startswith("3.6") else 4
 
 
@@ -32,7 +37,7 @@ def digits_kernel(
     digits, x_scale, codes, scale, bias, y,
     tokens, rows,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, SLICES: tl.constexpr, DEPTH: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, SLICES: tl.constexpr, DEPTH: tl.constexpr, ROLLED: tl.constexpr, AHEAD: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
     """y [tokens, rows] = x W^T + bias, of `digits` [tokens, 4, WIDTH] and `x_scale` [tokens, WIDTH / 128].
@@ -58,7 +63,7 @@ def digits_kernel(
     x_slice = x_index // 8 % SLICES
     column = x_index % 8 + x_index // (8 * SLICES) * 8
     column_of = tl.minimum(first_token + column // 4, tokens - 1) * 4 + column % 4
-    x_column = digits + column_of[:, None] * WIDTH + tl.arange(0, 64)
+    x_column = digits.to(tl.pointer_type(tl.int32)) + column_of[:, None] * (WIDTH // 4) + tl.arange(0, 16)
     row = first_row + tl.arange(0, BLOCK_ROWS)
     safe_row = tl.minimum(row, rows - 1)
     column_token = tl.minimum(first_token + tl.arange(0, COLUMNS) // 4, tokens - 1)
@@ -71,30 +76,40 @@ def digits_kernel(
     packed, factor = _weights(w_row, w_slice, scale, block, slice_, safe_row, rows, BLOCKS, GROUP)
     if DEPTH > 1:
         packed2, factor2 = _weights(w_row, w_slice, scale, block + SLICES, slice_, safe_row, rows, BLOCKS, GROUP)
+    if DEPTH > 2:
+        packed3, factor3 = _weights(w_row, w_slice, scale, block + 2 * SLICES, slice_, safe_row, rows, BLOCKS, GROUP)
+    if AHEAD:
+        x_first, x_second, x_factor = _tokens(x_column, x_slice, x_scale, block, slice_, column_token, BLOCKS)
     for step in tl.range(begin, end, num_stages=1):
         block = step * SLICES
+        if ASM and ROLLED:
+            block = tl.inline_asm_elementwise(_ROLLED, "=r,r", [block], dtype=tl.int32, is_pure=False, pack=1)
         # Asked for before those of this step are wanted.
         next_packed, next_factor = _weights(w_row, w_slice, scale, block + SLICES * DEPTH, slice_, safe_row, rows, BLOCKS, GROUP)
-        stored = tl.minimum(block + slice_, BLOCKS - 1)
-        place = (tl.minimum(block + x_slice, BLOCKS - 1) * 128)[:, None]
-        x_factor = tl.load(x_scale + column_token[None, :] * BLOCKS + stored[:, None])
-        x_first = tl.load(x_column + place)
-        x_second = tl.load(x_column + place + 64)
+        if AHEAD:
+            next_first, next_second, next_x_factor = _tokens(x_column, x_slice, x_scale, block + SLICES, slice_, column_token, BLOCKS)
+        else:
+            x_first, x_second, x_factor = _tokens(x_column, x_slice, x_scale, block, slice_, column_token, BLOCKS)
         if BLOCKS % SLICES != 0:
             x_factor = tl.where((block + slice_ < BLOCKS)[:, None], x_factor, 0.0)
         low, high = _sixteenfold_words(packed, ASM)
-        low, high = _bytes(low), _bytes(high)
-        low, high = _operand(low, SLICES, BLOCK_ROWS, RUN), _operand(high, SLICES, BLOCK_ROWS, RUN)
-        x_first, x_second = _operand(x_first, SLICES, COLUMNS, RUN), _operand(x_second, SLICES, COLUMNS, RUN)
-        product = tl.dot(low, x_first.permute(0, 2, 1), empty, out_dtype=tl.int32)
-        product = tl.dot(high, x_second.permute(0, 2, 1), product, out_dtype=tl.int32)
+        low, high = _operand(_bytes(low), SLICES, BLOCK_ROWS, RUN), _operand(_bytes(high), SLICES, BLOCK_ROWS, RUN)
+        first, second = _operand(_bytes(x_first), SLICES, COLUMNS, RUN), _operand(_bytes(x_second), SLICES, COLUMNS, RUN)
+        product = tl.dot(low, first.permute(0, 2, 1), empty, out_dtype=tl.int32)
+        product = tl.dot(high, second.permute(0, 2, 1), product, out_dtype=tl.int32)
         value = product.to(tl.float32, bitcast=True) - 12582912.0
         sums += value * (factor.to(tl.float32)[:, :, None] * x_factor[:, None, :])
-        if DEPTH > 1:
+        if DEPTH == 1:
+            packed, factor = next_packed, next_factor
+        elif DEPTH == 2:
             packed, factor = packed2, factor2
             packed2, factor2 = next_packed, next_factor
         else:
-            packed, factor = next_packed, next_factor
+            packed, factor = packed2, factor2
+            packed2, factor2 = packed3, factor3
+            packed3, factor3 = next_packed, next_factor
+        if AHEAD:
+            x_first, x_second, x_factor = next_first, next_second, next_x_factor
     total = tl.reshape(tl.sum(sums, axis=0), (BLOCK_ROWS, BLOCK_TOKENS, 4))
     weighs = tl.arange(0, 4)
     weighs = tl.where(weighs == 0, 1.0, tl.where(weighs == 1, 256.0, tl.where(weighs == 2, 65536.0, 16777216.0)))
@@ -114,6 +129,13 @@ def _weights(w_row, w_slice, scale, block, slice_, safe_row, rows, BLOCKS: tl.co
     stored = tl.minimum(block + slice_, BLOCKS - 1)
     factor = tl.load(scale + (stored * 128 // GROUP)[:, None] * rows + safe_row[None, :])
     return tl.load(w_row + tl.minimum(block + w_slice, BLOCKS - 1)[:, None] * 16), factor
+
+
+@triton.jit
+def _tokens(x_column, x_slice, x_scale, block, slice_, column_token, BLOCKS: tl.constexpr):
+    place = x_column + (tl.minimum(block + x_slice, BLOCKS - 1) * 32)[:, None]
+    factor = tl.load(x_scale + column_token[None, :] * BLOCKS + tl.minimum(block + slice_, BLOCKS - 1)[:, None])
+    return tl.load(place), tl.load(place + 16), factor
 
 
 @triton.jit
@@ -195,6 +217,8 @@ def linear_digits(digits: Tensor, x_scale: Tensor, weight: PackedWeight, bias: T
         "BLOCK_TOKENS": tile.tokens,
         "BLOCK_ROWS": tile.rows,
         "SLICES": tile.slices,
+        "ROLLED": getattr(tiles, "ROLLED", True),
+        "AHEAD": getattr(tiles, "AHEAD", True),
         "DEPTH": tile.stages,
         "PARTS": parts,
     }
