@@ -1,8 +1,11 @@
 """Linear for a few tokens that are not rounded, with weights of up to four bits: integer products of their digits.
 
 Activations come as integers of four digits, see `triton.quantize.split`, which are columns of the product that the
-matrix unit would have left empty. A weight is an operand as it is stored, up to one shift and one mask for four codes;
-as floats the same codes take four times the instructions. Sums are exact within a group of the weight.
+matrix unit would have left empty. Eight codes of a weight are operands after one shift and two masks, which is a quarter
+of what they take as floats. Sums are exact within 128 channels, scaled in fp32, and added in a fixed order.
+
+A program waits for memory most of its time. So every thread keeps the 16 bytes that it has read, without a way through
+shared memory, and has asked for the next ones before it uses them.
 """
 
 import math
@@ -13,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from optimum_qvlm.kernels.triton import tiles
-from optimum_qvlm.kernels.triton.launching import empty, start
+from optimum_qvlm.kernels.triton.launching import ALIGNMENT, empty, start
 from optimum_qvlm.kernels.triton.layout import PackedWeight
 from optimum_qvlm.kernels.triton.sums import add_parts
 
@@ -29,7 +32,8 @@ _ROLLED = tl.constexpr("""{
 mov.b32 $0, $1;
 }""")
 
-RUN = 8 if triton.__version__.startswith("3.6") else 4
+RUN = 8 if triton.__version__.startswith("3.6.") else 4
+"""Channels side by side in a thread's operand of a product, as this Triton wants them where they were read as words."""
 
 
 @triton.jit
@@ -37,136 +41,136 @@ def digits_kernel(
     digits, x_scale, codes, scale, bias, y,
     tokens, rows,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, SLICES: tl.constexpr, DEPTH: tl.constexpr, ROLLED: tl.constexpr, AHEAD: tl.constexpr,
+    CHAINED: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
     """y [tokens, rows] = x W^T + bias, of `digits` [tokens, 4, WIDTH] and `x_scale` [tokens, WIDTH / 128].
 
-    GROUP is a multiple of 128; one step takes SLICES blocks of 128 channels, a warp for each. With more than one of
-    PARTS, that many programs share the channels of a tile, and y is [PARTS, tokens, rows].
+    GROUP is a multiple of 128. A step takes STAGES times SLICES blocks of 128 channels, a warp for each of SLICES.
+    CHAINED programs start while `digits` are still written. With more than one of PARTS, that many programs share the
+    channels of a tile, and y is [PARTS, tokens, rows].
     """
     BLOCKS: tl.constexpr = WIDTH // 128
-    STEPS: tl.constexpr = (BLOCKS + SLICES - 1) // SLICES
+    STRIDE: tl.constexpr = SLICES * STAGES
+    STEPS: tl.constexpr = (BLOCKS + STRIDE - 1) // STRIDE
     SHARE: tl.constexpr = (STEPS + PARTS - 1) // PARTS
     COLUMNS: tl.constexpr = 4 * BLOCK_TOKENS
     first_row = tl.program_id(0) * BLOCK_ROWS
     first_token = tl.program_id(1) * BLOCK_TOKENS
     part = tl.program_id(2)
-    slice_ = tl.arange(0, SLICES)
     # A thread reads 16 bytes of a row, its neighbours the rows below, and the next warp another block of 128 channels.
-    w_index = tl.arange(0, SLICES * BLOCK_ROWS)
-    tile_row = tl.minimum(first_row + w_index % 8 + w_index // (8 * SLICES) * 8, rows - 1)
+    index = tl.arange(0, SLICES * BLOCK_ROWS)
+    tile_row = tl.minimum(first_row + index % 8 + index // (8 * SLICES) * 8, rows - 1)
     # Rows times channels pass 2**31 in large vocabularies.
     w_row = codes.to(tl.pointer_type(tl.int32)) + tile_row.to(tl.int64)[:, None] * (WIDTH // 8) + tl.arange(0, 16)
-    w_slice = w_index // 8 % SLICES
-    x_index = tl.arange(0, SLICES * COLUMNS)
-    x_slice = x_index // 8 % SLICES
-    column = x_index % 8 + x_index // (8 * SLICES) * 8
-    column_of = tl.minimum(first_token + column // 4, tokens - 1) * 4 + column % 4
-    x_column = digits.to(tl.pointer_type(tl.int32)) + column_of[:, None] * (WIDTH // 4) + tl.arange(0, 16)
+    w_slice = index // 8 % SLICES
     row = first_row + tl.arange(0, BLOCK_ROWS)
     safe_row = tl.minimum(row, rows - 1)
-    column_token = tl.minimum(first_token + tl.arange(0, COLUMNS) // 4, tokens - 1)
+    slice_ = tl.arange(0, SLICES)
+    # Columns are the digits of one token after those of another.
+    index = tl.arange(0, SLICES * COLUMNS)
+    column = index % 8 + index // (8 * SLICES) * 8
+    column = tl.minimum(first_token + column // 4, tokens - 1) * 4 + column % 4
+    x_column = digits.to(tl.pointer_type(tl.int32)) + column[:, None] * (WIDTH // 4) + tl.arange(0, 16)
+    x_slice = index // 8 % SLICES
+    scale_column = x_scale + tl.minimum(first_token + tl.arange(0, COLUMNS) // 4, tokens - 1) * BLOCKS
 
     sums = tl.zeros((SLICES, BLOCK_ROWS, COLUMNS), tl.float32)
     # The bits of 1.5 * 2**23: those of that float plus a sum of 128 products, which is below 2**22.
     empty = tl.full((SLICES, BLOCK_ROWS, COLUMNS), 0x4B400000, tl.int32)
     begin, end = (0, STEPS) if PARTS == 1 else (part * SHARE, tl.minimum((part + 1) * SHARE, STEPS))
-    block = begin * SLICES
-    packed, factor = _weights(w_row, w_slice, scale, block, slice_, safe_row, rows, BLOCKS, GROUP)
-    if DEPTH > 1:
-        packed2, factor2 = _weights(w_row, w_slice, scale, block + SLICES, slice_, safe_row, rows, BLOCKS, GROUP)
-    if DEPTH > 2:
-        packed3, factor3 = _weights(w_row, w_slice, scale, block + 2 * SLICES, slice_, safe_row, rows, BLOCKS, GROUP)
-    if AHEAD:
-        x_first, x_second, x_factor = _tokens(x_column, x_slice, x_scale, block, slice_, column_token, BLOCKS)
+    weights = ()
+    for stage in tl.static_range(0, STAGES):
+        block = begin * STRIDE + stage * SLICES
+        weights = weights + (_weights(w_row, w_slice, scale, slice_, safe_row, block, rows, BLOCKS, GROUP),)
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
+    columns = ()
+    for stage in tl.static_range(0, STAGES):
+        columns = columns + (_columns(x_column, x_slice, scale_column, slice_, begin * STRIDE + stage * SLICES, BLOCKS),)
     for step in tl.range(begin, end, num_stages=1):
-        block = step * SLICES
-        if ASM and ROLLED:
-            block = tl.inline_asm_elementwise(_ROLLED, "=r,r", [block], dtype=tl.int32, is_pure=False, pack=1)
-        # Asked for before those of this step are wanted.
-        next_packed, next_factor = _weights(w_row, w_slice, scale, block + SLICES * DEPTH, slice_, safe_row, rows, BLOCKS, GROUP)
-        if AHEAD:
-            next_first, next_second, next_x_factor = _tokens(x_column, x_slice, x_scale, block + SLICES, slice_, column_token, BLOCKS)
-        else:
-            x_first, x_second, x_factor = _tokens(x_column, x_slice, x_scale, block, slice_, column_token, BLOCKS)
-        if BLOCKS % SLICES != 0:
-            x_factor = tl.where((block + slice_ < BLOCKS)[:, None], x_factor, 0.0)
-        low, high = _sixteenfold_words(packed, ASM)
-        low, high = _operand(_bytes(low), SLICES, BLOCK_ROWS, RUN), _operand(_bytes(high), SLICES, BLOCK_ROWS, RUN)
-        first, second = _operand(_bytes(x_first), SLICES, COLUMNS, RUN), _operand(_bytes(x_second), SLICES, COLUMNS, RUN)
-        product = tl.dot(low, first.permute(0, 2, 1), empty, out_dtype=tl.int32)
-        product = tl.dot(high, second.permute(0, 2, 1), product, out_dtype=tl.int32)
-        value = product.to(tl.float32, bitcast=True) - 12582912.0
-        sums += value * (factor.to(tl.float32)[:, :, None] * x_factor[:, None, :])
-        if DEPTH == 1:
-            packed, factor = next_packed, next_factor
-        elif DEPTH == 2:
-            packed, factor = packed2, factor2
-            packed2, factor2 = next_packed, next_factor
-        else:
-            packed, factor = packed2, factor2
-            packed2, factor2 = packed3, factor3
-            packed3, factor3 = next_packed, next_factor
-        if AHEAD:
-            x_first, x_second, x_factor = next_first, next_second, next_x_factor
+        first_block = step * STRIDE
+        if ASM:
+            # Unrolled, the assembler would ask for words just before they are used.
+            first_block = tl.inline_asm_elementwise(_ROLLED, "=r,r", [first_block], tl.int32, is_pure=False, pack=1)
+        next_weights = ()
+        next_columns = ()
+        for stage in tl.static_range(0, STAGES):
+            block = first_block + stage * SLICES
+            packed, factor = weights[stage]
+            x_first, x_second, x_factor = columns[stage]
+            low, high = _sixteenfold(packed, ASM)
+            low = _operand(low, SLICES, BLOCK_ROWS, RUN)
+            high = _operand(high, SLICES, BLOCK_ROWS, RUN)
+            x_first = _operand(x_first, SLICES, COLUMNS, RUN).permute(0, 2, 1)
+            x_second = _operand(x_second, SLICES, COLUMNS, RUN).permute(0, 2, 1)
+            product = tl.dot(low, x_first, empty, out_dtype=tl.int32)
+            product = tl.dot(high, x_second, product, out_dtype=tl.int32)
+            if BLOCKS % STRIDE != 0:
+                x_factor = tl.where((block + slice_ < BLOCKS)[:, None], x_factor, 0.0)
+            values = product.to(tl.float32, bitcast=True) - 12582912.0
+            sums += values * (factor.to(tl.float32)[:, :, None] * x_factor[:, None, :])
+            if STEPS > 1:
+                block += STRIDE
+                following = _weights(w_row, w_slice, scale, slice_, safe_row, block, rows, BLOCKS, GROUP)
+                next_weights = next_weights + (following,)
+                next_columns = next_columns + (_columns(x_column, x_slice, scale_column, slice_, block, BLOCKS),)
+        if STEPS > 1:
+            weights = next_weights
+            columns = next_columns
+    digit = tl.arange(0, 4)
+    # A digit weighs 256 times the one before, and sixteen times the codes went in.
+    weight = tl.where(digit == 0, 0.0625, tl.where(digit == 1, 16.0, tl.where(digit == 2, 4096.0, 1048576.0)))
     total = tl.reshape(tl.sum(sums, axis=0), (BLOCK_ROWS, BLOCK_TOKENS, 4))
-    weighs = tl.arange(0, 4)
-    weighs = tl.where(weighs == 0, 1.0, tl.where(weighs == 1, 256.0, tl.where(weighs == 2, 65536.0, 16777216.0)))
-    total = tl.sum(total * (weighs * 0.0625)[None, None, :], axis=2)
+    total = tl.sum(total * weight[None, None, :], axis=2)
     if HAS_BIAS:
         total += tl.load(bias + safe_row).to(tl.float32)[:, None]
     token = first_token + tl.arange(0, BLOCK_TOKENS)
-    out = y + token.to(tl.int64)[None, :] * rows + row[:, None]
+    place = y + token.to(tl.int64)[None, :] * rows + row[:, None]
     if PARTS > 1:
-        out += part.to(tl.int64) * tokens * rows
-    tl.store(out, total.to(y.dtype.element_ty), mask=(row[:, None] < rows) & (token[None, :] < tokens))
+        place += part.to(tl.int64) * tokens * rows
+    tl.store(place, total.to(y.dtype.element_ty), mask=(row[:, None] < rows) & (token[None, :] < tokens))
 
 
 @triton.jit
-def _weights(w_row, w_slice, scale, block, slice_, safe_row, rows, BLOCKS: tl.constexpr, GROUP: tl.constexpr):
-    """Codes [slices * rows, 16], four bytes each, and scales [slices, rows]; past the last block those of it."""
-    stored = tl.minimum(block + slice_, BLOCKS - 1)
-    factor = tl.load(scale + (stored * 128 // GROUP)[:, None] * rows + safe_row[None, :])
-    return tl.load(w_row + tl.minimum(block + w_slice, BLOCKS - 1)[:, None] * 16), factor
+def _weights(
+    w_row, w_slice, scale, slice_, row, block, rows, BLOCKS: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """Codes [slices * rows, 16], eight in a word, and scales [slices, rows]; past the last block those of it."""
+    codes = tl.load(w_row + tl.minimum(block + w_slice, BLOCKS - 1)[:, None] * 16)
+    group = tl.minimum(block + slice_, BLOCKS - 1) * 128 // GROUP
+    return codes, tl.load(scale + group[:, None] * rows + row[None, :])
 
 
 @triton.jit
-def _tokens(x_column, x_slice, x_scale, block, slice_, column_token, BLOCKS: tl.constexpr):
-    place = x_column + (tl.minimum(block + x_slice, BLOCKS - 1) * 32)[:, None]
-    factor = tl.load(x_scale + column_token[None, :] * BLOCKS + tl.minimum(block + slice_, BLOCKS - 1)[:, None])
+def _columns(x_column, x_slice, scale_column, slice_, block, BLOCKS: tl.constexpr):
+    """Digits of both halves of a block [slices * columns, 16], four in a word, and scales [slices, columns]."""
+    place = x_column + tl.minimum(block + x_slice, BLOCKS - 1)[:, None] * 32
+    factor = tl.load(scale_column[None, :] + tl.minimum(block + slice_, BLOCKS - 1)[:, None])
     return tl.load(place), tl.load(place + 16), factor
 
 
 @triton.jit
-def _sixteenfold_words(words, ASM: tl.constexpr):
-    """Sixteen times the codes of the low and of the high nibbles, four bytes in an int32."""
+def _sixteenfold(words, ASM: tl.constexpr):
+    """Sixteen times the codes of the low and of the high nibbles, four bytes in a word."""
     if ASM:
-        # The compiler would mix its shifts with those that take the bytes apart, and then do both.
-        return tl.inline_asm_elementwise(
-            _WORDS, "=r,=r,r", [words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
-        )
+        # The compiler would mix this shift with those that take the bytes apart, and then do all of them.
+        return tl.inline_asm_elementwise(_WORDS, "=r,=r,r", [words], (tl.int32, tl.int32), is_pure=True, pack=1)
     else:
-        return (words << 4) & -252645136, words & -252645136
+        return (words << 4) & -0x0F0F0F10, words & -0x0F0F0F10
 
 
 @triton.jit
-def _bytes(words):
-    """int8 [count, 64] of [count, 16] words: the same bits."""
-    first = tl.join(words.to(tl.int8), (words >> 16).to(tl.int8))
-    second = tl.join((words >> 8).to(tl.int8), (words >> 24).to(tl.int8))
-    return tl.reshape(tl.join(first, second), (words.shape[0], 64))
+def _operand(words, SLICES: tl.constexpr, COUNT: tl.constexpr, RUN: tl.constexpr):
+    """Bytes [SLICES, COUNT, 64] of words [COUNT / 8 * SLICES * 8, 16], in the order of the matrix instruction.
 
-
-@triton.jit
-def _operand(tile, SLICES: tl.constexpr, COUNT: tl.constexpr, RUN: tl.constexpr):
-    """[COUNT / 8 * SLICES * 8, 64] as [SLICES, COUNT, 64], its channels in the order of the matrix instruction.
-
-    A thread holds RUN of them side by side. Both operands get the same order, so that the product is what it was, and a
-    thread keeps the 16 bytes that it has read.
+    Both operands get the same order of channels, so that the product is what it was, and a thread keeps what it read:
+    all of this is renaming.
     """
-    tile = tile.reshape(COUNT // 8, SLICES, 8, 64)
-    tile = tile.permute(1, 0, 2, 3)
+    even = tl.join(words.to(tl.int8), (words >> 16).to(tl.int8))
+    odd = tl.join((words >> 8).to(tl.int8), (words >> 24).to(tl.int8))
+    tile = tl.join(even, odd).reshape(COUNT // 8, SLICES, 8, 64).permute(1, 0, 2, 3)
     if RUN == 8:
         tile = tile.reshape(SLICES, COUNT, 4, 2, 8).permute(0, 1, 3, 2, 4)
     else:
@@ -175,13 +179,16 @@ def _operand(tile, SLICES: tl.constexpr, COUNT: tl.constexpr, RUN: tl.constexpr)
 
 
 def takes(tokens: int, weight: PackedWeight) -> bool:
-    """Whether this weight is multiplied with so few tokens here."""
+    """Whether this weight is multiplied with so many tokens here."""
     if weight.bits != 4 or weight.zero_point is not None or weight.group is None or weight.group % 128 != 0:
         return False
-    return tokens <= tiles.DIGITS_TOKENS
+    # Words are read, as asynchronous copies would, from multiples of 16 bytes.
+    return tokens <= tiles.DIGITS_TOKENS and weight.codes.data_ptr() % ALIGNMENT == 0
 
 
-def linear_digits(digits: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def linear_digits(
+    digits: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """`x W^T + bias` in `dtype`, [tokens, out_features].
 
     Args:
@@ -200,6 +207,7 @@ def linear_digits(digits: Tensor, x_scale: Tensor, weight: PackedWeight, bias: T
     parts = tile.parts(architecture, math.prod(grid), weight.width)
     shape = (tokens, rows) if parts == 1 else (parts, tokens, rows)
     y = empty(digits, *shape, dtype=dtype if parts == 1 else torch.float32)
+    chained = tiles.chains(digits.device)
     arguments = {
         "digits": digits,
         "x_scale": x_scale,
@@ -214,13 +222,13 @@ def linear_digits(digits: Tensor, x_scale: Tensor, weight: PackedWeight, bias: T
         "RUN": RUN,
         "HAS_BIAS": bias is not None and parts == 1,
         "ASM": tiles.speaks_ptx(digits.device),
+        "CHAINED": chained,
         "BLOCK_TOKENS": tile.tokens,
         "BLOCK_ROWS": tile.rows,
         "SLICES": tile.slices,
-        "ROLLED": getattr(tiles, "ROLLED", True),
-        "AHEAD": getattr(tiles, "AHEAD", True),
-        "DEPTH": tile.stages,
+        "STAGES": tile.stages,
         "PARTS": parts,
     }
-    start(digits_kernel, (*grid, parts), arguments, digits.device, num_warps=tile.warps)
+    chain = {"launch_pdl": True} if chained else {}
+    start(digits_kernel, (*grid, parts), arguments, digits.device, num_warps=tile.warps, **chain)
     return y if parts == 1 else add_parts(y, bias, dtype)

@@ -124,33 +124,33 @@ def _write(
 def split_kernel(
     x, equalizer, out, scales,
     token_stride,
-    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, ROTATION: tl.constexpr, EQUALIZED: tl.constexpr, CHUNK: tl.constexpr,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, ROTATION: tl.constexpr, EQUALIZED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Transformed activations in the dtype of `x` as integers of four digits, out [tokens, 4, WIDTH], times `scales`.
+    """Transformed activations, rounded to the dtype of `x`, as four digits, out [tokens, 4, WIDTH], times `scales`.
 
-    One program per token and CHUNK of channels; every 128 channels have a scale, a power of two that fills the digits.
+    One program per token and 128 channels, whose scale is the power of two that fills the digits. What follows CHAINED
+    programs may start with them.
     """
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
     # Tokens times channels pass 2**31 in long batches.
     token = tl.program_id(0).to(tl.int64)
-    start = tl.program_id(1) * CHUNK
-    values = _transformed(x + token * token_stride, equalizer, start, CHANNELS, CHUNK, CHUNK, ROTATION, EQUALIZED)
-    values = tl.reshape(values.to(x.dtype.element_ty).to(tl.float32), (CHUNK // 128, 128))
-    # The exponent of the largest, as in the bits of a float: integers stay below 2**30, and all factors are normal.
-    exponent = tl.max(tl.abs(values), axis=1).to(tl.int32, bitcast=True) >> 23
-    exponent = tl.maximum(exponent, 30)
+    start = tl.program_id(1) * 128
+    values = _transformed(x + token * token_stride, equalizer, start, CHANNELS, 128, 128, ROTATION, EQUALIZED)
+    values = values.to(x.dtype.element_ty).to(tl.float32)
+    # The exponent of the largest, from the bits of a float: integers stay below 2**30, and no factor is subnormal.
+    exponent = tl.maximum(tl.max(tl.abs(values)).to(tl.int32, bitcast=True) >> 23, 30)
     scale = ((exponent - 29) << 23).to(tl.float32, bitcast=True)
     inverse = ((283 - exponent) << 23).to(tl.float32, bitcast=True)
     # Digits from -128 to 127: what is added carries into the next one, and flipping a sign bit takes it off again.
-    digits = ((values * inverse[:, None]).to(tl.int32) + 0x808080) ^ 0x808080
-    group = start // 128 + tl.arange(0, CHUNK // 128)
-    # Infinities and what is not a number have no digits, so that their scale tells.
-    scale += tl.sum(values * 0.0, axis=1)
-    tl.store(scales + token * (WIDTH // 128) + group, scale, mask=group < WIDTH // 128)
-    channel = start + tl.arange(0, CHUNK)
-    digits = tl.reshape(digits, (CHUNK,))
-    for place in tl.static_range(0, 4):
-        to = out + (token * 4 + place) * WIDTH + channel
-        tl.store(to, (digits >> (8 * place)).to(tl.int8), mask=channel < WIDTH)
+    digits = ((values * inverse).to(tl.int32) + 0x808080) ^ 0x808080
+    # Infinities and what is no number have no digits, so their scale is none either.
+    scale += tl.sum(values * 0.0)
+    tl.store(scales + token * (WIDTH // 128) + tl.program_id(1), scale)
+    place = out + token * (4 * WIDTH) + start + tl.arange(0, 128)
+    for digit in tl.static_range(0, 4):
+        tl.store(place + digit * WIDTH, (digits >> (8 * digit)).to(tl.int8))
 
 
 def fuses(rounding: Rounding) -> bool:
@@ -222,7 +222,6 @@ def split(x: Tensor, rounding: Rounding, width: int) -> tuple[Tensor, Tensor]:
     scale = empty(x, tokens, width // 128, dtype=torch.float32)
     if digits.numel() == 0:
         return digits, scale
-    tile = tiles.quantize_tile(width, None, rounding.rotation, whole=False)
     arguments = {
         "x": x,
         "equalizer": x if rounding.equalizer is None else rounding.equalizer,
@@ -233,9 +232,9 @@ def split(x: Tensor, rounding: Rounding, width: int) -> tuple[Tensor, Tensor]:
         "WIDTH": width,
         "ROTATION": 0 if rounding.rotation is None else rounding.rotation,
         "EQUALIZED": rounding.equalizer is not None,
-        "CHUNK": tile.chunk,
+        "CHAINED": tiles.chains(x.device),
     }
-    start(split_kernel, (tokens, -(-width // tile.chunk)), arguments, x.device, num_warps=tile.warps)
+    start(split_kernel, (tokens, width // 128), arguments, x.device, num_warps=1)
     return digits, scale
 
 

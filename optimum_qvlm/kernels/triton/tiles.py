@@ -16,7 +16,7 @@ import torch
 OLDEST = 80
 """The oldest architecture, compute capability times ten, that the kernels are compiled for."""
 
-DIGITS_TOKENS = 8
+DIGITS_TOKENS = 4
 """Up to how many tokens an unrounded activation goes through `triton.digits` where that takes the weight."""
 
 DECODE_TOKENS = 32
@@ -30,6 +30,9 @@ DENSE_TOKENS = 1024
 
 BULK_COPIES = 90
 """The oldest architecture that copies whole tiles."""
+
+CHAINS = 90
+"""The oldest architecture that starts kernels ahead of the end of those before them."""
 
 LEVELS_TOKENS = 257
 """From how many tokens integer activations go through `triton.levels`, where the weight has scales on two levels."""
@@ -124,6 +127,11 @@ def architecture(device: torch.device) -> int:
 def speaks_ptx(device: torch.device) -> bool:
     """Whether inline PTX may be used: on NVIDIA's devices."""
     return device.type == "cuda" and torch.version.hip is None
+
+
+def chains(device: torch.device) -> bool:
+    """Whether a kernel may start before the one that it reads from has ended, and wait for it where it has to."""
+    return speaks_ptx(device) and architecture(device) >= CHAINS
 
 
 def leaves_products_open(device: torch.device) -> bool:
