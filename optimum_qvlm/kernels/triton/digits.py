@@ -32,7 +32,7 @@ _ROLLED = tl.constexpr("""{
 mov.b32 $0, $1;
 }""")
 
-RUN = 8 if triton.__version__.startswith("3.6.") else 4
+RUN = 8 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 4
 """Channels side by side in a thread's operand of a product, as this Triton wants them where they were read as words."""
 
 
@@ -88,7 +88,9 @@ def digits_kernel(
         tl.extra.cuda.gdc_wait()
     columns = ()
     for stage in tl.static_range(0, STAGES):
-        columns = columns + (_columns(x_column, x_slice, scale_column, slice_, begin * STRIDE + stage * SLICES, BLOCKS),)
+        columns = columns + (
+            _columns(x_column, x_slice, scale_column, slice_, begin * STRIDE + stage * SLICES, BLOCKS),
+        )
     for step in tl.range(begin, end, num_stages=1):
         first_block = step * STRIDE
         if ASM:
