@@ -57,8 +57,8 @@ class Case:
     """One kernel, its tile and the matrix instructions that it has to use.
 
     `weights` counts the weights of one step of its loop, None where that says nothing; `load_bits` is how wide the
-    widest load has to be then. `limit` is how many registers a thread may have. `renames` says that no thread needs what
-    another one has read: nothing is exchanged in the loop.
+    widest load has to be then. `limit` is how many registers a thread may have. `renames` says that nothing is
+    exchanged in the loop, where no thread needs what another one has read.
     """
 
     name: str
@@ -138,8 +138,8 @@ def digits_case(architecture: int, tokens: int, rows: int, dtype: str = "bf16", 
     """`triton.digits`, whose loop exchanges nothing."""
     tile = tiles.digits_tile(architecture, tokens, rows)
     types = {
-        "digits": "*i8", "x_scale": "*fp32", "codes": "*i8", "scale": f"*{dtype}", "bias": f"*{dtype}", "y": f"*{dtype}",
-        "tokens": "i32", "rows": "i32",
+        "digits": "*i8", "x_scale": "*fp32", "codes": "*i8", "scale": f"*{dtype}", "bias": f"*{dtype}",
+        "y": f"*{dtype}", "tokens": "i32", "rows": "i32",
     }  # fmt: skip
     constants = {
         "WIDTH": channels, "GROUP": 128, "RUN": RUN, "HAS_BIAS": True, "ASM": True, "PARTS": 1,

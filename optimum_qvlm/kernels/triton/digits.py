@@ -1,8 +1,8 @@
 """Linear for a few tokens that are not rounded, with weights of up to four bits: integer products of their digits.
 
 Activations come as integers of four digits, see `triton.quantize.split`, which are columns of the product that the
-matrix unit would have left empty. Eight codes of a weight are operands after one shift and two masks, which is a quarter
-of what they take as floats. Sums are exact within 128 channels, scaled in fp32, and added in a fixed order.
+matrix unit would have left empty. Eight codes of a weight are operands after one shift and two masks, a quarter of what
+they take as floats. Sums are exact within 128 channels, scaled in fp32, and added in a fixed order.
 
 A program waits for memory most of its time. So every thread keeps the 16 bytes that it has read, without a way through
 shared memory, and has asked for the next ones before it uses them.
@@ -83,14 +83,15 @@ def digits_kernel(
     weights = ()
     for stage in tl.static_range(0, STAGES):
         block = begin * STRIDE + stage * SLICES
-        weights = weights + (_weights(w_row, w_slice, scale, slice_, safe_row, block, rows, BLOCKS, GROUP),)
+        ahead = _weights(w_row, w_slice, scale, slice_, safe_row, block, rows, BLOCKS, GROUP)
+        weights = weights + (ahead,)  # noqa: RUF005, for Triton
     if CHAINED:
         tl.extra.cuda.gdc_wait()
     columns = ()
     for stage in tl.static_range(0, STAGES):
-        columns = columns + (
-            _columns(x_column, x_slice, scale_column, slice_, begin * STRIDE + stage * SLICES, BLOCKS),
-        )
+        block = begin * STRIDE + stage * SLICES
+        x_ahead = _columns(x_column, x_slice, scale_column, slice_, block, BLOCKS)
+        columns = columns + (x_ahead,)  # noqa: RUF005
     for step in tl.range(begin, end, num_stages=1):
         first_block = step * STRIDE
         if ASM:
@@ -115,9 +116,10 @@ def digits_kernel(
             sums += values * (factor.to(tl.float32)[:, :, None] * x_factor[:, None, :])
             if STEPS > 1:
                 block += STRIDE
-                following = _weights(w_row, w_slice, scale, slice_, safe_row, block, rows, BLOCKS, GROUP)
-                next_weights = next_weights + (following,)
-                next_columns = next_columns + (_columns(x_column, x_slice, scale_column, slice_, block, BLOCKS),)
+                ahead = _weights(w_row, w_slice, scale, slice_, safe_row, block, rows, BLOCKS, GROUP)
+                next_weights = next_weights + (ahead,)  # noqa: RUF005
+                x_ahead = _columns(x_column, x_slice, scale_column, slice_, block, BLOCKS)
+                next_columns = next_columns + (x_ahead,)  # noqa: RUF005
         if STEPS > 1:
             weights = next_weights
             columns = next_columns

@@ -44,8 +44,8 @@ MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148}
 """Of the largest device of an architecture."""
 
 MANY = {"digits": 64, "decode": 64, "prefill": 12288, "bytes": 98304, "levels": 98304, "floats": 2}
-"""Per multiprocessor, the size from which a product is large: weight rows in decoding and of digits, programs of 64 rows in
-`triton.floats`, else elements of the result."""
+"""Per multiprocessor, the size from which a product is large: weight rows in decoding, by digits or not, programs of 64
+rows in `triton.floats`, else elements of the result."""
 
 MOST_REGISTERS = 255
 """That a thread of NVIDIA's devices can have."""

@@ -48,7 +48,7 @@ def test_a_product_of_digits_is_the_definition(dtype, tokens, bits, group):
 
 @pytest.mark.parametrize("parts", [2, 5])
 def test_programs_that_share_digits_give_the_same_product(parts, monkeypatch):
-    weight, grid = make_weight(21, 1920, 4, 128)
+    weight, _ = make_weight(21, 1920, 4, 128)
     x = make_activations(3, 1920)
     packed = pack(weight.codes, weight.scale, None, 4)
     shared = tiles.DecodeTile(tokens=4, rows=16, slices=2, warps=2, stages=1)
