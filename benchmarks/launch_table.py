@@ -1,6 +1,6 @@
 """Measure launch shapes of the Triton kernels on the GPU that is here, and write its lines of the table anew.
 
-    python benchmarks/launch_table.py --kernels decode prefill bytes levels floats
+    python benchmarks/launch_table.py --kernels digits decode prefill bytes levels floats
 
 Every line of `optimum_qvlm/kernels/tiles.json` for this architecture is tried against candidates, on shapes of a 13B
 model. A line changes only where a candidate is faster by `--margin`, so that noise does not. Candidates are compiled
@@ -23,11 +23,14 @@ from torch import Tensor
 
 from optimum_qvlm.kernels.triton import bytes as triton_bytes
 from optimum_qvlm.kernels.triton import decode as triton_decode
+from optimum_qvlm.kernels.triton import digits as triton_digits
 from optimum_qvlm.kernels.triton import floats as triton_floats
 from optimum_qvlm.kernels.triton import levels as triton_levels
 from optimum_qvlm.kernels.triton import prefill as triton_prefill
 from optimum_qvlm.kernels.triton import tiles
 from optimum_qvlm.kernels.triton.layout import PackedWeight, padded_width
+from optimum_qvlm.kernels.triton.quantize import split
+from optimum_qvlm.kernels.weights import Rounding
 
 TABLE = Path(tiles.__file__).with_name(tiles.TABLE)
 SHAPE = ("tokens", "rows", "slices", "warps", "stages", "registers", "busy", "share")
@@ -59,7 +62,7 @@ class Trial:
     def tokens(self) -> int:
         """How many it is measured with."""
         up_to = self.line.get("up_to", "any")
-        if self.line["kernel"] == "decode" and up_to == 8:
+        if (self.line["kernel"], up_to) in (("decode", 8), ("digits", 2)):
             return 1
         return BEHIND[size_of(self.line)] if up_to == "any" else up_to
 
@@ -67,7 +70,7 @@ class Trial:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernels", nargs="+", default=["decode", "prefill", "bytes", "levels", "floats"])
+    parser.add_argument("--kernels", nargs="+", default=["digits", "decode", "prefill", "bytes", "levels", "floats"])
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 6, 8], help="of the weight")
     parser.add_argument("--margin", type=float, default=0.03, help="share of time that a change must save")
     parser.add_argument("--workers", type=int, default=8, help="processes that compile")
@@ -112,6 +115,11 @@ def candidates(line: dict[str, Any]) -> Iterator[Shape]:
     """Launch shapes to try for a line, its own first."""
     own = {name: line[name] for name in SHAPE if name in line}
     yield own
+    if line["kernel"] == "digits":
+        for rows, warps, stages in itertools.product((16, 32), (1, 2, 4, 8), (1, 2, 3, 5)):
+            if rows == 16 or stages < 3:
+                yield own | {"rows": rows, "slices": warps, "warps": warps, "stages": stages}
+        return
     if line["kernel"] == "decode":
         shapes = itertools.product((16, 32, 64), ((4, 4), (8, 4), (8, 8), (2, 2)), (2, 3, 4))
         for rows, (slices, warps), stages in shapes:
@@ -158,6 +166,12 @@ def call_of(trial: Trial, weights: list[PackedWeight]) -> Callable[[int], Tensor
     """What launches the kernel on one of the weights, with the shape of the trial."""
     line, shape = trial.line, dict(trial.shape)
     tokens, width = trial.tokens, weights[0].width
+    if line["kernel"] == "digits":
+        # With the pass that makes the digits, which it starts beside.
+        tile = tiles.DecodeTile(**shape)
+        x = torch.randn(tokens, trial.channels, device="cuda", dtype=torch.bfloat16)
+        run = lambda n: triton_digits.linear_digits(*split(x, Rounding(), width), weights[n], None, x.dtype)  # noqa: E731
+        return with_tile("digits_tile", tile, run)
     if line["kernel"] == "decode":
         tile = tiles.DecodeTile(**shape)
         x = torch.randn(tokens, trial.channels, device="cuda", dtype=torch.bfloat16)
@@ -199,7 +213,7 @@ def with_tile(name: str, tile: Any, call: Callable[[int], Tensor]) -> Callable[[
 def random_weight(line: dict[str, Any], rows: int, channels: int) -> PackedWeight:
     """Random codes as the kernel of a line reads them."""
     levels = line["kernel"] == "levels"
-    four = line["kernel"] in ("levels", "floats") or "group" in line or line.get("bits", 8) == "any"
+    four = line["kernel"] in ("digits", "levels", "floats") or "group" in line or line.get("bits", 8) == "any"
     bits = 4 if four else line.get("bits", 8)
     usual = None if bits == 8 else 32 if line.get("sums") == "several" else 128
     group = line.get("group", usual)

@@ -21,10 +21,11 @@ from optimum_qvlm.kernels.triton import tiles
 from optimum_qvlm.kernels.triton.bytes import bytes_kernel
 from optimum_qvlm.kernels.triton.decode import decode_kernel
 from optimum_qvlm.kernels.triton.dequantize import dequantize_kernel
+from optimum_qvlm.kernels.triton.digits import RUN, digits_kernel
 from optimum_qvlm.kernels.triton.floats import floats_kernel
 from optimum_qvlm.kernels.triton.levels import levels_kernel, write_bytes_kernel
 from optimum_qvlm.kernels.triton.prefill import prefill_kernel
-from optimum_qvlm.kernels.triton.quantize import quantize_kernel
+from optimum_qvlm.kernels.triton.quantize import quantize_kernel, split_kernel
 from optimum_qvlm.kernels.triton.sums import ROWS as SUMMED_ROWS
 from optimum_qvlm.kernels.triton.sums import sums_kernel
 from tests.kernels.ahead_of_time import Resources, compile_kernel, read_resources
@@ -36,6 +37,9 @@ SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 10
 
 TENSOR_COLUMNS = 512
 """Tensor memory of a multiprocessor. Triton compiles a kernel that wants more to a trap, and refuses to launch it."""
+
+EXCHANGES = {"SHFL", "LDS", "LDSM", "STS", "STSM", "BAR"}
+"""Instructions by which threads get what others have."""
 
 CHANNELS = 5120
 ROWS = 5120
@@ -53,7 +57,8 @@ class Case:
     """One kernel, its tile and the matrix instructions that it has to use.
 
     `weights` counts the weights of one step of its loop, None where that says nothing; `load_bits` is how wide the
-    widest load has to be then. `limit` is how many registers a thread may have.
+    widest load has to be then. `limit` is how many registers a thread may have. `renames` says that nothing is
+    exchanged in the loop, where no thread needs what another one has read.
     """
 
     name: str
@@ -67,6 +72,7 @@ class Case:
     weights: int | None = None
     load_bits: int = 128
     limit: int | None = None
+    renames: bool = False
 
     def resources(self) -> Resources:
         """Compile and read."""
@@ -90,6 +96,8 @@ class Case:
             faults.append(f"{dict(found.matrix)} instead of {self.matrix}")
         if found.open_products:
             faults.append(f"{found.open_products} products from registers are open when a step ends")
+        if self.renames and (exchanged := EXCHANGES & {name.split(".")[0] for name in found.body}):
+            faults.append(f"{sorted(exchanged)} in the loop")
         if self.weights is not None and max(found.load_bits, default=0) < self.load_bits:
             faults.append(f"loads of {found.load_bits} bits")
         return faults
@@ -124,6 +132,46 @@ def decode_case(
         load_bits=64 if group == 16 else 128,
         limit=tile.limit(zero_points=changes.get("zero_point", False)),
     )
+
+
+def digits_case(architecture: int, tokens: int, rows: int, dtype: str = "bf16", channels: int = CHANNELS) -> Case:
+    """`triton.digits`, whose loop exchanges nothing."""
+    tile = tiles.digits_tile(architecture, tokens, rows)
+    types = {
+        "digits": "*i8", "x_scale": "*fp32", "codes": "*i8", "scale": f"*{dtype}", "bias": f"*{dtype}",
+        "y": f"*{dtype}", "tokens": "i32", "rows": "i32",
+    }  # fmt: skip
+    constants = {
+        "WIDTH": channels, "GROUP": 128, "RUN": RUN, "HAS_BIAS": True, "ASM": True, "PARTS": 1,
+        "CHAINED": architecture >= tiles.CHAINS,
+        "BLOCK_TOKENS": tile.tokens, "BLOCK_ROWS": tile.rows, "SLICES": tile.slices, "STAGES": tile.stages,
+    }  # fmt: skip
+    return Case(
+        name=f"digits w4 g128 {dtype} rows {tile.rows} tokens {tile.tokens} warps {tile.warps} stages {tile.stages} "
+        f"of {channels}",
+        architecture=architecture,
+        kernel=digits_kernel,
+        types=types,
+        constants=constants,
+        warps=tile.warps,
+        stages=tile.stages,
+        matrix=("IMMA",),
+        weights=tile.rows * tile.slices * tile.stages * 128,
+        renames=True,
+    )
+
+
+def split_case(architecture: int, rotation: int | None, dtype: str = "bf16") -> Case:
+    """`triton.quantize.split`."""
+    constants = {
+        "CHANNELS": CHANNELS, "WIDTH": CHANNELS, "ROTATION": rotation or 0, "EQUALIZED": True,
+        "CHAINED": architecture >= tiles.CHAINS,
+    }  # fmt: skip
+    types = {"x": f"*{dtype}", "equalizer": "*fp32", "out": "*i8", "scales": "*fp32", "token_stride": "i32"}
+    return Case(
+        name=f"split {dtype} rotation {rotation}", architecture=architecture, kernel=split_kernel, types=types,
+        constants=constants, warps=1, stages=3, matrix=(),
+    )  # fmt: skip
 
 
 def prefill_case(
@@ -307,6 +355,8 @@ def dequantize_case(architecture: int, bits: int) -> Case:
 def checked_cases(architecture: int) -> list[Case]:
     """The few that every test run compiles: the tiles that most calls take, and those with the least room to spare."""
     return [
+        digits_case(architecture, 1, ROWS),
+        digits_case(architecture, 1, MANY_ROWS),
         decode_case(architecture, 1, 4, 128),
         decode_case(architecture, 1, 4, 128, zero_point=True, rows=1024),
         decode_case(architecture, 16, 4, 32, rows=1024),
@@ -328,6 +378,10 @@ def checked_cases(architecture: int) -> list[Case]:
 def all_cases(architecture: int) -> list[Case]:
     """Every shipped tile, with the weights that use it."""
     found = [
+        *[digits_case(architecture, *size) for size in itertools.product((1, 4), (1024, MANY_ROWS))],
+        digits_case(architecture, 1, ROWS, "fp16", 13824),
+        split_case(architecture, 128),
+        split_case(architecture, None, "fp16"),
         *_decode_cases(architecture),
         *_prefill_cases(architecture),
         *[quantize_case(architecture, group, rotation, "fp16") for group, rotation in QUANTIZED],

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from optimum_qvlm.kernels import reference
 from optimum_qvlm.kernels.checks import FULL_BITS
 from optimum_qvlm.kernels.triton import bytes as triton_bytes
+from optimum_qvlm.kernels.triton import digits as triton_digits
 from optimum_qvlm.kernels.triton import floats as triton_floats
 from optimum_qvlm.kernels.triton import levels as triton_levels
 from optimum_qvlm.kernels.triton import tiles
@@ -19,7 +20,7 @@ from optimum_qvlm.kernels.triton.dequantize import dequantize
 from optimum_qvlm.kernels.triton.launching import ALIGNMENT, Recording, record
 from optimum_qvlm.kernels.triton.layout import PackedWeight, is_packable, pack, stored_bits, unpack
 from optimum_qvlm.kernels.triton.prefill import linear_prefill
-from optimum_qvlm.kernels.triton.quantize import quantize_padded, transform
+from optimum_qvlm.kernels.triton.quantize import quantize_padded, split, transform
 from optimum_qvlm.kernels.weights import CodedWeight, Rounding, StoredWeight, WeightGrid
 
 LAYOUT = "triton"
@@ -106,6 +107,9 @@ def _product(x: Tensor, weight: PackedWeight, bias: Tensor | None, rounding: Rou
             return triton_levels.linear_levels(codes, scale, weight, bias, x.dtype)
         product = triton_bytes.linear_bytes if triton_bytes.takes(codes, weight) else linear_prefill
         return product(codes, scale, weight, bias, x.dtype)
+    if triton_digits.takes(x.shape[0], weight):
+        digits, scale = split(x, rounding, weight.width)
+        return triton_digits.linear_digits(digits, scale, weight, bias, x.dtype)
     transformed = transform(x, rounding)
     if x.shape[0] <= tiles.DECODE_TOKENS:
         return linear_decode(transformed, weight, bias)

@@ -120,6 +120,39 @@ def _write(
         tl.store(out + start + inside, tl.reshape(codes.to(tl.int8), (CHUNK,)), mask=mask)
 
 
+@triton.jit
+def split_kernel(
+    x, equalizer, out, scales,
+    token_stride,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, ROTATION: tl.constexpr, EQUALIZED: tl.constexpr,
+    CHAINED: tl.constexpr,
+):  # fmt: skip
+    """Transformed activations, rounded to the dtype of `x`, as four digits, out [tokens, 4, WIDTH], times `scales`.
+
+    One program per token and 128 channels, whose scale is the power of two that fills the digits. What follows CHAINED
+    programs may start with them.
+    """
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
+    # Tokens times channels pass 2**31 in long batches.
+    token = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * 128
+    values = _transformed(x + token * token_stride, equalizer, start, CHANNELS, 128, 128, ROTATION, EQUALIZED)
+    values = values.to(x.dtype.element_ty).to(tl.float32)
+    # The exponent of the largest, from the bits of a float: integers stay below 2**30, and no factor is subnormal.
+    exponent = tl.maximum(tl.max(tl.abs(values)).to(tl.int32, bitcast=True) >> 23, 30)
+    scale = ((exponent - 29) << 23).to(tl.float32, bitcast=True)
+    inverse = ((283 - exponent) << 23).to(tl.float32, bitcast=True)
+    # Digits from -128 to 127: what is added carries into the next one, and flipping a sign bit takes it off again.
+    digits = ((values * inverse).to(tl.int32) + 0x808080) ^ 0x808080
+    # Infinities and what is no number have no digits, so their scale is none either.
+    scale += tl.sum(values * 0.0)
+    tl.store(scales + token * (WIDTH // 128) + tl.program_id(1), scale)
+    place = out + token * (4 * WIDTH) + start + tl.arange(0, 128)
+    for digit in tl.static_range(0, 4):
+        tl.store(place + digit * WIDTH, (digits >> (8 * digit)).to(tl.int8))
+
+
 def fuses(rounding: Rounding) -> bool:
     """Whether the kernel applies the rotation of `rounding`; the definition does it before the kernel otherwise."""
     rotation, group = rounding.rotation, rounding.group
@@ -169,6 +202,40 @@ def transform(x: Tensor, rounding: Rounding) -> Tensor:
     transformed = empty(x, *x.shape)
     _launch(x, rounding, transformed, transformed)
     return transformed
+
+
+def split(x: Tensor, rounding: Rounding, width: int) -> tuple[Tensor, Tensor]:
+    """Transformed activations, rounded to the dtype of `x`, as int8 digits and powers of two.
+
+    Args:
+        x: [tokens, channels], floating, rows contiguous.
+        width: channels with padding, a multiple of 128; columns past the channels get digits 0.
+
+    Returns:
+        int8 digits [tokens, 4, width], of which the first weighs 1 and the others 256 times the one before, and fp32
+        scales [tokens, width / 128].
+    """
+    if not fuses(rounding):
+        x, rounding = transform(x, rounding), Rounding()
+    tokens, channels = x.shape
+    digits = empty(x, tokens, 4, width, dtype=torch.int8)
+    scale = empty(x, tokens, width // 128, dtype=torch.float32)
+    if digits.numel() == 0:
+        return digits, scale
+    arguments = {
+        "x": x,
+        "equalizer": x if rounding.equalizer is None else rounding.equalizer,
+        "out": digits,
+        "scales": scale,
+        "token_stride": x.stride(0),
+        "CHANNELS": channels,
+        "WIDTH": width,
+        "ROTATION": 0 if rounding.rotation is None else rounding.rotation,
+        "EQUALIZED": rounding.equalizer is not None,
+        "CHAINED": tiles.chains(x.device),
+    }
+    start(split_kernel, (tokens, width // 128), arguments, x.device, num_warps=1)
+    return digits, scale
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ import torch
 OLDEST = 80
 """The oldest architecture, compute capability times ten, that the kernels are compiled for."""
 
+DIGITS_TOKENS = 4
+"""Up to how many tokens an unrounded activation goes through `triton.digits` where that takes the weight."""
+
 DECODE_TOKENS = 32
 """Up to how many tokens an unrounded activation goes through `triton.decode`."""
 
@@ -28,6 +31,9 @@ DENSE_TOKENS = 1024
 BULK_COPIES = 90
 """The oldest architecture that copies whole tiles."""
 
+CHAINS = 90
+"""The oldest architecture that starts kernels ahead of the end of those before them."""
+
 LEVELS_TOKENS = 257
 """From how many tokens integer activations go through `triton.levels`, where the weight has scales on two levels."""
 
@@ -37,9 +43,9 @@ WRITTEN_TOKENS = 512
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148}
 """Of the largest device of an architecture."""
 
-MANY = {"decode": 64, "prefill": 12288, "bytes": 98304, "levels": 98304, "floats": 2}
-"""Per multiprocessor, the size from which a product is large: weight rows in decoding, programs of 64 rows in
-`triton.floats`, else elements of the result."""
+MANY = {"digits": 64, "decode": 64, "prefill": 12288, "bytes": 98304, "levels": 98304, "floats": 2}
+"""Per multiprocessor, the size from which a product is large: weight rows in decoding, by digits or not, programs of 64
+rows in `triton.floats`, else elements of the result."""
 
 MOST_REGISTERS = 255
 """That a thread of NVIDIA's devices can have."""
@@ -123,6 +129,11 @@ def speaks_ptx(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
+def chains(device: torch.device) -> bool:
+    """Whether a kernel may start before the one that it reads from has ended, and wait for it where it has to."""
+    return speaks_ptx(device) and architecture(device) >= CHAINS
+
+
 def leaves_products_open(device: torch.device) -> bool:
     """Whether matrix units read operands from registers while a program goes on, see `triton.prefill.settled`."""
     return speaks_ptx(device) and 90 <= architecture(device) < 100
@@ -131,6 +142,13 @@ def leaves_products_open(device: torch.device) -> bool:
 def size_class(kernel: str, architecture: int, size: int) -> str:
     """ "few" or "many": whether `size`, see `MANY`, keeps all multiprocessors of a device busy with large tiles."""
     return "many" if size >= MANY[kernel] * MULTIPROCESSORS.get(architecture, 108) else "few"
+
+
+@functools.lru_cache(maxsize=1024)
+def digits_tile(architecture: int, tokens: int, rows: int) -> DecodeTile:
+    """The tile of `triton.digits`."""
+    wanted = {"size": size_class("digits", architecture, rows)}
+    return DecodeTile(**_shape(_entry("digits", architecture, tokens, wanted)))
 
 
 @functools.lru_cache(maxsize=1024)

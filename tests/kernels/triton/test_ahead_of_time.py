@@ -33,6 +33,15 @@ def test_decoding_spends_few_instructions_on_a_weight():
     assert 1.0 < spent <= 3.1
 
 
+@pytest.mark.parametrize("rows", [5120, 28672])
+def test_digits_spend_a_third_of_that(rows):
+    """Of the instructions for a weight, so that memory is what one token waits for."""
+    case = resources.digits_case(90, 1, rows)
+
+    spent = sum(case.resources().body.values()) * case.warps * 32 / case.weights
+    assert 0.5 < spent <= 1.4
+
+
 @pytest.mark.parametrize("architecture", sorted({line["architecture"] for line in tiles.table()}))
 def test_the_whole_table_has_every_launch_shape_of_its_architecture(architecture):
     """A line that is never compiled is one whose faults nobody sees."""

@@ -33,6 +33,18 @@ def test_decoding_takes_its_tokens_in_one_program_as_long_as_it_can(architecture
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("tokens", range(1, tiles.DIGITS_TOKENS + 1))
+def test_digits_take_their_tokens_in_one_program_with_a_warp_for_each_slice(architecture, tokens):
+    """Columns of eight: those of two tokens at least."""
+    for rows in SIZES:
+        tile = tiles.digits_tile(architecture, tokens, rows)
+
+        assert tile.tokens >= tokens and tile.tokens % 2 == 0
+        assert tile.slices == tile.warps
+        assert tile.rows % 16 == 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     "operand_bits, bits, group", [(8, 4, 128), (8, 4, 32), (8, 6, 64), (8, 8, None), (16, 4, 128), (32, 4, 64)]
 )
@@ -75,6 +87,7 @@ def test_every_line_of_the_table_is_taken_by_something():
         for bits in (4, 6, 8):
             for operand, group in itertools.product((8, 16, 32), (None,) if bits == 8 else (None, 128, 32)):
                 taken.add(tiles.prefill_tile(architecture, operand, bits, group, tokens, rows))
+        taken.add(tiles.digits_tile(architecture, min(tokens, tiles.DIGITS_TOKENS), rows))
         taken.add(tiles.bytes_tile(architecture, tokens, rows))
         taken.add(tiles.levels_tile(architecture, tokens, rows))
         taken.add(tiles.floats_tile(architecture, tokens, rows))
