@@ -18,7 +18,7 @@ SOURCES := pyproject.toml optimum_qvlm/version.py optimum_qvlm/cli/command.py op
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow test-gpu test-transformers kernel-resources lint format clean
+.PHONY: help quickstart test test-slow test-gpu test-transformers test-clients kernel-resources lint format clean
 
 help: ## list these tasks
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null \
@@ -31,7 +31,7 @@ test: $(VENV)/.dev ## run the tests that any machine can run in minutes
 	@$(BIN)/python $(PYTEST) -m "not slow and not gpu"
 
 test-slow: $(VENV)/.dev ## run the heavy tests
-	@$(BIN)/python -m pytest -m "slow and not gpu"
+	@$(BIN)/python -m pytest -m "slow and not gpu" --ignore tests/clients
 
 test-gpu: $(VENV)/.dev ## run the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu
@@ -40,6 +40,9 @@ test-transformers: ## run the integration tests with one transformers release, V
 	@test -n "$(VERSION)" || { echo "make test-transformers needs VERSION, as in VERSION=5.16.0" >&2; exit 2; }
 	@$(MAKE) --no-print-directory .venv-tf-$(VERSION)/.dev
 	@.venv-tf-$(VERSION)/bin/python $(PYTEST) -m "integration and not slow and not gpu" --ignore tests/docs
+
+test-clients: .venv-clients/.dev ## run transformers serve and lm_eval on a quantized model
+	@.venv-clients/bin/python -m pytest tests/clients $(ARGUMENTS)
 
 kernel-resources: $(VENV)/.dev ## print what compiled kernels take on each architecture, TRITON=3.6.0 for another release
 	@test -z "$(TRITON)" || $(MAKE) --no-print-directory .triton-$(TRITON)/.installed
@@ -56,7 +59,7 @@ format: $(VENV)/.dev ## format the code and sort the imports
 	@$(BIN)/ruff format .
 
 clean: ## remove environments, caches and builds
-	rm -rf .venv .venv-tf-* .triton-* build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-* .triton-* build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamp files: each says that an environment got that far.
@@ -79,14 +82,23 @@ $(VENV)/.dev: $(SOURCES) | $(VENV)/.torch
 	@$(BIN)/python $(PIP) -e ".[dev]"
 	@touch $(VENV)/.package $@
 
-# Over the main environment, so that only what the other release needs otherwise is installed once more.
+# Over the main environment, so that only what it lacks, or needs otherwise, is installed once more.
+define overlay
+	@rm -rf $(1)
+	@$(BIN)/python -m venv --without-pip $(1)
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		>"$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beneath.pth"
+	@$(BIN)/python -m pip --python $(1)/bin/python $(INSTALL) $(2)
+endef
+
 .venv-tf-%/.dev: $(VENV)/.dev
 	@echo "Installing transformers $* over the environment"
-	@rm -rf .venv-tf-$*
-	@$(BIN)/python -m venv --without-pip .venv-tf-$*
-	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
-		>"$$(.venv-tf-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beneath.pth"
-	@$(BIN)/python -m pip --python .venv-tf-$*/bin/python $(INSTALL) "transformers==$*"
+	$(call overlay,.venv-tf-$*,"transformers==$*")
+	@touch $@
+
+.venv-clients/.dev: $(VENV)/.dev
+	@echo "Installing lm_eval and what transformers serve needs over the environment"
+	$(call overlay,.venv-clients,lm_eval "transformers[serving]==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("transformers"))')")
 	@touch $@
 
 .triton-%/.installed: | $(VENV)/.dev

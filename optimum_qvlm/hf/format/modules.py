@@ -27,7 +27,11 @@ from optimum_qvlm.modules.swap import replace_module
 from optimum_qvlm.plan import ModuleRecord, QuantPlan
 from optimum_qvlm.report.precision import readable_bytes, tensor_bytes
 
-GUARD = "optimum_qvlm.import_optimum_qvlm_before_loading"
+GUARD = (
+    "READ THIS: quantized with optimum-qvlm. `import optimum_qvlm` before loading, or `python -m optimum_qvlm PROGRAM`"
+)
+"""A tensor's name: a report of tensor names is all that transformers shows of a checkpoint that it cannot read."""
+
 LARGEST_GROWTH = 4  # from two bytes on disk to eight in memory, where dtype= asks for it
 SMALL_BUFFERS = 64 * 2**20  # positions, masks and the like, which are not stored
 SAFETENSORS_NAMES = {torch.int32: "I32", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
