@@ -54,7 +54,8 @@ def test_a_device_gets_lines_of_its_own_from_those_that_it_takes(architecture):
     lines = launch_table.own_lines(list(tiles.table()), architecture)
 
     assert {line["architecture"] for line in lines} == {architecture}
-    shape = {name: lines[0][name] for name in launch_table.SHAPE if name in lines[0]}
+    decoding = next(line for line in lines if line["kernel"] == "decode")
+    shape = {name: decoding[name] for name in launch_table.SHAPE if name in decoding}
     assert tiles.DecodeTile(**shape) == tiles.decode_tile(architecture, 4, 16, 1, 16)
 
 
