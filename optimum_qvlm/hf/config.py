@@ -456,6 +456,14 @@ class QVLMConfig(QuantizationConfigMixin):
         self.options()
 
 
+
+_SIGNATURE = signature(QVLMConfig.__init__)
+QVLMConfig.__signature__ = _SIGNATURE.replace(  # type: ignore[attr-defined]  # help() would show that of `__new__`
+    parameters=[parameter for name, parameter in _SIGNATURE.parameters.items() if name != "self"],
+    return_annotation=_SIGNATURE.empty,
+)
+
+
 def _defaults() -> dict[str, Any]:
     """What each setting is where it is not given."""
-    return {name: parameter.default for name, parameter in signature(QVLMConfig.__init__).parameters.items()}
+    return {name: parameter.default for name, parameter in signature(QVLMConfig).parameters.items()}

@@ -32,6 +32,9 @@ GUARD = (
 )
 """A tensor's name: a report of tensor names is all that transformers shows of a checkpoint that it cannot read."""
 
+GUARDS = (GUARD, "optimum_qvlm.import_optimum_qvlm_before_loading")
+"""With the name that it had before, which is read for ever."""
+
 LARGEST_GROWTH = 4  # from two bytes on disk to eight in memory, where dtype= asks for it
 SMALL_BUFFERS = 64 * 2**20  # positions, masks and the like, which are not stored
 SAFETENSORS_NAMES = {torch.int32: "I32", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -89,9 +92,10 @@ def require_checkpoint(config: QVLMConfig, files: list[str]) -> CalibrationRecor
     """
     found = read_headers(files)
     record = require_record(config, found)
-    if found.get(GUARD) != ["U8", [32]]:
-        raise CheckpointError(f"tensor {GUARD} is {found.get(GUARD)}, not the 32 bytes that every save writes")
-    identity = bytes(read_tensor(files, GUARD).tolist()).hex()
+    guard = next((name for name in GUARDS if name in found), GUARD)
+    if found.get(guard) != ["U8", [32]]:
+        raise CheckpointError(f"tensor {guard} is {found.get(guard)}, not the 32 bytes that every save writes")
+    identity = bytes(read_tensor(files, guard).tolist()).hex()
     if identity != record.found_identity:
         raise CheckpointError(
             f"the weights were not written together with config.json (identity {identity}, config "
@@ -158,7 +162,7 @@ def swap_in_quantized(model: Any, record: CalibrationRecord) -> None:
 
 def extra_tensors(modules: Iterable[str]) -> list[str]:
     """Names of what lies in the files beside the parameters."""
-    return [GUARD, *(f"{name}.{tensor}" for name in modules for tensor in ("weight", "weight_shape"))]
+    return [*GUARDS, *(f"{name}.{tensor}" for name in modules for tensor in ("weight", "weight_shape"))]
 
 
 def quantized_skeleton(model: Any, plan: QuantPlan) -> Any:
@@ -276,7 +280,7 @@ def _ignore_extra_tensors(model: Any) -> None:
     """Keep shapes and guards out of transformers' report of unexpected tensors."""
     paths = "|".join(re.escape(path) for path in quantized_modules(model))
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-    model._keys_to_ignore_on_load_unexpected = ignored | {rf"^({paths})\.weight(_shape)?$", re.escape(GUARD)}
+    model._keys_to_ignore_on_load_unexpected = ignored | {rf"^({paths})\.weight(_shape)?$", *map(re.escape, GUARDS)}
 
 
 __all__ = [
