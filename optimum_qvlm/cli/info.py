@@ -17,6 +17,7 @@ from optimum_qvlm.report.precision import (
     tensor_bytes,
 )
 
+LONG_RECORDS = ("modules", "blocks", "manifest", "headers", "model_config")
 LABELS = {"tokens": "answer tokens", "mean_kl": "mean KL", "top1_agreement": "same first choice"}
 
 
@@ -43,9 +44,7 @@ def as_values(found: Inspection) -> dict[str, Any]:
         "commit": found.commit,
         "architecture": found.architecture,
         "format_version": found.values.get("format_version"),
-        "settings": {
-            name: value for name, value in found.values.items() if name not in ("modules", "manifest", "blocks")
-        },
+        "settings": {name: value for name, value in found.values.items() if name not in LONG_RECORDS},
         "files": dict(found.files),
         "bytes": {"tensors": sum(map(tensor_bytes, record.manifest.values())), "files": sum(found.files.values())},
         "parts": [row.to_dict() for row in found.rows],

@@ -85,7 +85,14 @@ class QVLMQuantizer(HfQuantizer):
             from optimum_qvlm.hf.format.index import require_index_of
 
             require_index_of(self.config, config.name_or_path or "")
+            self._require_same_model(config, config.name_or_path or None)
         return config
+
+    def _require_same_model(self, config: Any, folder: str | Path | None) -> None:
+        from optimum_qvlm.hf.format.model_config import require_same_model
+
+        if folder is not None:
+            require_same_model(self.config.record, config, Path(folder) / "config.json")
 
     def update_tp_plan(self, config: Any) -> Any:
         """The same hook in releases of transformers before there was `update_attn_implementation`, as 5.16."""
@@ -113,6 +120,7 @@ class QVLMQuantizer(HfQuantizer):
         watch_access(model, self._note_access)
         if self.pre_quantized:
             self.source.require_inside(map(Path, files))
+            self._require_same_model(model.config, self.source.folder)
             record = require_checkpoint(self.config, files)
             swap_in_quantized(model, record)
             require_coverage(model, record.manifest or {}, extra_tensors(record.modules))

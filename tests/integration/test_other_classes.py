@@ -15,6 +15,7 @@ from transformers import (
 
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.errors import CheckpointError, ConfigError
+from optimum_qvlm.hf.format.record import config_digest
 from tests.jobs import load, logits, make_batch, quantize
 from tests.tiny_models import tiny_llama, tiny_llava
 
@@ -32,10 +33,13 @@ def saved(llama_folder, llava_folder, tmp_path_factory) -> dict[str, Path]:
 
 
 def edited(folder: Path, target: Path, part: str | None = None, **changes: object) -> Path:
-    """A copy whose config.json, or a part of it, differs outside `quantization_config`."""
+    """A copy whose config.json, or a part of it, differs outside `quantization_config`, and says nothing of it."""
     shutil.copytree(folder, target)
     values = json.loads((target / "config.json").read_text())
     (values if part is None else values[part]).update(changes)
+    record = values["quantization_config"]
+    del record["model_config"]
+    record["digest"] = config_digest(record)
     (target / "config.json").write_text(json.dumps(values))
     return target
 
