@@ -221,7 +221,19 @@ class QVLMQuantizer(HfQuantizer):
             find_preset(self.config.dataset)
         names = disk_names_of_linears(model, read_headers(files))
         self._plan = make_plan(adapter_for(model), self.config.options(), names)
+        self._require_head(model)
         self._model = model
+
+    def _require_head(self, model: Any) -> None:
+        from optimum_qvlm.evaluation.fidelity import predicts_tokens
+        from optimum_qvlm.pipeline.encoder.step import learns_encoder
+
+        if learns_encoder(self._plan, self.config.options()) and not predicts_tokens(model):
+            raise ConfigError(
+                f"encoder_epochs={self.config.encoder_epochs} learns from the answers that the language model predicts,"
+                f" and {type(model).__name__} has no output embedding to predict them; load a class with a language "
+                "model head, as AutoModelForImageTextToText, or set encoder_epochs=0"
+            )
 
     def _calibrate(self, model: Any) -> None:
         from optimum_qvlm.hf.calibration_data import prepare_data, require_all_loaded, users_processor

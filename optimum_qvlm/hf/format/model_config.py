@@ -81,18 +81,15 @@ def _first_difference(saved: Mapping[str, Any], found: Mapping[str, Any], loaded
     return next(_differences(*meant), None)
 
 
-def _differences(
-    saved: Mapping[str, Any], found: Mapping[str, Any], path: str = "", *, is_config: bool = True
-) -> Iterator[tuple[str, Any, Any]]:
-    """(field, its value in `saved`, in `found`). What a configuration has besides the fields of its class is nobody's
-    business, while dicts inside of one, as those of rotary embeddings, count whole."""
-    added = () if is_config else (name for name in found if name not in saved)
-    for name in (*saved, *added):
-        if is_config and name in FREE:
+def _differences(saved: Mapping[str, Any], found: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(field, its value in `saved`, in `found`). Fields that the class does not declare count too: transformers reads
+    some, as `sliding_window`, from any configuration that has them."""
+    for name in (*saved, *(name for name in found if name not in saved)):
+        if name in FREE:
             continue
         old, new = saved.get(name, _ABSENT), found.get(name, _ABSENT)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from _differences(old, new, f"{path}{name}.", is_config=str(name).endswith("_config"))
+            yield from _differences(old, new, f"{path}{name}.")
         elif not _is_same(old, new):
             yield f"{path}{name}", old, new
 
