@@ -7,7 +7,7 @@ from typing import Any
 from optimum_qvlm.cli.outcome import finish, print_json, say
 from optimum_qvlm.hf.format.inspection import Inspection, inspect_checkpoint
 from optimum_qvlm.plan import ModuleRecord
-from optimum_qvlm.report.figures import fidelity_figures, folded_norms, generation_figures
+from optimum_qvlm.report.figures import fidelity_figures, folded_norms, generation_figures, state_figures
 from optimum_qvlm.report.precision import (
     bytes_of_modules,
     readable_activation,
@@ -17,6 +17,7 @@ from optimum_qvlm.report.precision import (
     tensor_bytes,
 )
 
+LONG_RECORDS = ("modules", "blocks", "manifest", "headers", "model_config")
 LABELS = {"tokens": "answer tokens", "mean_kl": "mean KL", "top1_agreement": "same first choice"}
 
 
@@ -43,14 +44,13 @@ def as_values(found: Inspection) -> dict[str, Any]:
         "commit": found.commit,
         "architecture": found.architecture,
         "format_version": found.values.get("format_version"),
-        "settings": {
-            name: value for name, value in found.values.items() if name not in ("modules", "manifest", "blocks")
-        },
+        "settings": {name: value for name, value in found.values.items() if name not in LONG_RECORDS},
         "files": dict(found.files),
         "bytes": {"tensors": sum(map(tensor_bytes, record.manifest.values())), "files": sum(found.files.values())},
         "parts": [row.to_dict() for row in found.rows],
         "blocks": record.blocks,
         "fidelity": fidelity_figures(found.report),
+        "states": state_figures(found.report),
         "generation": generation_figures(found.report),
         "modules": {
             name: module.to_dict() | {"scheme": scheme_of(module), "bytes": sizes.get(name, 0)}
@@ -108,6 +108,11 @@ def _summary(found: Inspection) -> list[str]:
     for name, figures in fidelity_figures(found.report).items():
         shown = ", ".join(f"{LABELS[key]} {value:.4g}" for key, value in figures.items())
         lines.append(f"fidelity    on {name}: {shown}")
+    if states := state_figures(found.report):
+        lines.append(
+            f"fidelity    on hidden states of {states['tokens']} tokens: relative squared error "
+            f"{states['relative_error']:.4g}"
+        )
     if generated := generation_figures(found.report):
         agreed = "" if generated["exact_match"] == 1 else f"first difference after {generated['agreed_tokens']:.4g} of "
         lines.append(

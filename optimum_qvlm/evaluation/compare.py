@@ -9,7 +9,15 @@ from torch import Tensor
 
 from optimum_qvlm.evaluation.continuation import continuation_of
 from optimum_qvlm.evaluation.decoding import decoded_logits, greedy_answers, pad_token_of
-from optimum_qvlm.evaluation.fidelity import answer_logits, compare, compare_answers, device_of
+from optimum_qvlm.evaluation.fidelity import (
+    answer_logits,
+    answer_states,
+    compare,
+    compare_answers,
+    compare_states,
+    device_of,
+    predicts_tokens,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,12 +25,14 @@ class Observation:
     """Of one model on some batches.
 
     Attributes:
-        prefill: logits of `answer_logits`, per batch.
+        prefill: logits of `answer_logits`, per batch; empty where the model predicts no tokens.
+        states: last hidden states of `answer_states` in their place, per batch; empty where it does.
         decode: those of `decoded_logits`, per batch that can be continued; empty where the model cannot generate.
         answers: tokens of greedy answers, per row that can be continued.
     """
 
-    prefill: list[Tensor]
+    prefill: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
     decode: list[Tensor] = field(default_factory=list)
     answers: list[list[int]] = field(default_factory=list)
 
@@ -45,6 +55,8 @@ def observe(
         DataError: a batch has no labels, or none that marks an answer.
     """
     device = device_of(model) if device is None else device
+    if not predicts_tokens(model):
+        return Observation(states=answer_states(model, batches, device))
     seen = Observation(prefill=answer_logits(model, batches, device))
     if not model.can_generate():
         return seen
@@ -62,7 +74,11 @@ def observe(
 
 
 def fidelity_report(reference: Observation, found: Observation) -> dict[str, Any]:
-    """`fidelity` of the report: figures of `prefill`, and of `decode` and `generate`, None where a model cannot."""
+    """`fidelity` of the report: figures of `prefill`, and of `decode` and `generate`, None where a model cannot; of
+    `states` in their place where it predicts no tokens."""
+    if reference.states:
+        states = asdict(compare_states(reference.states, found.states))
+        return {"prefill": None, "decode": None, "generate": None, "states": states}
     decodes = bool(reference.decode)
     return {
         "prefill": asdict(compare(reference.prefill, found.prefill)),

@@ -1,6 +1,6 @@
 """How close a quantized model stays to full precision, token by token."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,24 @@ class Agreement:
     exact_match: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateFidelity:
+    """How close last hidden states stay, for models that predict no tokens.
+
+    Attributes:
+        tokens: how many were compared.
+        relative_error: sum of squared differences over that of squares of the reference.
+    """
+
+    tokens: int
+    relative_error: float
+
+
+def predicts_tokens(model: Any) -> bool:
+    """Whether a model has logits over its vocabulary: the bare ones of `AutoModel` and classifiers have none."""
+    return model.get_output_embeddings() is not None
+
+
 def device_of(model: Any) -> torch.device:
     """Where inputs of a model go: the first of its devices that is not the CPU, if there is one."""
     placed = [parameter.device for parameter in model.parameters() if parameter.device.type != "meta"]
@@ -61,17 +79,31 @@ def answer_logits(
     Raises:
         DataError: a batch has no labels, or none that marks an answer.
     """
-    logits = []
+    return _at_answers(lambda inputs: model(**inputs).logits, batches, device_of(model) if device is None else device)
+
+
+def answer_states(
+    model: Any, batches: Sequence[Mapping[str, Tensor]], device: torch.device | None = None
+) -> list[Tensor]:
+    """Last hidden states [answer tokens, channels] at the same positions, in the same way."""
+    base = model.base_model
     device = device_of(model) if device is None else device
+    return _at_answers(lambda inputs: base(**inputs).last_hidden_state, batches, device)
+
+
+def _at_answers(
+    forward: Callable[[dict[str, Any]], Tensor], batches: Sequence[Mapping[str, Tensor]], device: torch.device
+) -> list[Tensor]:
+    outputs = []
     for number, batch in enumerate(batches):
         if "labels" not in batch or not bool((batch["labels"][:, 1:] != IGNORED).any()):
             raise DataError(f"batch {number} has no labelled answer tokens to compare on")
-        inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+        inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
         with torch.inference_mode():
-            output = model(**inputs, use_cache=False).logits
+            output = forward({**inputs, "use_cache": False})
         predicting = (batch["labels"][:, 1:] != IGNORED).to(output.device)
-        logits.append(output[:, :-1][predicting].float().cpu())
-    return logits
+        outputs.append(output[:, :-1][predicting].float().cpu())
+    return outputs
 
 
 def right_answers(logits: Sequence[Tensor], batches: Sequence[Mapping[str, Tensor]]) -> list[bool]:
@@ -98,6 +130,16 @@ def compare(reference: Sequence[Tensor], found: Sequence[Tensor]) -> Fidelity:
         agreed += float((wanted.argmax(-1) == got.argmax(-1)).sum())
         tokens += wanted.shape[0]
     return Fidelity(tokens=int(tokens), mean_kl=kl / tokens, top1_agreement=agreed / tokens)
+
+
+def compare_states(reference: Sequence[Tensor], found: Sequence[Tensor]) -> StateFidelity:
+    """Fidelity of `found` to `reference`, both as `answer_states` returns them."""
+    error = square = 0.0
+    for target, got in zip(reference, found, strict=True):
+        error += float((got.double() - target.double()).square().sum())
+        square += float(target.double().square().sum())
+    tokens = sum(len(target) for target in reference)
+    return StateFidelity(tokens=tokens, relative_error=error / square if square > 0 else error)
 
 
 def compare_answers(reference: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> Agreement:

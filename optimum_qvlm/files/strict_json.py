@@ -8,9 +8,12 @@ def dumps(value: Any, **layout: Any) -> str:
     """JSON text; `layout` are options of `json.dumps`.
 
     Raises:
-        ValueError: a number is NaN or infinite.
+        ValueError: a number is NaN or infinite, or the value is nested too deep.
     """
-    return json.dumps(value, allow_nan=False, **layout)
+    try:
+        return json.dumps(value, allow_nan=False, **layout)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 def loads(data: str | bytes) -> Any:

@@ -137,6 +137,7 @@ class _Loaded:
         self.held_out = read_held_out(config.dataset, self.options, count=HELD_OUT, **images)
         self.conversations = [sample for sample in samples if isinstance(sample, Sample)]
         self.ready = [sample for sample in samples if not isinstance(sample, Sample)]
+        _require_answers(model, [*self.conversations, *(s for s in self.held_out if isinstance(s, Sample))])
         own = users_processor(config, source.access) if self.conversations else None
         self.processor = source.load_processor() if self.conversations and own is None else own
 
@@ -182,6 +183,20 @@ class _Loaded:
         if "attention_mask" in batch and batch["attention_mask"].shape == ids.shape:
             text &= batch["attention_mask"].bool()
         return torch.where(text, ids, -100)
+
+
+def _require_answers(model: Any, samples: list[Sample]) -> None:
+    """Refuse samples without answers for a model that cannot write any.
+
+    Raises:
+        DataError: says how many.
+    """
+    missing = sum(sample.answer is None and sample.text is None for sample in samples)
+    if missing > 0 and not model.can_generate():
+        raise DataError(
+            f"{missing} of {len(samples)} samples have no answer, and {type(model).__name__} cannot write one, as it "
+            "generates nothing; give samples with answers, or load a class with a language model head"
+        )
 
 
 def _held_out(loaded: _Loaded, plan: QuantPlan, device: torch.device) -> list[Batch]:

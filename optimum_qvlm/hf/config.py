@@ -11,7 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.files import strict_json
 from optimum_qvlm.hf.format.migration import migrate
-from optimum_qvlm.hf.format.record import CalibrationRecord, config_digest, config_identity, read_record
+from optimum_qvlm.hf.format.record import SEALS, CalibrationRecord, config_digest, config_identity, read_record
 from optimum_qvlm.hf.settings import LISTS, idle_settings, require_group, require_levels, require_valid
 from optimum_qvlm.pipeline.options import (
     FAST_CLIPS,
@@ -81,7 +81,7 @@ _PRECISION = (
 )
 """Settings that say what a checkpoint holds: another value asked for when it is loaded is an error."""
 
-_RESULTS = ("modules", "blocks", "calibration", "manifest", "digest")
+_RESULTS = ("modules", "blocks", "calibration", *SEALS)
 
 
 class QVLMConfig(QuantizationConfigMixin):
@@ -336,10 +336,8 @@ class QVLMConfig(QuantizationConfigMixin):
             values["modules"] = {name: record.to_dict() for name, record in self.record.modules.items()}
             values["blocks"] = self.record.blocks
             values["calibration"] = self.record.calibration
-            if self.record.manifest is not None:
-                values["manifest"] = self.record.manifest
-            if self.record.digest is not None:
-                values["digest"] = self.record.digest
+            seals = {name: getattr(self.record, name) for name in SEALS}
+            values |= {name: seal for name, seal in seals.items() if seal is not None}
         return strict_json.loads(strict_json.dumps(values))  # type: ignore[no-any-return]
 
     @classmethod

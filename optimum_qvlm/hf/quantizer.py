@@ -90,7 +90,14 @@ class QVLMQuantizer(HfQuantizer):
             from optimum_qvlm.hf.format.index import require_index_of
 
             require_index_of(self.config, config.name_or_path or "")
+            self._require_same_model(config, config.name_or_path or None)
         return config
+
+    def _require_same_model(self, config: Any, folder: str | Path | None) -> None:
+        from optimum_qvlm.hf.format.model_config import require_same_model
+
+        if folder is not None:
+            require_same_model(self.config.record, config, Path(folder) / "config.json")
 
     def update_tp_plan(self, config: Any) -> Any:
         """The same hook in releases of transformers before there was `update_attn_implementation`, as 5.16."""
@@ -118,6 +125,7 @@ class QVLMQuantizer(HfQuantizer):
         watch_access(model, self._note_access)
         if self.pre_quantized:
             self.source.require_inside(map(Path, files))
+            self._require_same_model(model.config, self.source.folder)
             record = require_checkpoint(self.config, files)
             swap_in_quantized(model, record)
             require_coverage(model, record.manifest or {}, extra_tensors(record.modules))
@@ -221,7 +229,19 @@ class QVLMQuantizer(HfQuantizer):
             find_preset(self.config.dataset)
         names = disk_names_of_linears(model, read_headers(files))
         self._plan = make_plan(adapter_for(model), self.config.options(), names)
+        self._require_head(model)
         self._model = model
+
+    def _require_head(self, model: Any) -> None:
+        from optimum_qvlm.evaluation.fidelity import predicts_tokens
+        from optimum_qvlm.pipeline.encoder.step import learns_encoder
+
+        if learns_encoder(self._plan, self.config.options()) and not predicts_tokens(model):
+            raise ConfigError(
+                f"encoder_epochs={self.config.encoder_epochs} learns from the answers that the language model predicts,"
+                f" and {type(model).__name__} has no output embedding to predict them; load a class with a language "
+                "model head, as AutoModelForImageTextToText, or set encoder_epochs=0"
+            )
 
     def _calibrate(self, model: Any) -> None:
         from optimum_qvlm.hf.calibration_data import prepare_data, require_all_loaded, users_processor

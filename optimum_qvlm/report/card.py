@@ -14,6 +14,7 @@ from optimum_qvlm.report.figures import (
     generation_figures,
     kept_names,
     memory_bytes,
+    state_figures,
 )
 from optimum_qvlm.report.precision import (
     PartRow,
@@ -209,6 +210,11 @@ def _fidelity(report: Mapping[str, Any]) -> str:
         text += (
             f"\nGreedy answers: {100 * generated['exact_match']:.1f} % of {generated['answers']} are those of full "
             f"precision throughout; {agreed}{generated['tokens']:.1f} tokens on average.\n"
+        )
+    if states := state_figures(report):
+        text += (
+            f"\nLast hidden states: squared error {states['relative_error']:.2e} of their square, on "
+            f"{states['tokens']} tokens.\n"
         )
     return f"## Fidelity to full precision\n{text}" if text else ""
 

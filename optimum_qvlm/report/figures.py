@@ -11,6 +11,9 @@ HELD_OUT = "held-out samples"
 GENERATION = ("answers", "tokens", "agreed_tokens", "exact_match")
 """What is said of greedy answers."""
 
+STATES = ("tokens", "relative_error")
+"""What is said of the hidden states of models that predict no tokens."""
+
 LARGEST = 1e18
 
 
@@ -75,6 +78,14 @@ def generation_figures(report: Mapping[str, Any]) -> dict[str, int | float]:
     found = fidelity.get("generate") if isinstance(fidelity, Mapping) else None
     figures = _figures(found, GENERATION) if isinstance(found, Mapping) else {}
     return figures if len(figures) == len(GENERATION) else {}
+
+
+def state_figures(report: Mapping[str, Any]) -> dict[str, int | float]:
+    """How close hidden states are to those of full precision; empty where the report does not have all of it."""
+    fidelity = report.get("fidelity")
+    found = fidelity.get("states") if isinstance(fidelity, Mapping) else None
+    figures = _figures(found, STATES) if isinstance(found, Mapping) else {}
+    return figures if len(figures) == len(STATES) else {}
 
 
 def _figures(entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, int | float]:

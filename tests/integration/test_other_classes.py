@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -13,8 +14,9 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from optimum_qvlm import QVLMConfig
-from optimum_qvlm.errors import CheckpointError, ConfigError
+from optimum_qvlm import QVLMConfig, dry_run
+from optimum_qvlm.errors import CheckpointError, ConfigError, DataError
+from optimum_qvlm.hf.format.record import config_digest
 from tests.jobs import load, logits, make_batch, quantize
 from tests.tiny_models import tiny_llama, tiny_llava
 
@@ -32,10 +34,13 @@ def saved(llama_folder, llava_folder, tmp_path_factory) -> dict[str, Path]:
 
 
 def edited(folder: Path, target: Path, part: str | None = None, **changes: object) -> Path:
-    """A copy whose config.json, or a part of it, differs outside `quantization_config`."""
+    """A copy whose config.json, or a part of it, differs outside `quantization_config`, and says nothing of it."""
     shutil.copytree(folder, target)
     values = json.loads((target / "config.json").read_text())
     (values if part is None else values[part]).update(changes)
+    record = values["quantization_config"]
+    del record["model_config"]
+    record["digest"] = config_digest(record)
     (target / "config.json").write_text(json.dumps(values))
     return target
 
@@ -108,6 +113,120 @@ def test_models_without_language_head_are_quantized(request, tmp_path, family, a
     assert torch.equal(first_output(model, folder), first_output(again, folder))
     if hasattr(again, "score"):
         assert type(again.score) is torch.nn.Linear
+
+
+@pytest.mark.parametrize(
+    "family, auto_class",
+    [("llama", AutoModel), ("llava", AutoModel), ("llama", AutoModelForSequenceClassification)],
+    ids=["text", "images", "classes"],
+)
+def test_without_logits_fidelity_is_that_of_hidden_states(request, tmp_path, family, auto_class):
+    """Held-out samples, which the packaged set has too, ended in AttributeError or IndexError."""
+    folder = request.getfixturevalue(f"{family}_folder")
+    dataset = [make_batch(folder, seed=seed) for seed in range(5)]
+
+    errors = {}
+    for scheme in ("w4a8", "w8a16"):
+        config = QVLMConfig(scheme, dataset=dataset, num_samples=4)
+        model = auto_class.from_pretrained(folder, quantization_config=config)
+        fidelity = model.hf_quantizer.report["fidelity"]
+        assert fidelity["prefill"] is None and fidelity["decode"] is None and fidelity["generate"] is None
+        assert fidelity["states"]["tokens"] > 0
+        errors[scheme] = fidelity["states"]["relative_error"]
+    assert 0 < errors["w8a16"] < errors["w4a8"] < 0.1
+    model.save_pretrained(tmp_path)
+    assert "Last hidden states: squared error" in (tmp_path / "README.md").read_text()
+
+
+def test_the_encoder_step_without_a_head_is_refused_before_weights_are_read(llava_folder):
+    """It ended in "'NoneType' object is not callable" after the search of the tower."""
+    config = QVLMConfig.paper(4, dataset=[make_batch(llava_folder, seed=0)])
+
+    with pytest.raises(ConfigError, match=r"encoder_epochs=10 .* LlavaModel has no output embedding.*encoder_epochs=0"):
+        AutoModel.from_pretrained(llava_folder, quantization_config=config)
+
+
+@pytest.mark.parametrize("try_it", [True, False], ids=["dry run", "calibration"])
+def test_samples_without_answers_need_a_model_that_writes_them(bundled_folder, try_it):
+    """`LlavaModel` has no `generate`."""
+    rows = [{"image": Image.new("RGB", (32, 32)), "question": "Which?"}, {"text": "Plain text needs no answer."}]
+
+    with pytest.raises(DataError, match=r"1 of 2 samples have no answer, and LlavaModel cannot write one"):
+        if try_it:
+            dry_run(bundled_folder, QVLMConfig(dataset=rows), model_class=AutoModel)
+        else:
+            AutoModel.from_pretrained(bundled_folder, quantization_config=QVLMConfig(dataset=rows))
+
+
+def changed_config(folder: Path, target: Path, change) -> Path:
+    """A copy whose config.json is what `change` makes of it, as an editor would leave it."""
+    shutil.copytree(folder, target)
+    values = json.loads((target / "config.json").read_text())
+    change(values)
+    (target / "config.json").write_text(json.dumps(values))
+    return target
+
+
+@pytest.mark.parametrize(
+    "family, change, message",
+    [
+        ("llama", lambda v: v.update(rms_norm_eps=1.0), r"says rms_norm_eps=1.0, .* saved with 1e-06"),
+        ("llama", lambda v: v.update(hidden_act="gelu"), r'says hidden_act="gelu", .* saved with "silu"'),
+        ("llama", lambda v: v.update(hidden_act="none such"), r'says hidden_act="none such"'),
+        ("llama", lambda v: v.pop("num_key_value_heads"), r"says num_key_value_heads=4, .* saved with 2"),
+        ("llama", lambda v: v["rope_parameters"].update(rope_theta=1.0), r"says rope_parameters.rope_theta=1.0"),
+        ("llama", lambda v: v.update(dtype="bfloat16"), r'says dtype="bfloat16", .* saved with "float32"'),
+        ("llama", lambda v: v.update(sliding_window=2), r"says sliding_window=2, .* saved with nothing"),
+        ("llama", lambda v: v.update(num_hidden_layers=9999), r"says num_hidden_layers=9999, .* saved with 2"),
+        ("llava", lambda v: v.update(vision_feature_layer=-1), r"says vision_feature_layer=-1, .* saved with -2"),
+        ("llava", lambda v: v["vision_config"].update(layer_norm_eps=0.5), r"says vision_config.layer_norm_eps=0.5"),
+    ],
+)
+def test_a_config_that_computes_something_else_is_refused(saved, tmp_path, family, change, message):
+    """All tensors fit, so nothing else tells; these loaded to other outputs, or to a KeyError."""
+    folder = changed_config(saved[family], tmp_path / "changed", change)
+
+    with pytest.raises(CheckpointError, match=message + ".*restore config.json.*given to from_pretrained"):
+        load(folder)
+
+
+def test_a_config_that_means_the_same_loads_the_same(saved, tmp_path):
+    """Other releases leave other defaults out, and what only generation reads may change."""
+
+    def change(values):
+        del values["mlp_bias"], values["transformers_version"]
+        values.update(use_cache=False, eos_token_id=[2, 3], rope_theta=10000.0)
+
+    folder = changed_config(saved["llama"], tmp_path / "changed", change)
+
+    batch = make_batch(folder)
+    assert torch.equal(logits(load(folder), batch), logits(load(saved["llama"]), batch))
+
+
+def test_a_change_that_is_given_to_from_pretrained_holds_and_is_saved(saved, tmp_path):
+    model = load(saved["llama"], rms_norm_eps=0.5)
+    model.save_pretrained(tmp_path)
+
+    again, batch = load(tmp_path), make_batch(tmp_path)
+    assert again.config.rms_norm_eps == 0.5
+    assert torch.equal(logits(again, batch), logits(model, batch))
+    assert not torch.equal(logits(again, batch), logits(load(saved["llama"]), batch))
+
+
+def test_tensors_that_change_places_are_refused(saved, tmp_path):
+    """Name, dtype and shape of every tensor stay."""
+    shutil.copytree(saved["llama"], tmp_path / "changed")
+    path = tmp_path / "changed" / "model.safetensors"
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    first, second = (f"model.layers.{layer}.self_attn.q_proj.weight_packed" for layer in (0, 1))
+    header[first], header[second] = header[second], header[first]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+    with pytest.raises(CheckpointError, match="not where the save put them"):
+        load(tmp_path / "changed")
 
 
 def test_run_time_settings_hold_at_reload(saved):

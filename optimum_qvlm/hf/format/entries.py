@@ -15,6 +15,12 @@ LARGEST_ROTATION = 1024
 """Channels of a Hadamard block, of which a matrix is made."""
 
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
+SEAL_TYPES: dict[str, tuple[type, str]] = {
+    "manifest": (Mapping, "a dict of tensors"),
+    "headers": (list, "a list of texts"),
+    "model_config": (Mapping, "a dict of fields"),
+    "digest": (str, "a text"),
+}
 FIELD_TYPES = get_type_hints(ModuleRecord)
 
 
@@ -31,10 +37,11 @@ def require_entries(values: Mapping[str, Any]) -> None:
     _require_blocks(values.get("blocks", []))
     if not isinstance(values.get("calibration", {}), Mapping):
         raise _bad("calibration", values["calibration"], "a dict")
-    for name in ("manifest", "digest"):
-        expected = (Mapping, "a dict of tensors") if name == "manifest" else (str, "a text")
-        if values.get(name) is not None and not isinstance(values[name], expected[0]):
-            raise _bad(name, values[name], expected[1])
+    for name, (kind, expected) in SEAL_TYPES.items():
+        if values.get(name) is not None and not isinstance(values[name], kind):
+            raise _bad(name, values[name], expected)
+    if not all(isinstance(header, str) for header in values.get("headers") or ()):
+        raise _bad("headers", values["headers"], "a list of texts")
     for name, entry in (values.get("manifest") or {}).items():
         if not _is_tensor_entry(entry):
             raise _bad(f"manifest[{name}]", entry, f"[dtype, [sizes of 0..{LARGEST}]]")

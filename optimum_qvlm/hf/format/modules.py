@@ -18,8 +18,14 @@ from torch import Tensor, nn
 from optimum_qvlm.errors import CheckpointError, SpecError
 from optimum_qvlm.hf.config import QVLMConfig
 from optimum_qvlm.hf.format.names import runtime_modules
-from optimum_qvlm.hf.format.record import CalibrationRecord
-from optimum_qvlm.hf.format.safetensors_files import Manifest, read_headers, read_tensor, require_manifest
+from optimum_qvlm.hf.format.record import CalibrationRecord, require_digest
+from optimum_qvlm.hf.format.safetensors_files import (
+    Manifest,
+    header_digests,
+    read_headers,
+    read_tensor,
+    require_manifest,
+)
 from optimum_qvlm.hf.memory import return_freed_memory
 from optimum_qvlm.kernels import CHECKPOINT_LAYOUTS
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
@@ -92,6 +98,11 @@ def require_checkpoint(config: QVLMConfig, files: list[str]) -> CalibrationRecor
     """
     found = read_headers(files)
     record = require_record(config, found)
+    if record.headers is not None and header_digests(files) != record.headers:
+        raise CheckpointError(
+            "the safetensors files hold the tensors on record, but not where the save put them, so that values may be "
+            "exchanged; fetch them again, and for shards of another size save the loaded model with max_shard_size"
+        )
     guard = next((name for name in GUARDS if name in found), GUARD)
     if found.get(guard) != ["U8", [32]]:
         raise CheckpointError(f"tensor {guard} is {found.get(guard)}, not the 32 bytes that every save writes")
@@ -116,11 +127,7 @@ def require_record(config: QVLMConfig, found: Manifest) -> CalibrationRecord:
             "quantization_config has no record of a finished calibration (modules, manifest, digest); the folder was "
             "not written by save_pretrained of a quantized model"
         )
-    if record.digest != record.found_digest:
-        raise CheckpointError(
-            f"quantization_config was changed after saving (digest {record.digest}, content {record.found_digest}); "
-            "restore config.json, or quantize again with other settings"
-        )
+    require_digest(record)
     require_manifest(record.manifest, found)
     packed = (tensor.removesuffix(".weight_packed") for tensor in found if tensor.endswith(".weight_packed"))
     unrecorded = next((name for name in packed if name not in record.modules), None)

@@ -5,10 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from optimum_qvlm.errors import ConfigError
+from optimum_qvlm.errors import CheckpointError, ConfigError
 from optimum_qvlm.files import strict_json
 from optimum_qvlm.hf.format.entries import require_entries
 from optimum_qvlm.plan import ModuleRecord
+
+SEALS = ("manifest", "headers", "model_config", "digest")
+"""What a save adds to the record once the files are written: it says how these belong together."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -20,6 +23,8 @@ class CalibrationRecord:
         blocks: the partition.
         calibration: data fingerprint, sample count, seed, package versions.
         manifest: name -> [dtype, shape] of every tensor as written; set when a checkpoint is saved.
+        headers: SHA-256 of the header of every weight file as written, sorted; set when a checkpoint is saved.
+        model_config: what config.json says of the model, see `model_config_of`; set when a checkpoint is saved.
         digest: SHA-256 over the rest of the saved configuration; set when a checkpoint is saved.
         found_digest: the same, computed over the configuration that was read.
         found_identity: `config_identity` of the configuration that was read.
@@ -29,6 +34,8 @@ class CalibrationRecord:
     blocks: list[dict[str, Any]] = field(default_factory=list)
     calibration: dict[str, Any] = field(default_factory=dict)
     manifest: dict[str, Any] | None = None
+    headers: list[str] | None = None
+    model_config: dict[str, Any] | None = None
     digest: str | None = None
     found_digest: str | None = None
     found_identity: str | None = None
@@ -52,6 +59,8 @@ def read_record(values: Mapping[str, Any]) -> CalibrationRecord:
         blocks=list(values.get("blocks", [])),
         calibration=dict(values.get("calibration", {})),
         manifest=values.get("manifest"),
+        headers=values.get("headers"),
+        model_config=values.get("model_config"),
         digest=values.get("digest"),
     )
 
@@ -63,6 +72,19 @@ def rename_modules(record: CalibrationRecord, names: Mapping[str, str]) -> None:
     }
 
 
+def require_digest(record: CalibrationRecord) -> None:
+    """Refuse a configuration of which something was changed after the save.
+
+    Raises:
+        CheckpointError: digest and content differ.
+    """
+    if record.digest != record.found_digest:
+        raise CheckpointError(
+            f"quantization_config was changed after saving (digest {record.digest}, content {record.found_digest}); "
+            "restore config.json, or quantize again with other settings"
+        )
+
+
 def config_digest(values: Mapping[str, Any]) -> str:
     """SHA-256 over a saved quantization_config without its own digest, in canonical JSON."""
     return _sha256({name: value for name, value in values.items() if name != "digest"})
@@ -70,12 +92,12 @@ def config_digest(values: Mapping[str, Any]) -> str:
 
 def config_identity(values: Mapping[str, Any]) -> str:
     """SHA-256 over settings and results alone: it stands beside the weights, so that files of two saves do not mix."""
-    return _sha256({name: value for name, value in values.items() if name not in ("digest", "manifest")})
+    return _sha256({name: value for name, value in values.items() if name not in SEALS})
 
 
 def _sha256(values: Mapping[str, Any]) -> str:
     try:
         text = strict_json.dumps(values, sort_keys=True, separators=(",", ":"))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"quantization_config is not whole ({error}); fetch the checkpoint again") from error
     return hashlib.sha256(text.encode()).hexdigest()

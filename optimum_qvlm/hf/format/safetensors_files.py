@@ -1,5 +1,6 @@
 """Headers of safetensors files, read without the tensors."""
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,20 @@ def _read_header(file: str | Path) -> Manifest:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged or truncated ({error}); fetch it again") from error
     return tensors
+
+
+def header_digests(files: Iterable[str | Path]) -> list[str]:
+    """SHA-256 of the header of each safetensors file, sorted, so that names of files do not count.
+
+    Headers say where in a file each tensor lies: two of equal shape can be exchanged without a trace in a manifest.
+    The files must be ones that `read_headers` takes.
+    """
+    return sorted(map(_header_digest, files))
+
+
+def _header_digest(file: str | Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.sha256(stream.read(int.from_bytes(stream.read(8), "little"))).hexdigest()
 
 
 def read_tensor(files: Iterable[str | Path], name: str) -> Tensor:

@@ -9,8 +9,9 @@ from typing import Any
 from optimum_qvlm.errors import CheckpointError
 from optimum_qvlm.files import strict_json
 from optimum_qvlm.hf.config import QVLMConfig
+from optimum_qvlm.hf.format.model_config import model_config_of
 from optimum_qvlm.hf.format.record import config_digest
-from optimum_qvlm.hf.format.safetensors_files import read_headers
+from optimum_qvlm.hf.format.safetensors_files import header_digests, read_headers
 from optimum_qvlm.hf.saving.source import REPORT_FILE
 from optimum_qvlm.report.card import CARD_FILE, CardFacts, is_ours, render_card
 from optimum_qvlm.report.figures import measured_layers, read_report
@@ -81,14 +82,17 @@ def _add_sidecars(model: Any, folder: Path) -> None:
 
 
 def _seal(folder: Path) -> dict[str, Any]:
-    """Write the manifest of the tensors as they are on disk, and the digest, into config.json; returns its values.
+    """Write the record of the files as they are on disk, and the digest, into config.json; returns its values.
 
     The index of shards gets their number of values: transformers counts those in memory, which depend on the device.
     """
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     values: dict[str, Any] = config["quantization_config"]
-    values["manifest"] = read_headers(sorted(folder.glob("*.safetensors")))
+    files = sorted(folder.glob("*.safetensors"))
+    values["manifest"] = read_headers(files)
+    values["headers"] = header_digests(files)
+    values["model_config"] = model_config_of(config)
     absent = [name for name in values["modules"] if f"{name}.weight_packed" not in values["manifest"]]
     if absent:
         raise CheckpointError(f"{absent[0]} was not written under the name that its record has")

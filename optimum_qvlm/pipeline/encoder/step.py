@@ -96,6 +96,13 @@ class SoftDependency:
         return soft_dependency(earlier, later, self.options.softness)
 
 
+def learns_encoder(plan: QuantPlan, options: CalibrationOptions) -> bool:
+    """Whether the step is asked for, and there is something for it to learn."""
+    quantized = any(layer.sites for part in plan.parts if part.vision for layer in part.layers)
+    text = any(not part.vision for part in plan.parts)
+    return options.encoder.epochs > 0 and quantized and text
+
+
 class EncoderStep:
     """Two halves: `note` while the model is in full precision, `learn` once its vision parts are quantized."""
 
@@ -127,9 +134,7 @@ class EncoderStep:
         cls, model: nn.Module, plan: QuantPlan, options: CalibrationOptions, device: torch.device
     ) -> "EncoderStep | None":
         """The step that the options ask for, None where it is off or there is nothing for it to learn."""
-        quantized = any(layer.sites for part in plan.parts if part.vision for layer in part.layers)
-        text = any(not part.vision for part in plan.parts)
-        if options.encoder.epochs == 0 or not quantized or not text:
+        if not learns_encoder(plan, options):
             return None
         entropy = EntropyOptions.of(plan, options.softness, options.search_tokens, options.seed)
         return cls(model, plan, options.encoder, SoftDependency(entropy), device, options.seed)

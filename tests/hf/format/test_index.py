@@ -89,7 +89,7 @@ def test_a_folder_is_checked_where_its_index_counts(tmp_path):
     with pytest.raises(CheckpointError, match=INDEX):
         require_index_in(folder)
     with pytest.raises(CheckpointError, match=INDEX):
-        require_index(str(folder), None)
+        require_index(str(folder))
 
     (folder / WEIGHTS).touch()
     require_index_in(folder)
