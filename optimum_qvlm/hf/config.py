@@ -454,9 +454,8 @@ class QVLMConfig(QuantizationConfigMixin):
         self.options()
 
 
-
 _SIGNATURE = signature(QVLMConfig.__init__)
-QVLMConfig.__signature__ = _SIGNATURE.replace(  # type: ignore[attr-defined]  # help() would show that of `__new__`
+QVLMConfig.__signature__ = _SIGNATURE.replace(  # help() would show that of `__new__`
     parameters=[parameter for name, parameter in _SIGNATURE.parameters.items() if name != "self"],
     return_annotation=_SIGNATURE.empty,
 )

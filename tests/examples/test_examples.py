@@ -75,7 +75,8 @@ def test_a_text_model(run, tmp_path):
 
     assert text.startswith("how many digits are there?")
     assert (tmp_path / "text" / "tokenizer.json").exists()
-    args = Namespace(model=str(tmp_path / "text"), revision="main", trust_remote_code=False)
+    where = {"revision": "main", "subfolder": None, "cache_dir": None}
+    args = Namespace(model=str(tmp_path / "text"), trust_remote_code=False, **where)
     assert load_processor(args).encode("how many")  # although the tokenizer is that of an image processor's files
 
 

