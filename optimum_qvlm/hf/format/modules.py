@@ -21,10 +21,10 @@ from optimum_qvlm.hf.format.names import runtime_modules
 from optimum_qvlm.hf.format.record import CalibrationRecord, require_digest
 from optimum_qvlm.hf.format.safetensors_files import (
     Manifest,
-    header_digests,
     read_headers,
     read_tensor,
     require_manifest,
+    require_written_order,
 )
 from optimum_qvlm.hf.memory import return_freed_memory
 from optimum_qvlm.kernels import CHECKPOINT_LAYOUTS
@@ -91,11 +91,7 @@ def require_checkpoint(config: QVLMConfig, files: list[str]) -> CalibrationRecor
     """
     found = read_headers(files)
     record = require_record(config, found)
-    if record.headers is not None and header_digests(files) != record.headers:
-        raise CheckpointError(
-            "the safetensors files hold the tensors on record, but not where the save put them, so that values may be "
-            "exchanged; fetch them again, and for shards of another size save the loaded model with max_shard_size"
-        )
+    require_written_order(files)
     if found.get(GUARD) != ["U8", [32]]:
         raise CheckpointError(f"tensor {GUARD} is {found.get(GUARD)}, not the 32 bytes that every save writes")
     identity = bytes(read_tensor(files, GUARD).tolist()).hex()
