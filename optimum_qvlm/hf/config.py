@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from inspect import signature
+from inspect import Signature, signature
 from typing import Any, Literal, Self
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -239,6 +239,9 @@ class QVLMConfig(QuantizationConfigMixin):
         self.dequantize = dequantize
         self.record: CalibrationRecord | None = None
         self._validate()
+
+    __signature__ = Signature([*signature(__init__).parameters.values()][1:])
+    """Of `__init__`: without it, help and editors would show that of `__new__`."""
 
     @classmethod
     def paper(cls, bits: int = 4, **settings: Any) -> Self:

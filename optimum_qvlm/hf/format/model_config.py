@@ -8,7 +8,6 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from optimum_qvlm.errors import CheckpointError
-from optimum_qvlm.files import strict_json
 from optimum_qvlm.hf.format.index import parse_json
 from optimum_qvlm.hf.format.record import CalibrationRecord, config_digest, require_digest
 
@@ -101,5 +100,5 @@ def _is_same(old: Any, new: Any) -> bool:
 def _shown(value: Any) -> str:
     if value is _ABSENT:
         return "nothing"
-    text = strict_json.dumps(value, default=str)
+    text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
