@@ -18,7 +18,7 @@ SOURCES := pyproject.toml optimum_qvlm/version.py optimum_qvlm/cli/command.py op
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow test-gpu test-transformers kernel-resources lint format clean
+.PHONY: help quickstart test test-slow test-gpu test-transformers fuzz kernel-resources lint format clean
 
 help: ## list these tasks
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null \
@@ -40,6 +40,9 @@ test-transformers: ## run the integration tests with one transformers release, V
 	@test -n "$(VERSION)" || { echo "make test-transformers needs VERSION, as in VERSION=5.16.0" >&2; exit 2; }
 	@$(MAKE) --no-print-directory .venv-tf-$(VERSION)/.dev
 	@.venv-tf-$(VERSION)/bin/python $(PYTEST) -m "integration and not slow and not gpu" --ignore tests/docs
+
+fuzz: $(VENV)/.dev ## load damaged checkpoints, ARGUMENTS="--mutants 3000 --seed 1"
+	@$(BIN)/python -m tests.fuzz.checkpoints $(ARGUMENTS)
 
 kernel-resources: $(VENV)/.dev ## print what compiled kernels take on each architecture, TRITON=3.6.0 for another release
 	@test -z "$(TRITON)" || $(MAKE) --no-print-directory .triton-$(TRITON)/.installed

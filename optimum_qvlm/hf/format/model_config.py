@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from optimum_qvlm.errors import CheckpointError
 from optimum_qvlm.hf.format.index import parse_json
-from optimum_qvlm.hf.format.record import CalibrationRecord, config_digest, require_digest
+from optimum_qvlm.hf.format.record import CalibrationRecord, config_digest, require_sealed
 
 FREE = frozenset(
     (
@@ -51,7 +51,7 @@ def require_same_model(record: CalibrationRecord | None, loaded: Any, path: Path
     """
     if record is None or record.model_config is None or not path.is_file():
         return
-    require_digest(record)
+    require_sealed(record)
     content = parse_json(path.read_bytes(), str(path))
     values = content.get("quantization_config")
     if not isinstance(values, dict) or config_digest(values) != record.found_digest:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from optimum_qvlm.errors import CheckpointError, SpecError
 from optimum_qvlm.hf.config import QVLMConfig
 from optimum_qvlm.hf.format.names import runtime_modules
-from optimum_qvlm.hf.format.record import CalibrationRecord, require_digest
+from optimum_qvlm.hf.format.record import CalibrationRecord, require_sealed
 from optimum_qvlm.hf.format.safetensors_files import (
     Manifest,
     read_headers,
@@ -109,20 +109,16 @@ def require_record(config: QVLMConfig, found: Manifest) -> CalibrationRecord:
     Raises:
         CheckpointError: an entry was changed, or a tensor is missing, added or does not fit.
     """
-    record = config.record
-    if record is None or record.manifest is None or record.digest is None:
-        raise CheckpointError(
-            "quantization_config has no record of a finished calibration (modules, manifest, digest); the folder was "
-            "not written by save_pretrained of a quantized model"
-        )
-    require_digest(record)
-    require_manifest(record.manifest, found)
+    record = require_sealed(config.record)
+    manifest = record.manifest
+    assert manifest is not None, "a sealed record has one"
+    require_manifest(manifest, found)
     packed = (tensor.removesuffix(".weight_packed") for tensor in found if tensor.endswith(".weight_packed"))
     unrecorded = next((name for name in packed if name not in record.modules), None)
     if unrecorded is not None:
         raise CheckpointError(f"{unrecorded} is quantized in the checkpoint's files, but not on record; fetch it again")
     for name, module in record.modules.items():
-        _require_fit(name, module, record.manifest)
+        _require_fit(name, module, manifest)
     return record
 
 

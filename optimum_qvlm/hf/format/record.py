@@ -69,17 +69,23 @@ def rename_modules(record: CalibrationRecord, names: Mapping[str, str]) -> None:
     }
 
 
-def require_digest(record: CalibrationRecord) -> None:
-    """Refuse a configuration of which something was changed after the save.
+def require_sealed(record: CalibrationRecord | None) -> CalibrationRecord:
+    """The record, if a save wrote it whole and nothing of the configuration was changed since.
 
     Raises:
-        CheckpointError: digest and content differ.
+        CheckpointError: it is not there, or digest and content differ.
     """
+    if record is None or record.manifest is None or record.digest is None:
+        raise CheckpointError(
+            "quantization_config has no record of a finished calibration (modules, manifest, digest); the folder was "
+            "not written by save_pretrained of a quantized model"
+        )
     if record.digest != record.found_digest:
         raise CheckpointError(
             f"quantization_config was changed after saving (digest {record.digest}, content {record.found_digest}); "
             "restore config.json, or quantize again with other settings"
         )
+    return record
 
 
 def config_digest(values: Mapping[str, Any]) -> str:
