@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -210,20 +211,40 @@ def test_a_change_that_is_given_to_from_pretrained_holds_and_is_saved(saved, tmp
     assert not torch.equal(logits(again, batch), logits(load(saved["llama"]), batch))
 
 
+@contextmanager
+def redirected_headers(folder: Path):
+    """The headers of the safetensors files, written back as they are at the end; the tensors stay."""
+    contents = {path: path.read_bytes() for path in folder.glob("*.safetensors")}
+    ends = {path: 8 + int.from_bytes(content[:8], "little") for path, content in contents.items()}
+    headers = {path: json.loads(content[8 : ends[path]]) for path, content in contents.items()}
+    yield headers
+    for path, header in headers.items():
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + contents[path][ends[path] :])
+
+
 def test_tensors_that_change_places_are_refused(saved, tmp_path):
     """Name, dtype and shape of every tensor stay."""
     shutil.copytree(saved["llama"], tmp_path / "changed")
-    path = tmp_path / "changed" / "model.safetensors"
-    content = path.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    first, second = (f"model.layers.{layer}.self_attn.q_proj.weight_packed" for layer in (0, 1))
-    header[first], header[second] = header[second], header[first]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+    with redirected_headers(tmp_path / "changed") as headers:
+        header = headers[tmp_path / "changed" / "model.safetensors"]
+        first, second = (f"model.layers.{layer}.self_attn.q_proj.weight_packed" for layer in (0, 1))
+        header[first], header[second] = header[second], header[first]
 
     with pytest.raises(CheckpointError, match="where safetensors writes it before: their values may be exchanged"):
         load(tmp_path / "changed")
+
+
+def test_tensors_that_change_shards_are_refused(saved, tmp_path):
+    """Each may lie where the order of names has it: only the index tells."""
+    load(saved["llama"]).save_pretrained(tmp_path / "shards", max_shard_size="30KB")
+    with redirected_headers(tmp_path / "shards") as headers:
+        holders = [(path, name) for path, header in headers.items() for name in header if name.endswith("norm.weight")]
+        (one, first), (other, second) = holders[0], next(h for h in holders if h[0] != holders[0][0])
+        headers[one][second], headers[other][first] = headers[one].pop(first), headers[other].pop(second)
+
+    with pytest.raises(CheckpointError, match="values may be exchanged"):
+        load(tmp_path / "shards")
 
 
 def test_run_time_settings_hold_at_reload(saved):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from optimum_qvlm.errors import CheckpointError, SpecError
 from optimum_qvlm.hf.config import QVLMConfig
+from optimum_qvlm.hf.format.index import require_places
 from optimum_qvlm.hf.format.names import runtime_modules
 from optimum_qvlm.hf.format.record import CalibrationRecord, require_sealed
 from optimum_qvlm.hf.format.safetensors_files import (
@@ -92,6 +93,7 @@ def require_checkpoint(config: QVLMConfig, files: list[str]) -> CalibrationRecor
     found = read_headers(files)
     record = require_record(config, found)
     require_written_order(files)
+    require_places(files)
     if found.get(GUARD) != ["U8", [32]]:
         raise CheckpointError(f"tensor {GUARD} is {found.get(GUARD)}, not the 32 bytes that every save writes")
     identity = bytes(read_tensor(files, GUARD).tolist()).hex()
