@@ -18,7 +18,7 @@ SOURCES := pyproject.toml optimum_qvlm/version.py optimum_qvlm/cli/command.py op
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow test-gpu test-transformers test-clients kernel-resources lint format clean
+.PHONY: help quickstart test test-slow test-gpu test-transformers test-clients fuzz kernel-resources lint format clean
 
 help: ## list these tasks
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null \
@@ -43,6 +43,9 @@ test-transformers: ## run the integration tests with one transformers release, V
 
 test-clients: .venv-clients/.dev ## run transformers serve and lm_eval on a quantized model
 	@.venv-clients/bin/python -m pytest tests/clients $(ARGUMENTS)
+
+fuzz: $(VENV)/.dev ## load damaged checkpoints, ARGUMENTS="--mutants 3000 --seed 1"
+	@$(BIN)/python -m tests.fuzz.checkpoints $(ARGUMENTS)
 
 kernel-resources: $(VENV)/.dev ## print what compiled kernels take on each architecture, TRITON=3.6.0 for another release
 	@test -z "$(TRITON)" || $(MAKE) --no-print-directory .triton-$(TRITON)/.installed

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from optimum_qvlm import QVLMConfig
+from optimum_qvlm.hf.format.record import config_digest
 from tests.tiny_families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +58,13 @@ def edit_config(folder: Path, **changes: Any) -> None:
     values = config["quantization_config"] | changes
     config["quantization_config"] = {name: value for name, value in values.items() if value is not None}
     path.write_text(json.dumps(config))
+
+
+def forget_model_config(config: dict[str, Any]) -> None:
+    """Take what the record says of the model out of the content of a config.json, as if it had never been there."""
+    record = config["quantization_config"]
+    del record["model_config"]
+    record["digest"] = config_digest(record)
 
 
 def run_python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,7 @@ from optimum_qvlm.report.precision import (
     tensor_bytes,
 )
 
-LONG_RECORDS = ("modules", "blocks", "manifest", "headers", "model_config")
+LONG_RECORDS = ("modules", "blocks", "manifest", "model_config")
 LABELS = {"tokens": "answer tokens", "mean_kl": "mean KL", "top1_agreement": "same first choice"}
 
 

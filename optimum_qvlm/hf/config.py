@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from inspect import signature
+from inspect import Signature, signature
 from typing import Any, Literal, Self
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -240,6 +240,9 @@ class QVLMConfig(QuantizationConfigMixin):
         self.record: CalibrationRecord | None = None
         self._validate()
 
+    __signature__ = Signature([*signature(__init__).parameters.values()][1:])
+    """Of `__init__`: without it, help and editors would show that of `__new__`."""
+
     @classmethod
     def paper(cls, bits: int = 4, **settings: Any) -> Self:
         """The paper's mode: static bounds at quantiles 1.0 to 0.98, blocks of up to 3 layers, the tower at `bits` too.
@@ -452,13 +455,6 @@ class QVLMConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             setattr(self, name, None if value is None else list(value))
         self.options()
-
-
-_SIGNATURE = signature(QVLMConfig.__init__)
-QVLMConfig.__signature__ = _SIGNATURE.replace(  # help() would show that of `__new__`
-    parameters=[parameter for name, parameter in _SIGNATURE.parameters.items() if name != "self"],
-    return_annotation=_SIGNATURE.empty,
-)
 
 
 def _defaults() -> dict[str, Any]:

@@ -121,7 +121,7 @@ def test_every_setting_of_the_configuration_has_an_option():
 
     from optimum_qvlm import QVLMConfig
 
-    without_option = {"dequantize"}  # of loading, and the command writes quantized models
+    without_option = {"dequantize"}  # of loading a quantized checkpoint, where the command line quantizes
 
     assert set(signature(QVLMConfig).parameters) - set(setting_options()) == without_option
 

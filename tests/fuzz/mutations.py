@@ -151,19 +151,19 @@ def record_settings(folder: Path, random: Random) -> str:
 
 def record_seals(folder: Path, random: Random) -> str:
     """The manifest and the other parts of the record that say what was written."""
-    return _change_record(folder, random, lambda name: name in ("manifest", "model_config", "headers", "digest"))
+    return _change_record(folder, random, lambda name: name in ("manifest", "model_config", "digest"))
 
 
 def seals_digested(folder: Path, random: Random) -> str:
     """The same, with the digest computed again, so that nothing but the check of each value finds it."""
-    said = _change_record(folder, random, lambda name: name in ("manifest", "model_config", "headers"))
+    said = _change_record(folder, random, lambda name: name in ("manifest", "model_config"))
     _digest_again(folder)
     return said
 
 
 def forged(folder: Path, random: Random) -> str:
     """Settings and results, with digest and identity computed again. What fits is another sound checkpoint."""
-    said = _change_record(folder, random, lambda name: name not in ("manifest", "model_config", "headers", "digest"))
+    said = _change_record(folder, random, lambda name: name not in ("manifest", "model_config", "digest"))
     identity = _digest_again(folder)
     for path in folder.glob("*.safetensors"):
         header, data = read_header(path)
@@ -254,6 +254,21 @@ def tensors_exchanged(folder: Path, random: Random) -> str:
     return f"{first} and {second}"
 
 
+def shards_exchange_tensors(folder: Path, random: Random) -> str:
+    """Two tensors of the same form under each other's names, in two shards."""
+    paths = random.sample(sorted(folder.glob("*.safetensors")), 2)
+    (one, first), (other, second) = (read_header(path) for path in paths)
+    forms = {name: (entry["dtype"], entry["shape"]) for name, entry in (one | other).items() if "dtype" in entry}
+    alike = [(a, b) for a in one for b in other if a in forms and b in forms and forms[a] == forms[b]]
+    a, b = random.choice([pair for pair in alike if 0 not in forms[pair[0]][1]] or alike or [("", "")])
+    if not a:
+        return "no two are alike"
+    one[b], other[a] = one.pop(a), other.pop(b)
+    paths[0].write_bytes(_with_header(one, first))
+    paths[1].write_bytes(_with_header(other, second))
+    return f"{a} and {b}"
+
+
 def header_text(folder: Path, random: Random) -> str:
     """The length of a header, its text, and where the file ends."""
     path = _some_weights(folder, random)
@@ -292,6 +307,7 @@ SHARD_DAMAGE: dict[str, Damage] = {
     "index, entries": index_entry,
     "index, text": index_text,
     "shards exchanged": shard_names,
+    "shards exchange tensors": shards_exchange_tensors,
 }
 """What those in shards can suffer besides."""
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,7 @@ from transformers import (
 
 from optimum_qvlm import QVLMConfig, dry_run
 from optimum_qvlm.errors import CheckpointError, ConfigError, DataError
-from optimum_qvlm.hf.format.record import config_digest
-from tests.jobs import load, logits, make_batch, quantize
+from tests.jobs import forget_model_config, load, logits, make_batch, quantize
 from tests.tiny_models import tiny_llama, tiny_llava
 
 pytestmark = pytest.mark.integration
@@ -38,9 +38,7 @@ def edited(folder: Path, target: Path, part: str | None = None, **changes: objec
     shutil.copytree(folder, target)
     values = json.loads((target / "config.json").read_text())
     (values if part is None else values[part]).update(changes)
-    record = values["quantization_config"]
-    del record["model_config"]
-    record["digest"] = config_digest(record)
+    forget_model_config(values)
     (target / "config.json").write_text(json.dumps(values))
     return target
 
@@ -171,11 +169,11 @@ def changed_config(folder: Path, target: Path, change) -> Path:
     "family, change, message",
     [
         ("llama", lambda v: v.update(rms_norm_eps=1.0), r"says rms_norm_eps=1.0, .* saved with 1e-06"),
-        ("llama", lambda v: v.update(hidden_act="gelu"), r'says hidden_act="gelu", .* saved with "silu"'),
-        ("llama", lambda v: v.update(hidden_act="none such"), r'says hidden_act="none such"'),
+        ("llama", lambda v: v.update(hidden_act="gelu"), r"says hidden_act='gelu', .* saved with 'silu'"),
+        ("llama", lambda v: v.update(hidden_act="none such"), r"says hidden_act='none such'"),
         ("llama", lambda v: v.pop("num_key_value_heads"), r"says num_key_value_heads=4, .* saved with 2"),
         ("llama", lambda v: v["rope_parameters"].update(rope_theta=1.0), r"says rope_parameters.rope_theta=1.0"),
-        ("llama", lambda v: v.update(dtype="bfloat16"), r'says dtype="bfloat16", .* saved with "float32"'),
+        ("llama", lambda v: v.update(dtype="bfloat16"), r"says dtype='bfloat16', .* saved with 'float32'"),
         ("llama", lambda v: v.update(sliding_window=2), r"says sliding_window=2, .* saved with nothing"),
         ("llama", lambda v: v.update(num_hidden_layers=9999), r"says num_hidden_layers=9999, .* saved with 2"),
         ("llava", lambda v: v.update(vision_feature_layer=-1), r"says vision_feature_layer=-1, .* saved with -2"),
@@ -213,20 +211,40 @@ def test_a_change_that_is_given_to_from_pretrained_holds_and_is_saved(saved, tmp
     assert not torch.equal(logits(again, batch), logits(load(saved["llama"]), batch))
 
 
+@contextmanager
+def redirected_headers(folder: Path):
+    """The headers of the safetensors files, written back as they are at the end; the tensors stay."""
+    contents = {path: path.read_bytes() for path in folder.glob("*.safetensors")}
+    ends = {path: 8 + int.from_bytes(content[:8], "little") for path, content in contents.items()}
+    headers = {path: json.loads(content[8 : ends[path]]) for path, content in contents.items()}
+    yield headers
+    for path, header in headers.items():
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + contents[path][ends[path] :])
+
+
 def test_tensors_that_change_places_are_refused(saved, tmp_path):
     """Name, dtype and shape of every tensor stay."""
     shutil.copytree(saved["llama"], tmp_path / "changed")
-    path = tmp_path / "changed" / "model.safetensors"
-    content = path.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    first, second = (f"model.layers.{layer}.self_attn.q_proj.weight_packed" for layer in (0, 1))
-    header[first], header[second] = header[second], header[first]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+    with redirected_headers(tmp_path / "changed") as headers:
+        header = headers[tmp_path / "changed" / "model.safetensors"]
+        first, second = (f"model.layers.{layer}.self_attn.q_proj.weight_packed" for layer in (0, 1))
+        header[first], header[second] = header[second], header[first]
 
-    with pytest.raises(CheckpointError, match="not where the save put them"):
+    with pytest.raises(CheckpointError, match="where safetensors writes it before: their values may be exchanged"):
         load(tmp_path / "changed")
+
+
+def test_tensors_that_change_shards_are_refused(saved, tmp_path):
+    """Each may lie where the order of names has it: only the index tells."""
+    load(saved["llama"]).save_pretrained(tmp_path / "shards", max_shard_size="30KB")
+    with redirected_headers(tmp_path / "shards") as headers:
+        holders = [(path, name) for path, header in headers.items() for name in header if name.endswith("norm.weight")]
+        (one, first), (other, second) = holders[0], next(h for h in holders if h[0] != holders[0][0])
+        headers[one][second], headers[other][first] = headers[one].pop(first), headers[other].pop(second)
+
+    with pytest.raises(CheckpointError, match="values may be exchanged"):
+        load(tmp_path / "shards")
 
 
 def test_run_time_settings_hold_at_reload(saved):

@@ -13,6 +13,7 @@ import struct
 import traceback
 from argparse import Namespace
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,7 @@ from optimum_qvlm.hf.format.inspection import inspect_checkpoint
 from optimum_qvlm.hf.format.modules import GUARD, quantized_modules
 from optimum_qvlm.hf.format.record import config_digest, config_identity
 from optimum_qvlm.hf.saving.source import REPORT_FILE, Source
-from tests.integration.test_old_checkpoints import VERSION_1 as OLD_CHECKPOINTS
-from tests.jobs import load, logits, make_batch, quantize
+from tests.jobs import forget_model_config, load, logits, make_batch, quantize
 
 pytestmark = pytest.mark.integration
 
@@ -126,14 +126,16 @@ def mutated(value: Any, seed: int) -> Any:
 
 
 def write_config(folder: Path, values: Any, *, forged: bool) -> None:
-    """Put `quantization_config` into config.json; a forger renews digest and identity."""
+    """Put `quantization_config` into config.json; a forger renews digest and identity, which values that are no JSON do
+    not have."""
     config = json.loads((folder / "config.json").read_text())
     if forged and isinstance(values, dict):
         values = json.loads(json.dumps(values))
         state = load_file(folder / WEIGHTS)
-        state[GUARD] = torch.tensor(list(bytes.fromhex(config_identity(values))), dtype=torch.uint8)
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-        values["digest"] = config_digest(values)
+        with suppress(ConfigError):
+            state[GUARD] = torch.tensor(list(bytes.fromhex(config_identity(values))), dtype=torch.uint8)
+            save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+            values["digest"] = config_digest(values)
     config["quantization_config"] = values
     (folder / "config.json").write_text(json.dumps(config))
 
@@ -230,11 +232,7 @@ def test_a_forged_configuration_is_refused_or_means_what_it_says(original, tmp_p
         folder = fresh(source, tmp_path / "copy")
         if changed.get("quant_method") != "qvlm":
             return
-        try:
-            write_config(folder, changed, forged=True)
-        except ConfigError as error:
-            assert "not JSON compliant" in str(error)  # NaN has no digest, for forgers either
-            return
+        write_config(folder, changed, forged=True)
         check(folder, batch, expected, tally, "quantization_config, forged")
 
     run()
@@ -311,8 +309,8 @@ def test_commands_say_of_a_changed_index_what_is_wrong(sharded, llava_folder, tm
         load(llava_folder).save_pretrained(source, max_shard_size="200KB")
         options["quantization_config"] = QVLMConfig(method="rtn")
     index = json.loads((source / INDEX).read_text())
-    where = {"revision": "main", "subfolder": None, "cache_dir": None, "variant": None}
-    args = Namespace(model=str(source), device="cpu", dtype="auto", trust_remote_code=False, **where)
+    args = Namespace(model=str(source), revision="main", device="cpu", dtype="auto", trust_remote_code=False)
+    args.subfolder, args.cache_dir, args.variant = None, None, None
     expected = load_model(args, **options).state_dict()
 
     @settings(max_examples=examples, **COMMON)
@@ -354,26 +352,16 @@ def test_weights_outside_the_folder_are_refused(sharded, tmp_path, where):
         load(folder)
 
 
-@pytest.mark.parametrize(
-    "records, message",
-    [
-        (True, r"config.json says text_config.vocab_size=1073741824, but the model was saved with 50"),
-        (False, r"config.json describes a model of .* GB, but the files hold .* kB"),
-    ],
-    ids=["now", "of before"],
-)
-def test_a_configuration_of_a_huge_model_is_refused_before_memory_is_taken(original, tmp_path, records, message):
-    """A vocabulary of 2**30 would take a quarter of a terabyte for tensors that the files do not hold.
-
-    Checkpoints of before do not record the model's configuration.
-    """
-    folder = fresh(original[0] if records else OLD_CHECKPOINTS / "llava", tmp_path / "model")
+def test_a_configuration_of_a_huge_model_is_refused_before_memory_is_taken(original, tmp_path):
+    """A vocabulary of 2**30 would take a quarter of a terabyte for tensors that the files do not hold."""
+    folder = fresh(original[0], tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["vocab_size"] = 2**30
+    forget_model_config(config)
     (folder / "config.json").write_text(json.dumps(config))
     before = peak_megabytes()
 
-    with pytest.raises(QVLMError, match=message):
+    with pytest.raises(QVLMError, match=r"config.json describes a model of .* GB, but the files hold .* kB"):
         load(folder)
 
     assert peak_megabytes() - before < MEGABYTES

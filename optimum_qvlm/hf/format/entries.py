@@ -17,7 +17,6 @@ LARGEST_ROTATION = 1024
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
 SEAL_TYPES: dict[str, tuple[type, str]] = {
     "manifest": (Mapping, "a dict of tensors"),
-    "headers": (list, "a list of texts"),
     "model_config": (Mapping, "a dict of fields"),
     "digest": (str, "a text"),
 }
@@ -40,8 +39,6 @@ def require_entries(values: Mapping[str, Any]) -> None:
     for name, (kind, expected) in SEAL_TYPES.items():
         if values.get(name) is not None and not isinstance(values[name], kind):
             raise _bad(name, values[name], expected)
-    if not all(isinstance(header, str) for header in values.get("headers") or ()):
-        raise _bad("headers", values["headers"], "a list of texts")
     for name, entry in (values.get("manifest") or {}).items():
         if not _is_tensor_entry(entry):
             raise _bad(f"manifest[{name}]", entry, f"[dtype, [sizes of 0..{LARGEST}]]")

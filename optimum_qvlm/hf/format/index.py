@@ -10,6 +10,7 @@ from optimum_qvlm.errors import CheckpointError
 from optimum_qvlm.files import strict_json
 from optimum_qvlm.hf.config import QVLMConfig
 from optimum_qvlm.hf.format.record import config_digest
+from optimum_qvlm.hf.format.safetensors_files import read_headers
 from optimum_qvlm.hf.saving.source import is_folder
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -95,6 +96,29 @@ def require_index_of(config: QVLMConfig, name: str) -> None:
         if isinstance(explicit, str) and explicit.endswith(".json") and (path.parent / explicit).is_file():
             _require_file(path.parent / require_inner_name(explicit, str(path)))
         require_index_in(path.parent)  # elsewhere, the configuration is that of a subfolder
+
+
+def require_places(files: list[str]) -> None:
+    """Refuse shards of one folder that hold a tensor which their index says is in another of them: two of equal shape
+    may have changed places.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
+    by_name = {Path(file).name: file for file in files}
+    for index in sorted(Path(files[0]).parent.glob("*.safetensors.index*.json")) if len(files) > 1 else ():
+        weight_map = parse_json(index.read_bytes(), str(index)).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            continue  # of another variant: that of these files was looked at
+        if set(weight_map.values()) != by_name.keys():
+            continue
+        for shard, file in by_name.items():
+            stray = next((name for name in read_headers([file]) if weight_map.get(name, shard) != shard), None)
+            if stray is not None:
+                raise CheckpointError(
+                    f"tensor {stray} is in {shard}, but {index} says {weight_map[stray]}: values may be exchanged; "
+                    "fetch the checkpoint again"
+                )
 
 
 def require_index(model: str, *, subfolder: str = "", **source: Any) -> None:

@@ -8,9 +8,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from optimum_qvlm.errors import CheckpointError
-from optimum_qvlm.files import strict_json
 from optimum_qvlm.hf.format.index import parse_json
-from optimum_qvlm.hf.format.record import CalibrationRecord, config_digest, require_digest
+from optimum_qvlm.hf.format.record import CalibrationRecord, config_digest, require_sealed
 
 FREE = frozenset(
     (
@@ -52,7 +51,7 @@ def require_same_model(record: CalibrationRecord | None, loaded: Any, path: Path
     """
     if record is None or record.model_config is None or not path.is_file():
         return
-    require_digest(record)
+    require_sealed(record)
     content = parse_json(path.read_bytes(), str(path))
     values = content.get("quantization_config")
     if not isinstance(values, dict) or config_digest(values) != record.found_digest:
@@ -101,5 +100,5 @@ def _is_same(old: Any, new: Any) -> bool:
 def _shown(value: Any) -> str:
     if value is _ABSENT:
         return "nothing"
-    text = strict_json.dumps(value, default=str)
+    text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from optimum_qvlm.errors import CheckpointError, SpecError
 from optimum_qvlm.hf.config import QVLMConfig
+from optimum_qvlm.hf.format.index import require_places
 from optimum_qvlm.hf.format.names import runtime_modules
-from optimum_qvlm.hf.format.record import CalibrationRecord, require_digest
+from optimum_qvlm.hf.format.record import CalibrationRecord, require_sealed
 from optimum_qvlm.hf.format.safetensors_files import (
     Manifest,
-    header_digests,
     read_headers,
     read_tensor,
     require_manifest,
+    require_written_order,
 )
 from optimum_qvlm.hf.memory import return_freed_memory
 from optimum_qvlm.kernels import CHECKPOINT_LAYOUTS
@@ -98,11 +99,8 @@ def require_checkpoint(config: QVLMConfig, files: list[str]) -> CalibrationRecor
     """
     found = read_headers(files)
     record = require_record(config, found)
-    if record.headers is not None and header_digests(files) != record.headers:
-        raise CheckpointError(
-            "the safetensors files hold the tensors on record, but not where the save put them, so that values may be "
-            "exchanged; fetch them again, and for shards of another size save the loaded model with max_shard_size"
-        )
+    require_written_order(files)
+    require_places(files)
     guard = next((name for name in GUARDS if name in found), GUARD)
     if found.get(guard) != ["U8", [32]]:
         raise CheckpointError(f"tensor {guard} is {found.get(guard)}, not the 32 bytes that every save writes")
@@ -121,20 +119,16 @@ def require_record(config: QVLMConfig, found: Manifest) -> CalibrationRecord:
     Raises:
         CheckpointError: an entry was changed, or a tensor is missing, added or does not fit.
     """
-    record = config.record
-    if record is None or record.manifest is None or record.digest is None:
-        raise CheckpointError(
-            "quantization_config has no record of a finished calibration (modules, manifest, digest); the folder was "
-            "not written by save_pretrained of a quantized model"
-        )
-    require_digest(record)
-    require_manifest(record.manifest, found)
+    record = require_sealed(config.record)
+    manifest = record.manifest
+    assert manifest is not None, "a sealed record has one"
+    require_manifest(manifest, found)
     packed = (tensor.removesuffix(".weight_packed") for tensor in found if tensor.endswith(".weight_packed"))
     unrecorded = next((name for name in packed if name not in record.modules), None)
     if unrecorded is not None:
         raise CheckpointError(f"{unrecorded} is quantized in the checkpoint's files, but not on record; fetch it again")
     for name, module in record.modules.items():
-        _require_fit(name, module, record.manifest)
+        _require_fit(name, module, manifest)
     return record
 
 

@@ -10,7 +10,7 @@ from optimum_qvlm.files import strict_json
 from optimum_qvlm.hf.format.entries import require_entries
 from optimum_qvlm.plan import ModuleRecord
 
-SEALS = ("manifest", "headers", "model_config", "digest")
+SEALS = ("manifest", "model_config", "digest")
 """What a save adds to the record once the files are written: it says how these belong together."""
 
 
@@ -23,7 +23,6 @@ class CalibrationRecord:
         blocks: the partition.
         calibration: data fingerprint, sample count, seed, package versions.
         manifest: name -> [dtype, shape] of every tensor as written; set when a checkpoint is saved.
-        headers: SHA-256 of the header of every weight file as written, sorted; set when a checkpoint is saved.
         model_config: what config.json says of the model, see `model_config_of`; set when a checkpoint is saved.
         digest: SHA-256 over the rest of the saved configuration; set when a checkpoint is saved.
         found_digest: the same, computed over the configuration that was read.
@@ -34,7 +33,6 @@ class CalibrationRecord:
     blocks: list[dict[str, Any]] = field(default_factory=list)
     calibration: dict[str, Any] = field(default_factory=dict)
     manifest: dict[str, Any] | None = None
-    headers: list[str] | None = None
     model_config: dict[str, Any] | None = None
     digest: str | None = None
     found_digest: str | None = None
@@ -59,7 +57,6 @@ def read_record(values: Mapping[str, Any]) -> CalibrationRecord:
         blocks=list(values.get("blocks", [])),
         calibration=dict(values.get("calibration", {})),
         manifest=values.get("manifest"),
-        headers=values.get("headers"),
         model_config=values.get("model_config"),
         digest=values.get("digest"),
     )
@@ -72,17 +69,23 @@ def rename_modules(record: CalibrationRecord, names: Mapping[str, str]) -> None:
     }
 
 
-def require_digest(record: CalibrationRecord) -> None:
-    """Refuse a configuration of which something was changed after the save.
+def require_sealed(record: CalibrationRecord | None) -> CalibrationRecord:
+    """The record, if a save wrote it whole and nothing of the configuration was changed since.
 
     Raises:
-        CheckpointError: digest and content differ.
+        CheckpointError: it is not there, or digest and content differ.
     """
+    if record is None or record.manifest is None or record.digest is None:
+        raise CheckpointError(
+            "quantization_config has no record of a finished calibration (modules, manifest, digest); the folder was "
+            "not written by save_pretrained of a quantized model"
+        )
     if record.digest != record.found_digest:
         raise CheckpointError(
             f"quantization_config was changed after saving (digest {record.digest}, content {record.found_digest}); "
             "restore config.json, or quantize again with other settings"
         )
+    return record
 
 
 def config_digest(values: Mapping[str, Any]) -> str:

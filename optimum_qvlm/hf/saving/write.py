@@ -11,7 +11,7 @@ from optimum_qvlm.files import strict_json
 from optimum_qvlm.hf.config import QVLMConfig
 from optimum_qvlm.hf.format.model_config import model_config_of
 from optimum_qvlm.hf.format.record import config_digest
-from optimum_qvlm.hf.format.safetensors_files import header_digests, read_headers
+from optimum_qvlm.hf.format.safetensors_files import read_headers
 from optimum_qvlm.hf.saving.source import REPORT_FILE
 from optimum_qvlm.report.card import CARD_FILE, CardFacts, is_ours, render_card
 from optimum_qvlm.report.figures import measured_layers, read_report
@@ -89,9 +89,7 @@ def _seal(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     values: dict[str, Any] = config["quantization_config"]
-    files = sorted(folder.glob("*.safetensors"))
-    values["manifest"] = read_headers(files)
-    values["headers"] = header_digests(files)
+    values["manifest"] = read_headers(sorted(folder.glob("*.safetensors")))
     values["model_config"] = model_config_of(config)
     absent = [name for name in values["modules"] if f"{name}.weight_packed" not in values["manifest"]]
     if absent:
