@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
@@ -104,3 +104,14 @@ def test_initialisations_that_change_the_base_are_refused(folder, initialisation
     """They subtract from the base what the adapter starts with."""
     with pytest.raises(ReadOnlyError, match="dequantize"):
         get_peft_model(load(folder), LoraConfig(target_modules=["q_proj"], init_lora_weights=initialisation))
+
+
+def test_a_model_prepared_for_training_is_saved_and_loads(llama_folder, tmp_path):
+    """PEFT turns 16-bit parameters to fp32; the scales go back to their dtype when they are saved."""
+    quantize(llama_folder, options={"dtype": torch.bfloat16}).save_pretrained(tmp_path / "first")
+    model = prepare_model_for_kbit_training(load(tmp_path / "first"), use_gradient_checkpointing=False)
+
+    model.save_pretrained(tmp_path / "second")
+
+    batch = make_batch(llama_folder)
+    assert torch.equal(logits(load(tmp_path / "second"), batch), logits(model, batch))

@@ -18,6 +18,7 @@ from transformers import (
 from optimum_qvlm import QVLMConfig, dry_run
 from optimum_qvlm.errors import CheckpointError, ConfigError, DataError
 from tests.jobs import forget_model_config, load, logits, make_batch, quantize
+from tests.tiny_families import FAMILIES
 from tests.tiny_models import tiny_llama, tiny_llava
 
 pytestmark = pytest.mark.integration
@@ -111,6 +112,23 @@ def test_models_without_language_head_are_quantized(request, tmp_path, family, a
     assert torch.equal(first_output(model, folder), first_output(again, folder))
     if hasattr(again, "score"):
         assert type(again.score) is torch.nn.Linear
+
+
+def test_a_classifier_of_images_is_quantized(tmp_path):
+    """Its new head stays as it is, and reloads."""
+    source, saved = tmp_path / "source", tmp_path / "saved"
+    FAMILIES["gemma3"].build().save_pretrained(source)
+    config = QVLMConfig("w4a8", dataset=[make_batch(source, seed=0), make_batch(source, seed=1)])
+
+    model = AutoModelForSequenceClassification.from_pretrained(source, quantization_config=config, num_labels=3)
+    model.save_pretrained(saved)
+
+    again, batch = AutoModelForSequenceClassification.from_pretrained(saved), make_batch(source)
+    assert type(model.score) is torch.nn.Linear and model.score.out_features == 3
+    for each in (model, again):
+        each.config.text_config.pad_token_id = 0
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, again(**batch).logits)
 
 
 @pytest.mark.parametrize(
