@@ -4,6 +4,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -56,9 +57,7 @@ def locked(path: Path, *, seconds: float) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
-            with suppress(OSError):
-                path.unlink()  # while it is held: who waits for this file sees that it is gone, and makes a new one
-            lock.release()
+            _give_up(path, lock)
 
 
 def _claim(home: Path, prefix: str, mode: int) -> tuple[Path, FileLock | None]:
@@ -67,8 +66,11 @@ def _claim(home: Path, prefix: str, mode: int) -> tuple[Path, FileLock | None]:
         folder = home / f"{prefix}{secrets.token_hex(8)}"
         folder.mkdir(mode=mode)
         try:
+            access = stat.S_IMODE(folder.stat().st_mode)
             lock = _acquired(folder / LOCK, 10)
-        except (FileNotFoundError, Timeout):
+            with suppress(FileNotFoundError):
+                folder.chmod(access)  # where a sweep took it, filelock has made it anew, open to all
+        except (FileNotFoundError, FileExistsError, Timeout):
             continue
         except BaseException:
             _dispose(folder, None)
@@ -113,8 +115,21 @@ def _dispose(folder: Path, lock: FileLock | None) -> None:
                 with suppress(OSError):
                     os.unlink(entry.path)
     if lock is not None:
-        lock.release()
-        with suppress(OSError):
-            (folder / LOCK).unlink()
+        _give_up(folder / LOCK, lock)
     with suppress(OSError):
         folder.rmdir()
+
+
+def _give_up(path: Path, lock: FileLock) -> None:
+    """Remove a lock file while it is held, so that whoever waits for it sees that it is gone, and release it.
+
+    Windows removes no open file: there it is released first.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        lock.release()
+        with suppress(OSError):
+            path.unlink()
+    else:
+        lock.release()

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -91,19 +92,15 @@ def test_threads_get_folders_while_others_sweep(target):
     """A sweep that comes between the making of a folder and its lock takes it away; then another one is made."""
     found: list[Path] = []
 
-    def work() -> None:
-        for _ in range(20):
-            with work_folder(target) as folder:
-                (folder / "x").write_text("x")
-                found.append(folder)
+    def work(_: int) -> None:
+        with work_folder(target) as folder:
+            (folder / "x").write_text("x")
+            found.append(folder)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(work, range(600)))
 
-    assert len(set(found)) == 80
+    assert len(set(found)) == 600
     assert [path.name for path in target.parent.iterdir()] == ["out"]
 
 
