@@ -88,8 +88,8 @@ def say(variant: str, how: str, found: dict[str, Any]) -> None:
 
 def quantize(folder: Path, out: Path, scheme: str, method: str, seed: int) -> float:
     """Quantize and save a model. Returns seconds of calibration."""
-    samples = make_samples("train", 64, seed)
-    config = QVLMConfig(scheme, dataset=samples, method=method, seed=seed)
+    data = {} if method == "rtn" else {"dataset": make_samples("train", 64, seed), "seed": seed}
+    config = QVLMConfig(scheme, method=method, **data)
     started = time.perf_counter()
     model = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config)
     seconds = time.perf_counter() - started

@@ -116,12 +116,11 @@ def require_images(model: Any, inputs: dict[str, Any]) -> None:
     Raises:
         DataError: no token stands for an image, or there are no pixels.
     """
-    import torch
-
+    from optimum_qvlm.data.inputs import stands_for_image
     from optimum_qvlm.models.adapter import Adapter
 
     tokens = Adapter(model).image_tokens()
-    placed = not tokens or bool(torch.isin(inputs["input_ids"].cpu(), torch.tensor(tokens)).any())
+    placed = not tokens or bool(stands_for_image(inputs["input_ids"], tokens).any())
     if not placed or not any(value.is_floating_point() for value in inputs.values()):
         raise DataError(
             "the processor left the images out: its chat template must place a token for each; save the model with a "

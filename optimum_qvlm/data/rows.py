@@ -1,6 +1,7 @@
 """Records of a dataset, read one at a time, and which of them are drawn."""
 
 import random
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, overload
@@ -9,7 +10,25 @@ from optimum_qvlm.data.recipe import Preset
 from optimum_qvlm.errors import DataError
 
 
-class Rows(Sequence[Any]):
+class LazyRows(Sequence[Any]):
+    """Rows that are made when they are asked for."""
+
+    @overload
+    def __getitem__(self, place: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[dict[str, Any]]: ...
+    def __getitem__(self, place: int | slice) -> Any:
+        """The row at `place`, or those of a slice."""
+        if isinstance(place, slice):
+            return [self._row(number) for number in range(*place.indices(len(self)))]
+        return self._row(place)
+
+    @abstractmethod
+    def _row(self, place: int) -> dict[str, Any]:
+        """The row at `place`."""
+
+
+class Rows(LazyRows):
     """Rows of a `datasets.Dataset`; images are left as the file's bytes or path, to be decoded when they are used."""
 
     def __init__(self, dataset: Any) -> None:
@@ -22,19 +41,14 @@ class Rows(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, place: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[dict[str, Any]]: ...
-    def __getitem__(self, place: int | slice) -> Any:
-        """The row at `place`; a format that the user chose, as torch tensors or a transform, stays."""
-        if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self)))]
+    def _row(self, place: int) -> dict[str, Any]:
+        """A format that the user chose, as torch tensors or a transform, stays."""
         row = self._rows[place]
-        return row if self._features is None else self._features.decode_example(row.to_pylist()[0])
+        record: dict[str, Any] = row if self._features is None else self._features.decode_example(row.to_pylist()[0])
+        return record
 
 
-class PresetRows(Sequence[Any]):
+class PresetRows(LazyRows):
     """Rows of a preset's dataset as records with question, answer and image; those without image are left out."""
 
     def __init__(self, dataset: Any, preset: Preset) -> None:
@@ -48,14 +62,7 @@ class PresetRows(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._places)
 
-    @overload
-    def __getitem__(self, place: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[dict[str, Any]]: ...
-    def __getitem__(self, place: int | slice) -> Any:
-        """The record at `place`."""
-        if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self)))]
+    def _row(self, place: int) -> dict[str, Any]:
         row, preset = self._rows[self._places[place]], self._preset
         answer = row[preset.answer]
         record = {

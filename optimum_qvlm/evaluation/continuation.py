@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optimum_qvlm.data.inputs import stands_for_image
 from optimum_qvlm.evaluation.fidelity import IGNORED
 
 LEFT_TO_GENERATE = ("labels", "attention_mask", "position_ids")
@@ -39,7 +40,7 @@ def continuation_of(batch: Mapping[str, Tensor], image_tokens: Sequence[int], pa
     mask = batch.get("attention_mask")
     real = torch.ones_like(ids) if mask is None or mask.shape != ids.shape else mask.ne(0).to(ids.dtype)
     places = torch.arange(ids.shape[1], device=ids.device)
-    images = torch.isin(ids, torch.tensor(list(image_tokens), dtype=ids.dtype, device=ids.device))
+    images = stands_for_image(ids, image_tokens)
     first = real.argmax(1)
     earliest = torch.maximum(first, torch.where(images, places + 1, -1).amax(1))
     wanted = (labels != IGNORED) & (places > earliest[:, None])
