@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from optimum_qvlm.compat.accelerate import HOOK, offloads
 from optimum_qvlm.compat.torch import StateModule, has_hooks, own_parameters, tensor_version
 from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.kernels import PACKED, TRANSIENT, CodedWeight, StoredWeight, WeightGrid, dispatch
@@ -84,9 +85,7 @@ class JointLinear(PackedLinear):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse the hook of accelerate that would look for its weights under a name that no state has."""
-        if name == "_hf_hook" and any(
-            getattr(hook, "offload", False) for hook in (value, *getattr(value, "hooks", ()))
-        ):
+        if name == HOOK and offloads(value):
             raise ConfigError(f"{CANNOT_OFFLOAD}, and load the model again, as its weights were taken away already")
         super().__setattr__(name, value)
 

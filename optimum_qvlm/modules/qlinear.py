@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_qvlm.compat.torch import StateModule, own_parameters
+from optimum_qvlm.compat.transformers import spared_by_initialisation
 from optimum_qvlm.kernels import (
     CHECKPOINT_LAYOUTS,
     FULL_BITS,
@@ -48,6 +49,7 @@ _SETTINGS = ("in_features", "out_features", "format", "layout", "decode_tokens")
 _ABSENT, _YES, _NO = "-", "yes", "no"
 
 
+@spared_by_initialisation  # which would dequantize each weight, to fill a copy with random values
 class PackedLinear(StateModule):
     """A product with packed integers: `y = Q(x T) dequantize(W)^T + b`.
 
@@ -78,7 +80,6 @@ class PackedLinear(StateModule):
     input_scale: Tensor | None
     bias: Tensor | None
     _bound_linear: BoundLinear | None = None
-    _is_hf_initialized = True  # transformers would dequantize each weight at load, to fill a copy with random values
 
     def __init__(
         self,
