@@ -5,9 +5,9 @@ import math
 import subprocess
 import sys
 
-import launch_table
 import pytest
 
+from benchmarks.speed import launch_table
 from optimum_qvlm.kernels.triton import tiles
 
 

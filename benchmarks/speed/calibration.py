@@ -1,6 +1,6 @@
 """Time and device memory of a calibration at a real shape: its first layers are measured, the rest is extrapolated.
 
-    python benchmarks/calibration.py --random-init llava-1.5-13b --device cuda
+    python -m benchmarks.speed.calibration --random-init llava-1.5-13b --device cuda
 
 Weights are random and samples have the lengths of the packaged ones. The model lies on the CPU in bf16, where
 `from_pretrained(..., quantization_config=..., device_map="cuda")` puts it too, and a layer is on the device while it is
@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from shapes import SHAPES, model_of
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from benchmarks.shapes import SHAPES, model_of
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.data.loader import LoaderOptions, read_dataset
 from optimum_qvlm.data.recipe import Recipe

@@ -3,7 +3,7 @@
 Several sets of weights take turns, so that they come from memory as in a model, and the operations take turns, so that
 whatever else the machine does hits all of them. Ratios are medians over pairs.
 
-    python benchmarks/kernels.py --device cpu --json kernels.json
+    python -m benchmarks.speed.kernels --device cpu --json kernels.json
 """
 
 import argparse

@@ -3,11 +3,11 @@
 import argparse
 import threading
 
-import generate
 import pytest
 import torch
-from shapes import llama, model_of
 
+from benchmarks.shapes import llama, model_of
+from benchmarks.speed import generate
 from optimum_qvlm.hf.format.modules import packed_bytes, quantized_modules
 from optimum_qvlm.modules.fused import FusedLinear
 from optimum_qvlm.modules.qlinear import QuantLinear

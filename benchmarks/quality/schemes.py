@@ -1,6 +1,6 @@
 """What each scheme and method costs in quality, and what calibration costs in time.
 
-    python benchmarks/quality.py --model smollm2 --schemes w4a8 w4a4 --methods rtn qvlm --seeds 3 --json quality.json
+    python -m benchmarks.quality.schemes --model smollm2 --schemes w4a8 w4a4 --methods rtn qvlm --json quality.json
 
 Every number is measured beside full precision in the same run, on samples that calibration did not see. A method may be
 followed by what it is to do without, as in `qvlm-transforms` or `qvlm-effort-freedom`: without `online` only transforms
@@ -11,7 +11,6 @@ of one full-precision pass over the calibration set, loading included.
 import argparse
 import json
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,17 +25,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
+from benchmarks import smollm2
+from benchmarks.intervals import of_mean
+from benchmarks.tiny_vlm import make_samples, variant_folder
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.data.loader import Batch, LoaderOptions, make_labelled_batches
 from optimum_qvlm.data.sample import read_sample
 from optimum_qvlm.evaluation.fidelity import answer_logits, compare, right_answers
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-
-import smollm2  # noqa: E402
-from intervals import of_mean  # noqa: E402
-from tiny_vlm import make_samples, variant_folder  # noqa: E402
 
 SAMPLES = 16
 ROWS = 8

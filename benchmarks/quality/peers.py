@@ -1,6 +1,6 @@
 """Weight-only 4 bits by other libraries and by this one: the same model, the same samples, the same evaluation.
 
-    python benchmarks/peers.py --json peers.json
+    python -m benchmarks.quality.peers --json peers.json
 
 The peers are installed into an environment of their own (`--environment`, made where it is missing), since they ask
 for other releases of transformers than this project. The model is SmolLM2-135M as `smollm2.py` writes it, calibrated
@@ -21,12 +21,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import smollm2
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from benchmarks import smollm2
 from optimum_qvlm import QVLMConfig, __version__
 from optimum_qvlm.evaluation.fidelity import answer_logits
 

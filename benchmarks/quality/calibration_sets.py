@@ -9,10 +9,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import tiny_vlm
 from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 
+from benchmarks import tiny_vlm
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.evaluation.fidelity import answer_logits, compare, right_answers
 

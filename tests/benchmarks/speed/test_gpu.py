@@ -2,12 +2,14 @@
 
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
-import gpu
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from benchmarks.speed import gpu
+
+ROOT = Path(__file__).parents[3]
 
 
 def stage_of(code, *, limit_seconds=60, needs=None):
@@ -44,7 +46,7 @@ def test_an_unknown_stage_is_refused(monkeypatch, capsys):
 
 def test_models_are_timed_at_600_tokens_and_decode_128():
     """576 tokens of the image and 24 of text."""
-    stages = [stage for stage in gpu.make_stages("cuda") if "benchmarks/generate.py" in stage.command]
+    stages = [stage for stage in gpu.make_stages("cuda") if "benchmarks.speed.generate" in stage.command]
     assert len(stages) == 6
     for stage in stages:
         joined = " ".join(stage.command)
@@ -53,10 +55,12 @@ def test_models_are_timed_at_600_tokens_and_decode_128():
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_every_script_of_a_stage_is_there(device):
-    scripts = {part for stage in gpu.make_stages(device) for part in stage.command if part.endswith(".py")}
-    assert len(scripts) == 8
-    assert all((ROOT / script).exists() for script in scripts)
+def test_everything_that_a_stage_names_is_there(device):
+    parts = {part for stage in gpu.make_stages(device) for part in stage.command}
+    tests, modules = ({part for part in parts if mark in part} for mark in (".py", "benchmarks."))
+    assert len(tests) == 3 and len(modules) == 5
+    assert all((ROOT / test).exists() for test in tests)
+    assert all(find_spec(module) is not None for module in modules)
 
 
 def test_every_file_with_tests_for_a_gpu_is_in_the_suite():

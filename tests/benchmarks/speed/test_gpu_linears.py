@@ -3,11 +3,10 @@
 import argparse
 import itertools
 
-import gpu_linears
-import gpu_peers
 import pytest
 import torch
 
+from benchmarks.speed import gpu_linears, gpu_peers
 from optimum_qvlm.errors import SpecError
 
 CPU = torch.device("cpu")

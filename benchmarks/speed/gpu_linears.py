@@ -90,7 +90,7 @@ def measure(shape: str, arguments: argparse.Namespace, device: torch.device, ban
 
 def compile_kernels(arguments: argparse.Namespace) -> None:
     """Fill the cache of compiled kernels: one process per scheme, at the same time."""
-    command = [sys.executable, __file__, "--launch-only", "--device", arguments.device]
+    command = [sys.executable, "-m", "benchmarks.speed.gpu_linears", "--launch-only", "--device", arguments.device]
     command += ["--shapes", *arguments.shapes, "--tokens", *map(str, arguments.tokens)]
     running = {scheme: subprocess.Popen([*command, "--schemes", scheme]) for scheme in arguments.schemes}
     for scheme, process in running.items():

@@ -1,7 +1,7 @@
 """Everything that is measured on a GPU, as short stages, each a process of its own, with its table last.
 
-    python benchmarks/gpu.py --list
-    python benchmarks/gpu.py --stages suite sanitizer kernels
+    python -m benchmarks.speed.gpu --list
+    python -m benchmarks.speed.gpu --stages suite sanitizer kernels
 
 `--device cpu` runs the same stages on small shapes, to see that they work before a GPU is paid for.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TABLE_LINES = 40
 WORKERS = 12
 GPU_TESTS = (
@@ -119,8 +119,8 @@ def test_stages(small: bool) -> list[Stage]:
 
 def linear_stages(device: str, small: bool) -> list[Stage]:
     """Single linears: every scheme, and other libraries."""
-    linears = [sys.executable, "benchmarks/gpu_linears.py", "--device", device]
-    peers = [sys.executable, "benchmarks/gpu_peers.py", "--device", device]
+    linears = [sys.executable, "-m", "benchmarks.speed.gpu_linears", "--device", device]
+    peers = [sys.executable, "-m", "benchmarks.speed.gpu_peers", "--device", device]
     if small:
         few = ["--shapes", "256x256", "--rounds", "2", "--sets", "2", "--tokens", "1", "17"]
         linears, peers = linears + few, peers + few
@@ -135,7 +135,7 @@ def generate_stage(shape: str, batch: int, device: str, small: bool) -> Stage:
 
     Large batches leave no room for all schemes beside their caches; those of four bits decode alike.
     """
-    command = [sys.executable, "benchmarks/generate.py", "--random-init", shape, "--device", device]
+    command = [sys.executable, "-m", "benchmarks.speed.generate", "--random-init", shape, "--device", device]
     command += ["--dtype", "bf16", "--baselines", "bf16", "--static-cache", "--batch", str(batch)]
     if small:
         command += ["--schemes", "w4a8", "--prompt", "8", "--tokens", "2", "--rounds", "1"]
@@ -150,7 +150,8 @@ def user_stage(shape: str, device: str, small: bool) -> Stage:
     """What `model.generate` itself takes, plain and compiled, with other libraries where they are installed."""
     command = [
         sys.executable,
-        "benchmarks/gpu_generate.py",
+        "-m",
+        "benchmarks.speed.gpu_generate",
         "--shapes",
         shape,
         "--device",
@@ -170,7 +171,7 @@ def user_stage(shape: str, device: str, small: bool) -> Stage:
 
 def calibration_stage(shape: str, device: str, small: bool) -> Stage:
     """Four layers of each part."""
-    command = [sys.executable, "benchmarks/calibration.py", "--random-init", shape, "--device", device]
+    command = [sys.executable, "-m", "benchmarks.speed.calibration", "--random-init", shape, "--device", device]
     if small:
         command += ["--layers", "1", "--samples", "2", "--efforts", "fast"]
     return Stage(name=f"{shape}-calibration", command=tuple(command), limit_seconds=300)

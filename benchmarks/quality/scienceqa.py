@@ -1,6 +1,6 @@
 """Accuracy on ScienceQA as the Q-VLM paper measures it, for any model on local data.
 
-    python benchmarks/scienceqa.py --model FOLDER --data SCIENCEQA --scheme w4a4 --device cuda
+    python -m benchmarks.quality.scienceqa --model FOLDER --data SCIENCEQA --scheme w4a4 --device cuda
 
 SCIENCEQA holds what the data set's authors distribute: `problems.json`, `pid_splits.json` and
 `images/<split>/<problem>/image.png`. Answers are generated greedily and read off the text; one that names no choice is
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from intervals import of_mean
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
+from benchmarks.intervals import of_mean
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.data.loader import make_prompts, tokenizer_of
 from optimum_qvlm.data.picture import read_picture

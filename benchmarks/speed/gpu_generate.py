@@ -1,6 +1,6 @@
 """What a user's own `model.generate` takes on a GPU: plain, and with the static cache whose step transformers compiles.
 
-    python benchmarks/gpu_generate.py --shapes llava-1.5-7b --variants bf16 w4a8-rotated w4a8-rotated-fused
+    python -m benchmarks.speed.gpu_generate --shapes llava-1.5-7b --variants bf16 w4a8-rotated w4a8-rotated-fused
 
 Models have random weights and, where they are ours, the quantizer that `from_pretrained` attaches. A variant is `bf16`,
 `bnb-nf4`, `torchao-int4`, or a scheme of ours with `-rotated` (as calibrated models are) and `-fused` (as loaded ones
@@ -25,11 +25,11 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from generate import prompt_of, sites_of
-from gpu_linears import copy_bandwidth, machine
-from shapes import SHAPES, random_model
 from torch import nn
 
+from benchmarks.shapes import SHAPES, random_model
+from benchmarks.speed.generate import prompt_of, sites_of
+from benchmarks.speed.gpu_linears import copy_bandwidth, machine
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.hf.format.modules import packed_bytes
 from optimum_qvlm.hf.fusion import fuse_sites
@@ -69,7 +69,7 @@ class Asked:
     """The process of one variant: a line to it says what to do, a line from it what came out."""
 
     def __init__(self, shape: str, variant: str) -> None:
-        command = [sys.executable, __file__, *sys.argv[1:], "--one", shape, variant]
+        command = [sys.executable, "-m", "benchmarks.speed.gpu_generate", *sys.argv[1:], "--one", shape, variant]
         self.name, self.base = f"{shape} {variant}", f"{shape} {BASELINE}"
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 

@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-import gpu_generate
 import pytest
-from shapes import SHAPES, llama
 
+from benchmarks.shapes import SHAPES, llama
+from benchmarks.speed import gpu_generate
 from optimum_qvlm.hf.quantizer import QVLMQuantizer
 from optimum_qvlm.modules.fused import FusedLinear
 from optimum_qvlm.modules.qlinear import QuantLinear

@@ -1,6 +1,6 @@
 """Measure launch shapes of the Triton kernels on the GPU that is here, and write its lines of the table anew.
 
-    python benchmarks/launch_table.py --kernels digits decode prefill bytes levels floats
+    python -m benchmarks.speed.launch_table --kernels digits decode prefill bytes levels floats
 
 Every line of `optimum_qvlm/kernels/tiles.json` for this architecture is tried against candidates, on shapes of a 13B
 model. A line changes only where a candidate is faster by `--margin`, so that noise does not. Candidates are compiled

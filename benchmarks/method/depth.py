@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import smollm2
-import tiny_vlm
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
+from benchmarks import smollm2, tiny_vlm
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.data.loader import LoaderOptions, make_labelled_batches
 from optimum_qvlm.data.sample import read_sample

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-import scienceqa
 from PIL import Image
 
+from benchmarks.quality import scienceqa
 from optimum_qvlm.errors import DataError
 
 PROBLEMS = {

@@ -3,12 +3,13 @@
 import argparse
 import sys
 
-import calibration
 import pytest
 import torch
-from calibration import Measurement, Stopwatch, TimeIsUp
-from shapes import SHAPES, llama
 from transformers import CLIPVisionConfig, LlavaConfig
+
+from benchmarks.shapes import SHAPES, llama
+from benchmarks.speed import calibration
+from benchmarks.speed.calibration import Measurement, Stopwatch, TimeIsUp
 
 
 def tiny_llava():

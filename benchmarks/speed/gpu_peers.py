@@ -4,7 +4,7 @@ torchao packs for the kernel that torch itself holds (`_weight_int4pack_mm`); ge
 whose tiles it holds for these shapes on some cards and looks for on others. Groups are of 128 channels, activations in
 bf16. A peer that is not installed or raises is a line of its own, and does not end the run.
 
-    python benchmarks/gpu_peers.py --device cuda
+    python -m benchmarks.speed.gpu_peers --device cuda
 """
 
 import argparse
@@ -14,7 +14,10 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from gpu_linears import (
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.speed.gpu_linears import (
     COLD_BYTES,
     activations,
     call,
@@ -26,8 +29,6 @@ from gpu_linears import (
     sizes,
     weight_bytes,
 )
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 GROUP = 128
 BYTES_PER_WEIGHT = 0.5 + 4 / GROUP

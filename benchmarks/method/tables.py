@@ -1,4 +1,4 @@
-"""The three tables of `method.py`: the proxy, partitions, and the ablation. Each yields lines and fills a record."""
+"""The three tables of `evidence.py`: the proxy, partitions, and the ablation. Each yields lines and fills a record."""
 
 import copy
 import random
@@ -9,12 +9,12 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from intervals import of_correlation, of_mean
-from proxies import all_proxies
-from subjects import Quantized, Subject
 from torch import Tensor, nn
-from workers import in_turn
 
+from benchmarks.intervals import of_correlation, of_mean
+from benchmarks.method.proxies import all_proxies
+from benchmarks.method.subjects import Quantized, Subject
+from benchmarks.method.workers import in_turn
 from optimum_qvlm.pipeline.calibrate import CalibrationData, calibrate
 from optimum_qvlm.pipeline.capture import first_tensor
 from optimum_qvlm.pipeline.dependency import EntropyOptions

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import SHAPES, random_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, StaticCache
 
+from benchmarks.shapes import SHAPES, random_model
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.hf.format.modules import packed_bytes, quantized_modules
 from optimum_qvlm.hf.fusion import fuse_sites

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from subjects import Sizes, Subject
 from transformers.utils import logging
+
+from benchmarks.method.subjects import Sizes, Subject
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")

@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import smollm2
-import tiny_vlm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
+from benchmarks import smollm2, tiny_vlm
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.data.loader import Batch, LoaderOptions, make_labelled_batches
 from optimum_qvlm.data.recipe import Recipe

@@ -1,8 +1,8 @@
 """Whether the method does what it claims: its proxy, its partition, its encoder step. Prints tables, saves figures.
 
-    python benchmarks/method.py proxy --models plain outlier smollm2 --output method
-    python benchmarks/method.py partitions --models plain outlier smollm2 --output method
-    python benchmarks/method.py ablation --models plain outlier --schemes w4a4 w6a6 --output method
+    python -m benchmarks.method.evidence proxy --models plain outlier smollm2 --output method
+    python -m benchmarks.method.evidence partitions --models plain outlier smollm2 --output method
+    python -m benchmarks.method.evidence ablation --models plain outlier --schemes w4a4 w6a6 --output method
 
 proxy: the gain of searching two layers together (the discretization error difference of the paper's figure 2) against
 the entropy that stands in for it, over samples and layers. Intervals draw whole samples.
@@ -22,9 +22,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from method_tables import Record, ablation_table, partition_table, proxy_table
-from subjects import NAMES, Sizes, Subject
 from transformers.utils import logging
+
+from benchmarks.method.subjects import NAMES, Sizes, Subject
+from benchmarks.method.tables import Record, ablation_table, partition_table, proxy_table
 
 TABLES = ("proxy", "partitions", "ablation")
 

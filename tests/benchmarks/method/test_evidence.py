@@ -2,13 +2,13 @@
 
 import json
 
-import method
 import pytest
 import torch
-from method_tables import by_error, pairs_from, shuffled, tiles
-from proxies import all_proxies
-from subjects import divergence
 
+from benchmarks.method import evidence
+from benchmarks.method.proxies import all_proxies
+from benchmarks.method.subjects import divergence
+from benchmarks.method.tables import by_error, pairs_from, shuffled, tiles
 from optimum_qvlm.pipeline.dependency import EntropyOptions
 from optimum_qvlm.plan import Block, PlannedLayer, PlannedPart, QuantPlan
 
@@ -96,7 +96,7 @@ def test_divergence_is_taken_per_token():
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_table_is_filled(tmp_path, capsys):
-    method.main(
+    evidence.main(
         ["proxy", "partitions", "ablation", "--models", "plain", "--quick", "--workers", "2", "--output", str(tmp_path)]
     )
 
@@ -114,4 +114,4 @@ def test_a_text_model_has_no_ablation():
         name = "smollm2"
 
     with pytest.raises(SystemExit, match="needs a model with a vision tower"):
-        method.lines_of("ablation", Text(), "w4a4", None, {})
+        evidence.lines_of("ablation", Text(), "w4a4", None, {})

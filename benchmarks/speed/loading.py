@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import SHAPES, model_of
 
+from benchmarks.shapes import SHAPES, model_of
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.hf.format.modules import packed_bytes, quantized_modules
 
