@@ -1,7 +1,6 @@
 """Models that the method is examined on: calibrated in memory, compared with full precision."""
 
 import copy
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from benchmarks import smollm2, tiny_vlm
+from benchmarks.measures import divergence
+from benchmarks.timing import clock_of
 from optimum_qvlm import QVLMConfig
-from optimum_qvlm.data.loader import Batch, LoaderOptions, make_labelled_batches
+from optimum_qvlm.data.loader import Batch
 from optimum_qvlm.data.recipe import Recipe
-from optimum_qvlm.data.sample import read_sample
 from optimum_qvlm.evaluation.fidelity import answer_logits, right_answers
 from optimum_qvlm.models.registry import adapter_for
 from optimum_qvlm.pipeline.calibrate import CalibrationData, calibrate
@@ -86,7 +85,8 @@ class Subject:
         else:
             self.folder = tiny_vlm.variant_folder(name, scratch)
             self.full = AutoModelForImageTextToText.from_pretrained(self.folder)
-            self.held_out = tiny_vlm.held_out(tiny_vlm.make_samples("heldout", sizes.questions, 0), self.folder)
+            questions = tiny_vlm.make_samples("heldout", sizes.questions, 0)
+            self.held_out = tiny_vlm.labelled(questions, self.folder, tiny_vlm.HELD_OUT_ROWS)
         self.reference = self.answers(copy.deepcopy(self.full))
 
     def text(self, seed: int) -> smollm2.Text:
@@ -119,9 +119,8 @@ class Subject:
             batches = self.text(seed).calibration
             return CalibrationData(batches=batches, recipe=recipe, labels=[b["input_ids"] for b in batches])
         size = self.sizes.batch if batch is None else batch
-        options = LoaderOptions(num_samples=self.sizes.samples, batch_size=size, max_length=2048, seed=seed)
-        records = [read_sample(s, "question") for s in tiny_vlm.make_samples("train", self.sizes.samples, seed)]
-        labelled = make_labelled_batches(records, AutoProcessor.from_pretrained(self.folder), options)
+        samples = tiny_vlm.make_samples("train", self.sizes.samples, seed)
+        labelled = tiny_vlm.labelled(samples, self.folder, size, seed)
         labels = [batch.pop("labels") for batch in labelled]
         return CalibrationData(batches=labelled, recipe=recipe, labels=labels)
 
@@ -139,7 +138,7 @@ class Subject:
         """
         model = copy.deepcopy(self.full)
         options = replace(config.options(), blocks=blocks)
-        clock = time.process_time if self.device == "cpu" else time.perf_counter
+        clock = clock_of(self.device, cpu_time=True)
         started = clock()
         result = calibrate(model, self.plan(config), options, data, torch.device(self.device))
         return model, result, clock() - started
@@ -156,9 +155,3 @@ class Subject:
             kl=torch.cat([divergence(a, b) for a, b in zip(self.reference, logits, strict=True)]),
             right=torch.tensor(right_answers(logits, self.held_out)).double(),
         )
-
-
-def divergence(wanted: Tensor, found: Tensor) -> Tensor:
-    """Kullback-Leibler divergence in nats of each token [tokens]."""
-    log_wanted, log_found = F.log_softmax(wanted.double(), dim=-1), F.log_softmax(found.double(), dim=-1)
-    return F.kl_div(log_found, log_wanted, reduction="none", log_target=True).sum(-1)

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from benchmarks import smollm2
+from benchmarks.measures import perplexity
 from optimum_qvlm import QVLMConfig, __version__
 from optimum_qvlm.evaluation.fidelity import answer_logits
 
@@ -72,7 +73,7 @@ def rows(arguments: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, di
     folder = smollm2.write_checkpoint(scratch / "model")
     text = smollm2.read_text(folder, seed=arguments.seed)
     full = AutoModelForCausalLM.from_pretrained(folder, device_map=arguments.device)
-    yield "full", {"perplexity": smollm2.perplexity(answer_logits(full, text.held_out), text.held_out)}
+    yield "full", {"perplexity": perplexity(answer_logits(full, text.held_out), text.held_out)}
     del full
     for name in arguments.ours:
         yield name, own_result(folder, text, OURS[name], arguments)
@@ -103,7 +104,7 @@ def own_result(
     return {
         "seconds": time.perf_counter() - started,
         "processor_seconds": time.process_time() - processor,
-        "perplexity": smollm2.perplexity(answer_logits(model, text.held_out), text.held_out),
+        "perplexity": perplexity(answer_logits(model, text.held_out), text.held_out),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "version": f"optimum-qvlm {__version__}",
     }

@@ -4,8 +4,8 @@
 
 Every number is measured beside full precision in the same run, on samples that calibration did not see. A method may be
 followed by what it is to do without, as in `qvlm-transforms` or `qvlm-effort-freedom`: without `online` only transforms
-that norms take up are left, without `freedom` scales are multiples of one step per row. Calibration time is a multiple
-of one full-precision pass over the calibration set, loading included.
+that norms take up are left, without `freedom` scales are multiples of one step per row, without `data` the packaged
+samples calibrate. Calibration time is a multiple of one full-precision pass over the calibration set, loading included.
 """
 
 import argparse
@@ -22,15 +22,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging
 
 from benchmarks import smollm2
 from benchmarks.intervals import of_mean
-from benchmarks.tiny_vlm import make_samples, variant_folder
+from benchmarks.measures import perplexity
+from benchmarks.timing import clock_of
+from benchmarks.tiny_vlm import HELD_OUT_ROWS, labelled, make_samples, variant_folder
 from optimum_qvlm import QVLMConfig
-from optimum_qvlm.data.loader import Batch, LoaderOptions, make_labelled_batches
-from optimum_qvlm.data.sample import read_sample
+from optimum_qvlm.data.loader import Batch
 from optimum_qvlm.evaluation.fidelity import answer_logits, compare, right_answers
 
 SAMPLES = 16
@@ -44,6 +45,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "feedback": {"error_feedback": False},
     "effort": {"effort": "fast"},
     "freedom": {"two_level_scales": True},
+    "data": {"dataset": None},
 }
 """Settings that leave one ingredient out of the method before the dash."""
 
@@ -148,7 +150,7 @@ def prepare(arguments: argparse.Namespace, scratch: Path) -> Callable[[int], Cas
 
         return text_case
     folder = variant_folder("outlier" if arguments.model == "tiny_vlm_outlier" else "plain", scratch)
-    held_out = labelled(make_samples("heldout", arguments.questions, 0), folder, 50)
+    held_out = labelled(make_samples("heldout", arguments.questions, 0), folder, HELD_OUT_ROWS)
 
     def image_case(seed: int) -> Case:
         samples = make_samples("train", 64, seed)
@@ -163,13 +165,6 @@ def stacked(batches: list[Batch]) -> Batch:
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def labelled(samples: list[dict[str, Any]], folder: Path, rows: int) -> list[Batch]:
-    """Batches of questions with labelled answers."""
-    options = LoaderOptions(num_samples=len(samples), batch_size=rows, max_length=2048, seed=0)
-    records = [read_sample(sample, "question") for sample in samples]
-    return make_labelled_batches(records, AutoProcessor.from_pretrained(folder), options)
-
-
 def run_seed(
     case: Case,
     seed: int,
@@ -181,7 +176,7 @@ def run_seed(
     """Full precision, then every scheme and method; appends to `results` and `right`."""
     full = case.load(case.folder).eval()
     reference = answer_logits(full, case.held_out)
-    wanted = answer_perplexity(reference, case)
+    wanted = perplexity(reference, case.held_out)
     pass_seconds = full_precision_pass(full, case.pass_over)
     del full
     print(f"{case.name} seed {seed}: full precision {wanted:.4f}, one pass {pass_seconds:.2f} s", flush=True)
@@ -192,7 +187,7 @@ def run_seed(
             model = case.load(case.folder, quantization_config=config).eval()
             spent = time.process_time() - started
             logits = answer_logits(model, case.held_out)
-            found = answer_perplexity(logits, case)
+            found = perplexity(logits, case.held_out)
             close = compare(reference, logits)
             answers = right_answers(logits, case.held_out)
             seconds = model.hf_quantizer.report["seconds"]
@@ -220,35 +215,21 @@ def configure(scheme: str, settings: dict[str, Any], case: Case, seed: int) -> Q
     """The configuration of one run."""
     values = case.settings | {name: value for name, value in settings.items() if name != "preset"} | {"seed": seed}
     if settings.get("method") != "rtn":
-        values["dataset"] = case.calibration
+        values.setdefault("dataset", case.calibration)
     if settings.get("preset") == "paper":
         return QVLMConfig.paper(**(values | {"scheme": scheme, "vision_scheme": scheme}))
     return QVLMConfig(scheme, **values)
 
 
-def answer_perplexity(logits: list[Tensor], case: Case) -> float:
-    """Over labelled tokens."""
-    labels = [batch["labels"][:, 1:] for batch in case.held_out]
-    losses = [
-        torch.nn.functional.cross_entropy(found, wanted[wanted != -100], reduction="sum")
-        for found, wanted in zip(logits, labels, strict=True)
-    ]
-    return float((torch.stack(losses).sum() / sum(len(found) for found in logits)).exp())
-
-
 def full_precision_pass(model: Any, batches: list[Batch]) -> float:
     """Seconds of one forward over the calibration set, the second of two; processor time on the CPU."""
-    clock = time.process_time if model.device.type == "cpu" else time.perf_counter
+    clock = clock_of(model.device, cpu_time=True)
     for _ in range(2):
         started = clock()
         with torch.inference_mode():
             for batch in batches:
-                model(
-                    **{name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"},
-                    use_cache=False,
-                )
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
+                inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+                model(**inputs, use_cache=False)
         seconds = clock() - started
     return seconds
 

@@ -14,7 +14,6 @@ time was up. The projector, loading, rendering, saving and the comparison on hel
 import argparse
 import gc
 import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from benchmarks.shapes import SHAPES, model_of
+from benchmarks.timing import machine
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.data.loader import LoaderOptions, read_dataset
 from optimum_qvlm.data.recipe import Recipe
@@ -311,12 +311,6 @@ def print_whole(parts: list[Measurement]) -> None:
     row = f"{' and '.join(one.part for one in parts)}, {parts[0].effort}: {minutes:.1f} minutes, extrapolated"
     peak = max(one.peak_bytes for one in parts) / 1e9
     print(f"{row}; peak {peak:.2f} GB, measured" if peak else row, flush=True)
-
-
-def machine(device: str) -> str:
-    """Device and versions."""
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
-    return f"{name}, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

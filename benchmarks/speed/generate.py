@@ -12,7 +12,6 @@ import json
 import math
 import re
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, StaticCache
 
 from benchmarks.shapes import SHAPES, random_model
+from benchmarks.timing import clock_of, ratio
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.hf.format.modules import packed_bytes, quantized_modules
 from optimum_qvlm.hf.fusion import fuse_sites
@@ -195,11 +195,6 @@ def turn(file: Path | None, *, alone: bool) -> Iterator[None]:
         yield
 
 
-def ratio(slow: list[float], fast: list[float]) -> float:
-    """Median of the ratios of pairs."""
-    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
-
-
 class Decoder:
     """Greedy decoding of one variant with batches of one size, from a prompt of one length.
 
@@ -208,6 +203,7 @@ class Decoder:
 
     def __init__(self, model: Any, inputs: dict[str, Tensor], arguments: argparse.Namespace) -> None:
         self.model, self.inputs, self.arguments = model, inputs, arguments
+        self.clock = clock_of(arguments.device, cpu_time=arguments.cpu_time)
         batch, self.length = inputs["input_ids"].shape
         self.cache: Any = None
         self.cache_name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
@@ -268,11 +264,11 @@ class Decoder:
     def round(self) -> tuple[float, float]:
         """Seconds of the prefill, and of all decoding steps."""
         with torch.inference_mode():
-            started = now(self.arguments)
+            started = self.clock()
             cache = self.prefill()
-            prefilled = now(self.arguments)
+            prefilled = self.clock()
             self.decode(cache)
-            return prefilled - started, now(self.arguments) - prefilled
+            return prefilled - started, self.clock() - prefilled
 
 
 def prompt_of(model: Any, tokens: int, batch: int, arguments: argparse.Namespace) -> dict[str, Tensor]:
@@ -325,13 +321,6 @@ def resident(kind: str) -> float:
     """A figure of this process in bytes; NaN where the system does not give it."""
     found = re.search(rf"{kind}:\s+(\d+)", STATUS.read_text()) if STATUS.exists() else None
     return math.nan if found is None else 1024.0 * int(found[1])
-
-
-def now(arguments: argparse.Namespace) -> float:
-    """Seconds, once the device has done what it was asked."""
-    if arguments.device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.process_time() if arguments.cpu_time else time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from torch import nn
 
 from benchmarks.shapes import SHAPES, random_model
 from benchmarks.speed.generate import prompt_of, sites_of
-from benchmarks.speed.gpu_linears import copy_bandwidth, machine
+from benchmarks.timing import copy_bandwidth, machine, ratio, wait
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.hf.format.modules import packed_bytes
 from optimum_qvlm.hf.fusion import fuse_sites
@@ -134,10 +134,7 @@ HEADING = (
 def line(mode: str, name: str, rounds: list[Any], base: list[Any]) -> str:
     """Medians; ratios are against bf16 of the same round, more is faster. `lowest` is a token of the best round."""
     first, token = (statistics.median(each[field] for each in rounds) for field in ("first", "token"))
-    ratios = [
-        statistics.median(b[field] / each[field] for b, each in zip(base, rounds, strict=True))
-        for field in ("first", "token")
-    ]
+    ratios = [ratio([each[field] for each in base], [each[field] for each in rounds]) for field in ("first", "token")]
     lowest = min(each["token"] for each in rounds)
     return (
         f"{mode:6} {name:33} {first * 1e3:8.1f} {ratios[0]:6.2f}x {1 / token:6.1f} {ratios[1]:6.2f}x {token * 1e3:6.2f}"
@@ -248,21 +245,16 @@ class Generation:
 
     def generate(self, tokens: int, mode: str) -> tuple[float, float]:
         """Seconds, and seconds of the processor."""
-        self.wait()
+        wait(self.device)
         started, worked = time.perf_counter(), time.process_time()
         options = MODES[mode]
         output = self.model.generate(
             **self.inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, **options
         )
-        self.wait()
+        wait(self.device)
         taken = time.perf_counter() - started, time.process_time() - worked
         assert output.shape[1] == self.inputs["input_ids"].shape[1] + tokens
         return taken
-
-    def wait(self) -> None:
-        """Until the device has done what it was asked."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 @contextmanager

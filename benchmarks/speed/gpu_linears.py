@@ -7,39 +7,23 @@ the bytes per second that a copy reads and writes.
 """
 
 import argparse
-import math
-import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import replace
-from importlib import import_module
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
-from optimum_qvlm.spec import NAMED_SCHEMES, Scheme
-
-COLD_BYTES = 200 * 2**20
-"""What the weight sets of a GPU's run hold together: four times the largest cache."""
+from benchmarks.shapes import LEVELS, format_of
+from benchmarks.timing import COLD_BYTES, copy_bandwidth, machine, microseconds
+from optimum_qvlm.modules.qlinear import QuantLinear
+from optimum_qvlm.spec import NAMED_SCHEMES
 
 SHAPES = ("5120x5120", "15360x5120", "27648x5120", "5120x13824")
 """LLaVA-1.5-13B's decoder: output; query, key and value as one; gate and up as one; down."""
 
-LEVELS = "-levels"
-"""Behind a scheme: with scales that are multiples of one step per row."""
-
-ROTATED = "-rotated"
-"""Behind a scheme: activations are rotated first, as those of calibrated models are."""
-
 TOKENS = (1, 4, 16, 64, 256, 600, 2048)
-COPIED_BYTES = {"cuda": 2**30, "cpu": 2**26}
-COPIES = 8
-"""In a row, between two looks at the clock."""
 
 
 def main() -> None:
@@ -138,12 +122,7 @@ def dense_weights(rows: int, channels: int, sets: int, device: torch.device) -> 
 
 def make_linear(scheme: str, rows: int, channels: int, device: torch.device) -> QuantLinear:
     """A quantized linear with random codes, in the layout of its device."""
-    parsed = Scheme.parse(scheme.replace(LEVELS, "").replace(ROTATED, ""))
-    spec = parsed.weight_spec(channels, "auto", symmetric=True)
-    if LEVELS in scheme:
-        spec = replace(spec, two_level=True)
-    rotation = math.gcd(channels, 128) if ROTATED in scheme else None
-    format = LinearFormat(weight=spec, activation=parsed.activation_spec(spec), rotation=rotation)
+    format = format_of(scheme, channels)
     module = QuantLinear(channels, rows, format, bias=False, scale_dtype=torch.bfloat16, device=device)
     module.weight_packed.data.random_(-(2**31), 2**31 - 1)
     module.weight_scale.data.fill_(0.01)
@@ -156,68 +135,9 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def microseconds(calls: list[Callable[[], Tensor]], rounds: int, device: torch.device) -> float:
-    """Median over rounds of the mean time of a call; on a GPU the calls of a round are one replayed CUDA graph."""
-    with torch.inference_mode():
-        for one in calls[:2]:
-            one()
-        run = _captured(calls) if device.type == "cuda" else lambda: [one() for one in calls]
-        times = []
-        for _ in range(rounds + 1):
-            _wait(device)
-            started = time.perf_counter()
-            run()
-            _wait(device)
-            times.append((time.perf_counter() - started) / len(calls) * 1e6)
-    return statistics.median(times[1:])
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written per second by copies of a large tensor.
-
-    Each is a call of its own: as a node of a CUDA graph a copy reaches four fifths of the rate.
-    """
-    source = torch.zeros(COPIED_BYTES.get(device.type, COPIED_BYTES["cpu"]), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(10):
-        _wait(device)
-        started = time.perf_counter()
-        for _ in range(COPIES):
-            target.copy_(source)
-        _wait(device)
-        times.append((time.perf_counter() - started) / COPIES)
-    return 2 * source.nbytes / statistics.median(times[1:])
-
-
-def machine(device: torch.device) -> str:
-    """Device and versions."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return f"{name}, torch {torch.__version__}, triton {import_module('triton').__version__}"
-
-
 def call(function: Callable[..., Tensor] | nn.Module, *arguments: Tensor) -> Callable[[], Tensor]:
     """The function with these arguments."""
     return lambda: function(*arguments)
-
-
-def _captured(calls: list[Callable[[], Tensor]]) -> Callable[[], object]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for one in calls:
-            one()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for one in calls:
-            one()
-    return graph.replay
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

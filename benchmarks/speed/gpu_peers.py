@@ -1,4 +1,4 @@
-"""Weight-only linears in 4 bits of other libraries beside ours and bf16 on a GPU, timed as `gpu_linears.py` does.
+"""Weight-only linears in 4 bits of other libraries beside ours and bf16 on a GPU, timed as `gpu_linears` does.
 
 torchao packs for the kernel that torch itself holds (`_weight_int4pack_mm`); gemlite multiplies with Triton kernels,
 whose tiles it holds for these shapes on some cards and looks for on others. Groups are of 128 channels, activations in
@@ -17,18 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.speed.gpu_linears import (
-    COLD_BYTES,
-    activations,
-    call,
-    copy_bandwidth,
-    dense_weights,
-    machine,
-    make_linear,
-    microseconds,
-    sizes,
-    weight_bytes,
-)
+from benchmarks.speed.gpu_linears import activations, call, dense_weights, make_linear, sizes, weight_bytes
+from benchmarks.timing import COLD_BYTES, copy_bandwidth, machine, microseconds
 
 GROUP = 128
 BYTES_PER_WEIGHT = 0.5 + 4 / GROUP

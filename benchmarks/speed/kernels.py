@@ -9,7 +9,6 @@ whatever else the machine does hits all of them. Ratios are medians over pairs.
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module, metadata
@@ -21,17 +20,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.shapes import format_of
+from benchmarks.timing import Clock, clock_of, copy_bandwidth, ratio
 from optimum_qvlm.kernels import NOTHING, Rounding, dispatch
-from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
+from optimum_qvlm.modules.qlinear import QuantLinear
 from optimum_qvlm.quant.affine import quantize_weight
-from optimum_qvlm.spec import NAMED_SCHEMES, Scheme, WeightSpec
+from optimum_qvlm.spec import NAMED_SCHEMES, WeightSpec
 
 TOKENS = (1, 4, 16, 64, 256, 600)
 WIDTH = 26
 INT4PACK_GROUP = 128
-LEVELS = "-levels"
-"""Behind a scheme, as in `w4a8-levels`: with scales that are multiples of one step per row."""
-
 Call = Callable[[int], Any]
 
 
@@ -65,8 +63,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    clock = clock_of(arguments)
-    bandwidth = copy_bandwidth(arguments, clock)
+    clock = clock_of(arguments.device, cpu_time=arguments.cpu_time)
+    bandwidth = copy_bandwidth(torch.device(arguments.device), clock)
     calls, sizes = operations(arguments)
     found: list[Timing] = []
     print(f"copy {bandwidth / 1e9:.1f} GB/s; {arguments.size} x {arguments.size}, {arguments.threads} threads")
@@ -116,12 +114,9 @@ def operations(arguments: argparse.Namespace) -> tuple[dict[str, Callable[[Tenso
 
 def quantized(weight: Tensor, text: str, arguments: argparse.Namespace, rotation: int | None = None) -> QuantLinear:
     """A module in the layout of its device."""
-    scheme = Scheme.parse(text.removesuffix(LEVELS))
-    spec = scheme.weight_spec(weight.shape[1], "auto", symmetric=True)
-    if text.endswith(LEVELS):
-        spec = replace(spec, two_level=True)
-    format = LinearFormat(weight=spec, activation=scheme.activation_spec(spec), rotation=rotation)
-    rounded = quantize_weight(weight, spec, scale_dtype=getattr(torch, arguments.dtype))
+    format = format_of(text, weight.shape[1])
+    format = format if rotation is None else replace(format, rotation=rotation)
+    rounded = quantize_weight(weight, format.weight, scale_dtype=getattr(torch, arguments.dtype))
     module = QuantLinear.from_quantized(rounded, None, format)
     module.decode_tokens = arguments.decode_tokens
     return module.prepare()
@@ -267,7 +262,7 @@ def compare(
     calls: dict[str, Call],
     sizes: dict[str, int],
     tokens: int,
-    clock: Callable[[], float],
+    clock: Clock,
     bandwidth: float,
     arguments: argparse.Namespace,
 ) -> list[Timing]:
@@ -301,35 +296,6 @@ def compare(
 def is_own(name: str, arguments: argparse.Namespace) -> bool:
     """Whether an operation is one of this library's, which take activations of the dtype that was asked for."""
     return name.partition(" ")[0] in arguments.schemes
-
-
-def ratio(slow: list[float], fast: list[float]) -> float:
-    """Median of the ratios of pairs."""
-    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
-
-
-def copy_bandwidth(arguments: argparse.Namespace, clock: Callable[[], float]) -> float:
-    """Bytes read and written per second when 128 MB are copied."""
-    source = torch.zeros(2**25, device=arguments.device)
-    target = torch.empty_like(source)
-    taken = []
-    for _ in range(7):
-        started = clock()
-        target.copy_(source)
-        taken.append(clock() - started)
-    return 2 * source.nbytes / statistics.median(taken)
-
-
-def clock_of(arguments: argparse.Namespace) -> Callable[[], float]:
-    """Seconds; on a CUDA device once it has done what it was asked."""
-
-    def synchronized() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    if arguments.device.startswith("cuda"):
-        return synchronized
-    return time.process_time if arguments.cpu_time else time.perf_counter
 
 
 if __name__ == "__main__":

@@ -15,12 +15,14 @@ import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.timing import COLD_BYTES, microseconds
 from optimum_qvlm.kernels.triton import bytes as triton_bytes
 from optimum_qvlm.kernels.triton import decode as triton_decode
 from optimum_qvlm.kernels.triton import digits as triton_digits
@@ -36,9 +38,6 @@ TABLE = Path(tiles.__file__).with_name(tiles.TABLE)
 SHAPE = ("tokens", "rows", "slices", "warps", "stages", "registers", "busy", "share")
 SHARED = ("busy", "share")
 """What every candidate of a line has as the line has it: whether programs share the channels of a tile."""
-
-COLD_BYTES = 200 * 2**20
-"""What weight sets hold together, four times the largest cache."""
 
 SHAPES = {"few": ((5120, 5120), (5120, 13824)), "many": ((27648, 5120), (15360, 5120))}
 """Rows and channels: those of attention and the second linear of the MLP, and of fused first linears."""
@@ -258,23 +257,7 @@ def measured(trial: Trial, usable: set[str], rounds: int) -> float:
     count = max(2, min(24, -(-COLD_BYTES // size))) if trial.tokens < 512 else 2
     weights = [random_weight(trial.line, trial.rows, trial.channels) for _ in range(count)]
     call = call_of(trial, weights)
-    for number in range(2):
-        call(number)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for number in range(count):
-            call(number)
-    graph.replay()
-    times = []
-    for _ in range(rounds):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / count * 1e3)
-    return statistics.median(times)
+    return microseconds([partial(call, number) for number in range(count)], rounds, torch.device("cuda"))
 
 
 def described(line: dict[str, Any]) -> str:

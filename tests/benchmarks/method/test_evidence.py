@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+from benchmarks.measures import divergence
 from benchmarks.method import evidence
 from benchmarks.method.proxies import all_proxies
-from benchmarks.method.subjects import divergence
 from benchmarks.method.tables import by_error, pairs_from, shuffled, tiles
 from optimum_qvlm.pipeline.dependency import EntropyOptions
 from optimum_qvlm.plan import Block, PlannedLayer, PlannedPart, QuantPlan

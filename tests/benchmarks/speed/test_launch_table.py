@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -81,9 +82,10 @@ def test_the_shipped_table_is_what_would_be_written(tmp_path):
 
 
 def test_without_a_gpu_it_says_so():
-    command = [sys.executable, launch_table.__file__]
+    command = [sys.executable, "-m", launch_table.__name__]
+    root, hidden = Path(__file__).parents[3], {"CUDA_VISIBLE_DEVICES": ""}
 
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, env={"CUDA_VISIBLE_DEVICES": ""})
+    ran = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, env=hidden)
 
     assert ran.returncode == 2
     assert "can only be measured on a CUDA device" in ran.stderr
