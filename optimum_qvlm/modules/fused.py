@@ -111,8 +111,9 @@ class FusedLinear(QuantLinear):
     Called with the tensor that another linear of the group was just called with, it returns its rows of that product;
     with any other tensor, or a second time, it computes the product anew. The product is let go when each has taken its
     rows. On a GPU the rows are a view. They are a copy where gradients are recorded, as views would share a version
-    counter, and on a CPU: PyTorch's elementwise functions (SiLU, GELU) round the last elements of a strided row with
-    other code than those of a contiguous tensor, so that a view would change the model by a bit.
+    counter and refuse to be changed in place, and on a CPU: PyTorch's elementwise functions (SiLU, GELU) round the last
+    elements of a strided row with other code than those of a contiguous tensor, so that a view would change the model
+    by a bit.
     """
 
     joint: JointLinear
@@ -136,7 +137,7 @@ class FusedLinear(QuantLinear):
             waiting = (1 << len(rows)) - 1 & ~bit
         handover.kept = (input, moment, rows, waiting) if waiting else None
         mine = rows[self.index]
-        if mine.requires_grad:
+        if torch.is_grad_enabled():
             return mine.clone(memory_format=torch.contiguous_format)
         return mine.contiguous() if mine.device.type == "cpu" else mine
 
