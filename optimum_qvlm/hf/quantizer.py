@@ -209,6 +209,12 @@ class QVLMQuantizer(QuantizerBase):
             return  # only adapters are written
         paths, quantized = runtime_modules(model, record.modules, "weight_packed"), quantized_modules(model)
         absent = next((name for name in record.modules if paths.get(name) not in quantized), None)
+        adapted = next((path.partition(".base_layer")[0] for path in quantized if ".base_layer" in path), None)
+        if adapted is not None:
+            raise CheckpointError(
+                f"{adapted} has an adapter, which is no part of the checkpoint; save what unload() of the PEFT model "
+                "returns, or the adapter alone by save_pretrained() of the PEFT model"
+            )
         if absent is not None:
             raise CheckpointError(
                 f"{absent} was quantized, but the model has another module in its place, so that it cannot be saved as "

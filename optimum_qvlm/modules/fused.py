@@ -45,6 +45,7 @@ class JointLinear(PackedLinear):
         )
         joint.handover, joint.decode_tokens = Handover(), first.decode_tokens
         joint.sizes = [linear.out_features for linear in linears]
+        joint.path = ", ".join(linear.path for linear in linears if linear.path)
         zeros = [weight.zero_point for weight in weights if weight.zero_point is not None]
         weight = CodedWeight(
             torch.cat([weight.codes for weight in weights]),
@@ -158,7 +159,7 @@ class FusedLinear(QuantLinear):
             scale_dtype=self.grid.scale_dtype,
             device="meta",
         )
-        alone.decode_tokens = self.decode_tokens
+        alone.decode_tokens, alone.path = self.decode_tokens, self.path
         alone._hold(self._stored())
         for name in ("input_equalizer", "input_scale"):
             shared = getattr(self, name)
@@ -281,7 +282,10 @@ class FusedLinear(QuantLinear):
 def fuse(linears: Sequence[QuantLinear]) -> list[FusedLinear]:
     """Linears over one joint weight in place of these, of which `why_apart` says nothing."""
     joint = JointLinear.of(linears)
-    return [FusedLinear(joint, index) for index in range(len(linears))]
+    fused = [FusedLinear(joint, index) for index in range(len(linears))]
+    for linear, apart in zip(fused, linears, strict=True):
+        linear.path = apart.path
+    return fused
 
 
 def why_apart(linears: Sequence[QuantLinear]) -> str | None:

@@ -85,7 +85,7 @@ def prepare_modules(model: nn.Module, decode_tokens: int) -> None:
         CheckpointError: a weight is not what its record says.
     """
     for path, module in quantized_modules(model).items():
-        module.decode_tokens = decode_tokens
+        module.decode_tokens, module.path = decode_tokens, path
         try:
             module.prepare(transient=_is_offloaded(module))
         except SpecError as error:
