@@ -32,7 +32,7 @@ PUBLIC = {
 UNDOCUMENTED = {"adjust_generation_fn", "all_tied_weights_keys", "arg_names", "get_balanced_memory"}
 """Names without an underscore that no page promises."""
 
-SET_ON_INSTANCES = {"_hf_hook", "_is_hf_initialized"}
+SET_ON_INSTANCES = {"_hf_hook", "_is_hf_initialized", *vars(nn.Module())}
 """Private names that their classes lack."""
 
 OF_PYTHON = {"os._exit", "parser._actions"}
