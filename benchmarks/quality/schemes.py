@@ -82,7 +82,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One seed's model, calibration set and held-out batches, whose rows have numbers."""
+    """One seed's model, so many samples to calibrate it on, and held-out batches, whose rows have numbers."""
 
     name: str
     folder: Path
@@ -90,6 +90,7 @@ class Case:
     calibration: Any
     held_out: list[Batch]
     numbers: Tensor
+    samples: int
     pass_over: list[Batch]
     settings: dict[str, Any]
 
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("--text", choices=list(texts.TEXTS), default="topics", help="what smollm2 reads")
     parser.add_argument("--texts", type=Path, default=texts.FOLDER, help="folder with the Debian packages of texts")
     parser.add_argument("--held-out", type=int, default=SAMPLES, help="chunks that smollm2 is compared on, per seed")
+    parser.add_argument("--tokens", type=int, default=512, help="of a chunk")
     parser.add_argument("--against", default="rtn", help="method that the others are compared with")
     parser.add_argument("--questions", type=int, default=4000, help="held-out questions of the tiny model")
     parser.add_argument("--device", default="cpu")
@@ -148,14 +150,14 @@ def prepare(arguments: argparse.Namespace, scratch: Path) -> Callable[[int], Cas
     if arguments.model == "smollm2":
         print(texts.described(arguments.text, arguments.texts), flush=True)
         folder = smollm2.write_checkpoint(scratch / "smollm2")
-        chunked = texts.chunked(folder, arguments.text, folder=arguments.texts)
+        chunked = texts.chunked(folder, arguments.text, folder=arguments.texts, tokens=arguments.tokens)
 
         def text_case(seed: int) -> Case:
             text = chunked.draw(SAMPLES, arguments.held_out, seed=seed, tuning=arguments.tuning)
             batches = [stacked(text.calibration[i : i + CHUNK_ROWS]) for i in range(0, SAMPLES, CHUNK_ROWS)]
-            settings = {"group_size": 64, "num_samples": SAMPLES}
+            settings = {"group_size": 64}
             load = partial(AutoModelForCausalLM.from_pretrained, device_map=arguments.device)
-            return Case("smollm2", folder, load, batches, text.held_out, text.numbers, batches, settings)
+            return Case("smollm2", folder, load, batches, text.held_out, text.numbers, SAMPLES, batches, settings)
 
         return text_case
     folder = variant_folder("outlier" if arguments.model == "tiny_vlm_outlier" else "plain", scratch)
@@ -165,7 +167,8 @@ def prepare(arguments: argparse.Namespace, scratch: Path) -> Callable[[int], Cas
         samples = make_samples("train", 64, seed)
         load = partial(AutoModelForImageTextToText.from_pretrained, device_map=arguments.device)
         numbers = torch.arange(arguments.questions)
-        return Case(arguments.model, folder, load, samples, held_out, numbers, labelled(samples, folder, ROWS), {})
+        rows = labelled(samples, folder, ROWS)
+        return Case(arguments.model, folder, load, samples, held_out, numbers, len(samples), rows, {})
 
     return image_case
 
@@ -209,7 +212,7 @@ def configure(scheme: str, settings: dict[str, Any], case: Case, seed: int) -> Q
     """The configuration of one run."""
     values = case.settings | {name: value for name, value in settings.items() if name != "preset"} | {"seed": seed}
     if settings.get("method") != "rtn":
-        values.setdefault("dataset", case.calibration)
+        values = {"dataset": case.calibration, "num_samples": case.samples} | values
     if settings.get("preset") == "paper":
         return QVLMConfig.paper(**(values | {"scheme": scheme, "vision_scheme": scheme}))
     return QVLMConfig(scheme, **values)
