@@ -59,3 +59,17 @@ def test_a_table_on_another_text(tiny, monkeypatch, capsys, tmp_path):
 def test_an_unknown_ingredient_is_refused(tiny, monkeypatch):
     with pytest.raises(SystemExit, match="'lattice' is no ingredient; use one of transforms"):
         run(monkeypatch, "--methods", "qvlm-lattice")
+
+
+def test_without_data_of_its_own_a_method_gets_the_packaged_samples(tmp_path):
+    """Round-to-nearest gets none, and is not told how many."""
+    batches = [{"input_ids": torch.arange(8).view(2, 4), "attention_mask": torch.ones(2, 4)}]
+    case = schemes.Case("smollm2", tmp_path, None, batches, [], torch.arange(0), 2, batches, {"group_size": 64})
+
+    own, packaged, none = (
+        schemes.configure("w4a8", schemes.method_settings(name), case, 3) for name in ("qvlm", "qvlm-data", "rtn")
+    )
+
+    assert (own.dataset, own.num_samples, own.seed, own.group_size) == (batches, 2, 3, 64)
+    assert (packaged.dataset, none.dataset) == (None, None)
+    assert none.num_samples == type(none)("w4a8", method="rtn").num_samples
