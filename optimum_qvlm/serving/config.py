@@ -11,20 +11,19 @@ from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.model_loader.utils import get_model_cls
 from vllm.model_executor.models.utils import WeightsMapper
 
-from optimum_qvlm.errors import CheckpointError, ConfigError, UnsupportedModelError
+from optimum_qvlm.errors import ConfigError, UnsupportedModelError
 from optimum_qvlm.hf.config import QUANT_METHOD, QVLMConfig
 from optimum_qvlm.hf.format.modules import GUARDS
 from optimum_qvlm.hf.format.record import require_sealed
-from optimum_qvlm.plan import ModuleRecord
+from optimum_qvlm.hf.format.server_names import NESTED, TOWER, has_nested_tower, server_name
 from optimum_qvlm.serving.method import ServedLinearMethod
-from optimum_qvlm.serving.names import NESTED_TOWER
 
 DECODE_TOKENS = "qvlm_decode_tokens"
 """Key of vLLM's `--additional-config` that sets `decode_tokens`. Without it activations are always rounded, so that an
 answer does not depend on how many requests are decoded at once."""
 
 
-class ServedConfig(QuantizationConfig):  # type: ignore[misc]
+class ServedConfig(QuantizationConfig):
     """The record of a calibration under the names of vLLM's modules.
 
     Attributes:
@@ -35,8 +34,8 @@ class ServedConfig(QuantizationConfig):  # type: ignore[misc]
     def __init__(self, config: QVLMConfig) -> None:
         super().__init__()
         record = require_sealed(config.record)
-        self.config = config
-        self.entries = {_nested(name): entry for name, entry in record.modules.items()}
+        self.config, self.model_config = config, record.model_config or {}
+        self.entries = {server_name(name, self.model_config): entry for name, entry in record.modules.items()}
 
     def get_name(self) -> str:
         """The method's."""
@@ -89,10 +88,11 @@ class ServedConfig(QuantizationConfig):  # type: ignore[misc]
             renamed[name if tensor is None else tensor.removesuffix(".weight_packed")] = entry
         self.entries = renamed
 
-    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Drop the tensor that warns other programs, and name those of towers as vLLM does."""
         guards = {re.compile(f"^{re.escape(guard)}$"): None for guard in GUARDS}
-        return WeightsMapper(orig_to_new_regex={**guards, NESTED_TOWER: r"\1vision_model.\2."})
+        towers = {TOWER: NESTED} if has_nested_tower(self.model_config) else {}
+        return WeightsMapper(orig_to_new_regex=guards | towers)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """How `layer` computes: by our operations where one of its linears is on record.
@@ -128,10 +128,6 @@ class ServedConfig(QuantizationConfig):  # type: ignore[misc]
         model_class = get_model_cls(get_current_vllm_config().model_config)
         if not isinstance(getattr(model_class, "quant_config", self), property):
             model_class.quant_config = self
-
-
-def _nested(name: str) -> str:
-    return NESTED_TOWER.sub(r"\1vision_model.\2.", name)
 
 
 def _decode_tokens() -> int:

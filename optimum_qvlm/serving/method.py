@@ -41,7 +41,7 @@ PARTS = "qvlm_parts"
 """Attribute of a linear of vLLM that holds the modules which compute it."""
 
 
-class ServedLinearMethod(LinearMethodBase):  # type: ignore[misc]
+class ServedLinearMethod(LinearMethodBase):
     """Takes the tensors of one linear of vLLM as they are loaded, and makes modules of them once all are there.
 
     A fused linear has as many modules as its parts have different formats: one where they share a site, as query, key
@@ -55,7 +55,7 @@ class ServedLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -78,7 +78,7 @@ class ServedLinearMethod(LinearMethodBase):  # type: ignore[misc]
             parameter.weight_loader = partial(self._take, kind)  # type: ignore[attr-defined]
             layer.register_parameter(kind, parameter)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Make the modules, in the layout that is fastest on the device.
 
         Raises:
@@ -97,7 +97,7 @@ class ServedLinearMethod(LinearMethodBase):  # type: ignore[misc]
             delattr(layer, kind)
         self.taken = [{} for _ in self.names]
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Product of `x` [tokens, in_features] with the rows of this process, plus bias, in the dtype of `x`.
 
         `bias` is in the modules already.
@@ -160,7 +160,7 @@ class ServedLinearMethod(LinearMethodBase):  # type: ignore[misc]
             raise CheckpointError(f"{', '.join(self.names)}: {error}") from error
 
 
-def shards_of(layer: nn.Module, parts: int) -> list[Shard]:
+def shards_of(layer: Any, parts: int) -> list[Shard]:
     """What this process holds of each of the linears on disk that make up `layer`: its parts, or one whole."""
     columns = range(layer.input_size)
     if isinstance(layer, RowParallelLinear):
@@ -175,7 +175,7 @@ def shards_of(layer: nn.Module, parts: int) -> list[Shard]:
     return [Shard(tuple(range(start + held.start, start + held.stop) for start, held in spans), columns)]
 
 
-def _spans(layer: nn.Module) -> list[tuple[int, range]]:
+def _spans(layer: Any) -> list[tuple[int, range]]:
     """For each part of a fused linear its rows on disk, and which of them this process holds."""
     rank, processes = layer.tp_rank, layer.tp_size
     if isinstance(layer, RowParallelLinear | ReplicatedLinear):
@@ -195,10 +195,11 @@ def _piece(number: int, size: int) -> range:
     return range(number * size, (number + 1) * size)
 
 
-def _added_bias(layer: nn.Module) -> Tensor | None:
+def _added_bias(layer: Any) -> Tensor | None:
     """The bias that the product of this process gets: of several that are summed up, the first one's has it."""
     later = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
-    return None if layer.bias is None or layer.skip_bias_add or later else layer.bias.data
+    shift: Tensor | None = layer.bias
+    return None if shift is None or layer.skip_bias_add or later else shift.detach()
 
 
 def _runs(linears: list[nn.Linear]) -> list[list[nn.Linear]]:

@@ -39,17 +39,19 @@ def require_divisible(name: str, entry: ModuleRecord, shard: Shard, processes: i
     """
     if len(shard.columns) == entry.in_features:
         return
+    size = len(shard.columns)
+    groups, rotated = "a group_size that divides {size}", 'transforms="off", or "equalize"'
     blocks = {
-        "weights in groups": entry.weight_group,
-        "activations in groups": entry.activation_group,
-        "rotation blocks": entry.rotation,
+        ("weights in groups", groups): entry.weight_group,
+        ("activations in groups", groups): entry.activation_group,
+        ("rotations in blocks", rotated): entry.rotation,
     }
-    for what, size in blocks.items():
-        if size is not None and len(shard.columns) % size != 0:
+    for (what, way_out), block in blocks.items():
+        if block is not None and size % block != 0:
             raise SpecError(
-                f"{name} cannot be split over {processes} processes: each would hold {len(shard.columns)} of its "
-                f"{entry.in_features} input channels, and it has {what} of {size}, which have to be whole; serve it "
-                f"with --tensor-parallel-size 1, or quantize it with a group_size that divides {len(shard.columns)}"
+                f"{name} cannot be split over {processes} processes: each would hold {size} of its "
+                f"{entry.in_features} input channels, and it has {what} of {block}, which have to stay whole; serve it "
+                f"with --tensor-parallel-size 1, or quantize with {way_out.format(size=size)}"
             )
 
 
