@@ -167,3 +167,14 @@ def test_an_export_takes_the_place_of_a_saved_model_as_a_whole(llava, tmp_path):
     assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     assert configuration(tmp_path / "out")["quant_method"] == "compressed-tensors"
+
+
+def test_the_command_writes_it(llava, tmp_path):
+    words = ["export", "qvlm", "--model", llava, "--scheme", "w8a8", "--method", "rtn", "--servable"]
+    code = "import sys; from optimum.commands.optimum_cli import main; sys.exit(main())"
+
+    done = run_python(code, *words, "--format", "compressed-tensors", tmp_path / "out")
+
+    assert done.returncode == 0, done.stderr
+    assert configuration(tmp_path / "out")["format"] == "int-quantized"
+    assert set(read_weights(tmp_path / "out"))
