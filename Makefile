@@ -115,7 +115,7 @@ endef
 	@for name in _autograd_registrations _meta_registrations; do \
 		: >"$$(.venv-serving/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision/$$name.py"; done
 	@.venv-serving/bin/python -c "$$SERVING_NEEDS" >.venv-serving/needs.txt
-	@$(BIN)/python -m pip --python .venv-serving/bin/python $(INSTALL) gguf -r .venv-serving/needs.txt
+	@$(BIN)/python -m pip --python .venv-serving/bin/python $(INSTALL) gguf num2words -r .venv-serving/needs.txt
 	@touch $@
 
 define SERVING_NEEDS

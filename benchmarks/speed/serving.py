@@ -121,7 +121,7 @@ def server(model: Path, arguments: argparse.Namespace) -> Iterator[str]:
     options = ["--served-model-name", "it", "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
     options += ["--max-model-len", "256", "--max-num-seqs", str(most), "--no-enable-prefix-caching"]
     options += ["--enforce-eager"] if arguments.eager else []
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), *options]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *options]
     own = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     own |= {"OMP_NUM_THREADS": str(arguments.threads), "PYTHONPATH": str(Path(__file__).parents[2])}
     with tempfile.TemporaryFile("w+") as log:
