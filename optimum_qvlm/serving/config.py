@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.model_loader.utils import get_model_cls
@@ -16,7 +17,11 @@ from optimum_qvlm.hf.config import QUANT_METHOD, QVLMConfig
 from optimum_qvlm.hf.format.modules import GUARDS
 from optimum_qvlm.hf.format.record import require_sealed
 from optimum_qvlm.hf.format.server_names import NESTED, TOWER, has_nested_tower, server_name
+from optimum_qvlm.plan import ModuleRecord
+from optimum_qvlm.serving.mapper import CheckpointMapper
 from optimum_qvlm.serving.method import ServedLinearMethod
+
+logger = init_logger("vllm.qvlm")  # vLLM shows what is below its own
 
 DECODE_TOKENS = "qvlm_decode_tokens"
 """Key of vLLM's `--additional-config` that sets `decode_tokens`. Without it activations are always rounded, so that an
@@ -28,14 +33,19 @@ class ServedConfig(QuantizationConfig):
 
     Attributes:
         config: what the checkpoint says.
-        entries: what each quantized linear got, by the name that vLLM gives it, fused ones by their parts.
+        model_config: what config.json said of the model when it was saved.
+        modules: what each quantized linear got, by its name on disk.
+        names: the name that vLLM gives each, fused ones by their parts.
+        served: those of them that are computed with our operations, known once the model is built.
     """
 
     def __init__(self, config: QVLMConfig) -> None:
         super().__init__()
         record = require_sealed(config.record)
         self.config, self.model_config = config, record.model_config or {}
-        self.entries = {server_name(name, self.model_config): entry for name, entry in record.modules.items()}
+        self.modules = record.modules
+        self.names = {name: server_name(name, self.model_config) for name in self.modules}
+        self.served: set[str] = set()
 
     def get_name(self) -> str:
         """The method's."""
@@ -82,32 +92,43 @@ class ServedConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Call the modules as this model class does."""
-        renamed = {}
-        for name, entry in self.entries.items():
+        for stored, name in self.names.items():
             tensor = hf_to_vllm_mapper.map_name(f"{name}.weight_packed")
-            renamed[name if tensor is None else tensor.removesuffix(".weight_packed")] = entry
-        self.entries = renamed
+            self.names[stored] = name if tensor is None else tensor.removesuffix(".weight_packed")
+
+    @property
+    def entries(self) -> dict[str, ModuleRecord]:
+        """What each quantized linear got, by the name that vLLM gives it."""
+        return {name: self.modules[stored] for stored, name in self.names.items()}
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
-        """Drop the tensor that warns other programs, and name those of towers as vLLM does."""
+        """Drop the tensor that warns other programs, name those of towers as vLLM does, and dequantize what it computes
+        by something else than its linears, as some projectors."""
         guards = {re.compile(f"^{re.escape(guard)}$"): None for guard in GUARDS}
         towers = {TOWER: NESTED} if has_nested_tower(self.model_config) else {}
-        return WeightsMapper(orig_to_new_regex=guards | towers)
+        plain = {stored: entry for stored, entry in self.modules.items() if self.names[stored] not in self.served}
+        if plain:
+            logger.warning_once(
+                "vLLM has no quantized form of %s: what it computes of these, it computes in full precision",
+                ", ".join(plain),
+            )
+        return CheckpointMapper(orig_to_new_regex=guards | towers, plain=plain)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """How `layer` computes: by our operations where one of its linears is on record.
 
         Raises:
-            UnsupportedModelError: something else than a linear is on record.
+            UnsupportedModelError: a linear inside of something else is on record.
         """
         self._let_the_loader_know()
-        names = self._parts_of(prefix)
-        entries = [self.entries.get(name) for name in names]
+        entries = self.entries
         if isinstance(layer, LinearBase):
-            if all(entry is None for entry in entries):
+            parts = {name: entries.get(name) for name in self._parts_of(prefix)}
+            self.served.update(name for name, entry in parts.items() if entry is not None)
+            if all(entry is None for entry in parts.values()):
                 return UnquantizedLinearMethod()
-            return ServedLinearMethod(dict(zip(names, entries, strict=True)), _decode_tokens())
-        inside = next((name for name in self.entries if name == prefix or name.startswith(f"{prefix}.")), None)
+            return ServedLinearMethod(parts, _decode_tokens())
+        inside = next((name for name in entries if name.startswith(f"{prefix}.")), None)
         if inside is not None:
             raise UnsupportedModelError(
                 f"{inside} is quantized, and vLLM computes it in a {type(layer).__name__}, for which there is no "
@@ -118,7 +139,7 @@ class ServedConfig(QuantizationConfig):
     def _parts_of(self, prefix: str) -> list[str]:
         """Names of the linears that are one in vLLM: `prefix` itself where it is on record, as it is on disk."""
         parent, _, leaf = prefix.rpartition(".")
-        if prefix in self.entries or leaf not in self.packed_modules_mapping:
+        if prefix in self.names.values() or leaf not in self.packed_modules_mapping:
             return [prefix]
         return [f"{parent}.{part}" if parent else part for part in self.packed_modules_mapping[leaf]]
 

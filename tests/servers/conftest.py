@@ -55,7 +55,18 @@ def serve(environment, tmp_path_factory):
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         log = tmp_path_factory.mktemp("server") / "log.txt"
-        words = ["--model", folder, "--served-model-name", "it", "--host", "127.0.0.1", "--port", port, *SMALL, *options]
+        words = [
+            "--model",
+            folder,
+            "--served-model-name",
+            "it",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            port,
+            *SMALL,
+            *options,
+        ]
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *map(str, words)]
         with log.open("w") as file:
             process = subprocess.Popen(
