@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.smollm2 import read_text, write_checkpoint
+from benchmarks.quality.texts import chunked
+from benchmarks.smollm2 import write_checkpoint
 from optimum_qvlm import QVLMConfig, export_compressed_tensors
 
 PROMPT_TOKENS = 64
@@ -62,8 +63,7 @@ def make_full(folder: Path) -> Path:
 
 def make_prompts(full: Path, count: int) -> list[list[int]]:
     """Token ids of different pieces of text, so that no prefix is cached."""
-    text = read_text(full, calibration_chunks=count, held_out_chunks=0, tokens=PROMPT_TOKENS)
-    return [batch["input_ids"][0].tolist() for batch in text.calibration]
+    return chunked(full, tokens=PROMPT_TOKENS).chunks[:count].tolist()
 
 
 def variants(folder: Path, schemes: list[str], exported: list[str]) -> Iterator[tuple[str, str, Path]]:

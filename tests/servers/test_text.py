@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.smollm2 import read_text, write_checkpoint
+from benchmarks.quality.texts import chunked
+from benchmarks.smollm2 import write_checkpoint
 from optimum_qvlm import QVLMConfig
 from tests.jobs import load, quantize
 from tests.tiny_families import FAMILIES
@@ -72,8 +73,7 @@ def test_a_real_model_differs_no_more_than_transformers_from_itself(run_engine, 
     """Rounding to 8 bits turns differences in the last bit into whole steps, so that another order of summation in
     attention changes log probabilities by more than 16-bit weights would. That is the measure."""
     quantize_smollm2(smollm2, scheme).save_pretrained(tmp_path / "quantized")
-    text = read_text(smollm2, calibration_chunks=4, held_out_chunks=0, tokens=64)
-    rows = torch.cat([batch["input_ids"] for batch in text.calibration])
+    rows = chunked(smollm2, tokens=64).chunks[:4]
     expected, other = (
         scores_of(exactly(tmp_path / "quantized", attn_implementation=attention), rows)
         for attention in ("sdpa", "eager")
