@@ -113,8 +113,9 @@ def try_data(model: Any, plan: QuantPlan, config: QVLMConfig, source: Source, de
         (sample,) = loaded.render((with_image or loaded.conversations)[:1])
     else:
         sample = next((batch for batch in batches if loaded.holds_image(batch)), batches[0])
+    (labels,) = loaded.data([sample]).labels
     return TriedData(
-        workload=Workload(sample=sample, batches=batches, answer_seconds=answer_seconds),
+        workload=Workload(sample=sample, labels=labels, batches=batches, answer_seconds=answer_seconds),
         recipe=data.recipe,
         missing_answers=len(unanswered),
     )
