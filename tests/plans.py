@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_qvlm import QVLMConfig
 from optimum_qvlm.models.registry import adapter_for
 from optimum_qvlm.pipeline.planner import make_plan
 from optimum_qvlm.plan import QuantPlan
+from tests.configs import make_config
 
 CPU = torch.device("cpu")
 
@@ -17,7 +17,7 @@ def plan_for(model: nn.Module, scheme: str = "w4a8", *, adapter: Any = None, **s
     """The plan of a model whose tensors are named on disk as at run time."""
     names = {path: path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     chosen = adapter_for(model) if adapter is None else adapter
-    return make_plan(chosen, QVLMConfig(scheme, **settings).options(), names)
+    return make_plan(chosen, make_config(scheme, **settings).options(), names)
 
 
 def forward_of(model: Any) -> Any:

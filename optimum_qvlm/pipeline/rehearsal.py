@@ -14,7 +14,7 @@ from optimum_qvlm.pipeline.capture import Run, Tracer
 from optimum_qvlm.pipeline.options import CalibrationOptions
 from optimum_qvlm.pipeline.partitioning import form_blocks, make_chain
 from optimum_qvlm.plan import Block, ModuleRecord, PlannedPart, QuantPlan
-from optimum_qvlm.search.encoder_loss import EncoderOptions
+from optimum_qvlm.settings import EncoderOptions
 
 COPIES = 4
 """How often the one sample is repeated at most, so that the search sees about as many tokens as it really would."""

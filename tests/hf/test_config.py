@@ -6,12 +6,11 @@ import re
 
 import pytest
 
-from optimum_qvlm import QVLMConfig, QVLMError
+from optimum_qvlm import EncoderOptions, QVLMConfig, QVLMError, SearchOptions
 from optimum_qvlm.errors import ConfigError, SpecError
 from optimum_qvlm.hf.config import FORMAT_VERSION
 from optimum_qvlm.hf.format.record import CalibrationRecord, config_digest, config_identity
 from optimum_qvlm.plan import ModuleRecord
-from optimum_qvlm.search.encoder_loss import EncoderOptions
 from optimum_qvlm.spec import Scheme
 
 OVERRIDES = {"lm_head": "w8a8", "layers.0": None, "*.down_proj": {"scheme": "w4a16", "group_size": 32}}
@@ -43,6 +42,15 @@ def make_record(**changes) -> CalibrationRecord:
     return CalibrationRecord(**(values | changes))
 
 
+def dotted(settings: dict) -> dict:
+    """Arguments, of which `search.tokens` goes into the dict `search`."""
+    arguments: dict = {}
+    for name, value in settings.items():
+        argument, _, own = name.partition(".")
+        arguments[argument] = {**arguments.get(argument, {}), own: value} if own else value
+    return arguments
+
+
 def through_json(config: QVLMConfig) -> QVLMConfig:
     return QVLMConfig.from_dict(json.loads(json.dumps(config.to_dict())))
 
@@ -65,7 +73,7 @@ def test_the_language_model_needs_a_scheme():
     [
         ({"decode_tokens": -1}, "decode_tokens must be an integer of at least 0, got -1"),
         ({"decode_tokens": True}, "decode_tokens must be an integer of at least 0, got True"),
-        ({"exact_decode": 1}, "exact_decode must be True or False, got 1"),
+        ({"decode_tokens": "16"}, "decode_tokens must be an integer of at least 0, got '16'"),
     ],
 )
 def test_token_thresholds_that_mean_nothing_are_refused(settings, message):
@@ -73,18 +81,19 @@ def test_token_thresholds_that_mean_nothing_are_refused(settings, message):
         QVLMConfig(**settings)
 
 
-def test_exact_decode_is_a_threshold_of_none():
-    """It is recorded, since it decides what a saved model computes."""
-    assert QVLMConfig(decode_tokens=5).weight_only_tokens() == 5
-    assert QVLMConfig(decode_tokens=5, exact_decode=True).weight_only_tokens() == 0
-    assert QVLMConfig.from_dict(QVLMConfig(exact_decode=True, decode_tokens=5).to_dict()).exact_decode is True
+def test_the_token_threshold_is_recorded():
+    """It decides what a saved model computes. `exact_decode` of checkpoints of before is a threshold of none."""
+    assert through_json(QVLMConfig(decode_tokens=5)).weight_only_tokens() == 5
+    saved = QVLMConfig(decode_tokens=5).to_dict()
+    assert QVLMConfig.from_dict(saved | {"exact_decode": True}).weight_only_tokens() == 0
+    assert QVLMConfig.from_dict(saved | {"exact_decode": False}).weight_only_tokens() == 5
 
 
-@pytest.mark.parametrize("field", ["num_samples", "batch_size", "max_length", "search_tokens", "max_block_depth"])
+@pytest.mark.parametrize("field", ["num_samples", "batch_size", "max_length", "search.tokens", "search.max_block_depth"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, "64", None, True])
 def test_counts_must_be_positive_integers(field, value):
     with pytest.raises(ConfigError, match=f"{field} must be a positive integer, got {value!r}"):
-        QVLMConfig(**{field: value})
+        QVLMConfig(**dotted({field: value}))
 
 
 @pytest.mark.parametrize("value", [-1, 0.5, "0", None, True])
@@ -124,7 +133,7 @@ def test_two_level_scales_are_refused_where_nothing_gains_by_them(settings, mess
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"scheme": "w3a8"}, {"scheme": "w4a4", "activation_range": "static"}], ids=str
+    "settings", [{}, {"scheme": "w3a8"}, {"scheme": "w4a4", "search": {"activation_range": "static"}}], ids=str
 )
 def test_two_level_scales_reach_language_and_overrides_and_survive_json(settings):
     config = through_json(QVLMConfig(two_level_scales=True, overrides=OVERRIDES, **settings))
@@ -144,28 +153,28 @@ def test_other_methods_are_refused(value):
 
 @pytest.mark.parametrize("value", ["slow", "", None, 1, "Fast"])
 def test_efforts_are_fast_and_balanced(value):
-    with pytest.raises(ConfigError, match=f"effort must be one of fast, balanced, got {value!r}"):
+    with pytest.raises(ConfigError, match=f"effort must be one of balanced, fast, got {value!r}"):
         QVLMConfig(effort=value)
 
 
 @pytest.mark.parametrize("value", ["hadamard", "", None, True, "Off"])
 def test_transforms_are_known_kinds(value):
-    with pytest.raises(ConfigError, match=f"transforms must be one of auto, off, .*both, got {value!r}"):
-        QVLMConfig(transforms=value)
+    with pytest.raises(ConfigError, match=f"search.transforms must be one of auto, off, .*both, got {value!r}"):
+        QVLMConfig(search={"transforms": value})
 
 
-@pytest.mark.parametrize("field", ["error_feedback", "servable", "two_level_scales"])
+@pytest.mark.parametrize("field", ["search.error_feedback", "servable", "two_level_scales", "dequantize"])
 @pytest.mark.parametrize("value", [None, 1, "yes"])
 def test_switches_are_true_or_false(field, value):
     with pytest.raises(ConfigError, match=f"{field} must be True or False, got {value!r}"):
-        QVLMConfig(**{field: value})
+        QVLMConfig(**dotted({field: value}))
 
 
 @pytest.mark.parametrize("transforms", ["equalize", "rotate", "both"])
 def test_a_servable_model_with_transforms_is_refused(transforms):
     """Otherwise one of the two wishes would be dropped in silence."""
     with pytest.raises(ConfigError, match=f"servable=True leaves the choice .* transforms='{transforms}' asks"):
-        QVLMConfig(servable=True, transforms=transforms)
+        QVLMConfig(servable=True, search={"transforms": transforms})
 
 
 def test_servable_searches_only_what_norms_can_take_up():
@@ -174,18 +183,18 @@ def test_servable_searches_only_what_norms_can_take_up():
 
     assert options.fold
     assert options.search.transforms.kinds == ("off", "equalize")
-    assert QVLMConfig(servable=True, transforms="off").options().search.transforms is None
+    assert QVLMConfig(servable=True, search=SearchOptions(transforms="off")).options().search.transforms is None
     assert through_json(QVLMConfig(servable=True)).servable is True
 
 
 def test_effort_and_feedback_reach_the_search():
     """Fast tries fewer candidates and refines nothing; without feedback each weight is rounded on its own."""
     balanced, fast = QVLMConfig().options().search, QVLMConfig(effort="fast").options().search
-    plain = QVLMConfig(error_feedback=False)
+    plain = QVLMConfig(search={"error_feedback": False})
 
     assert set(fast.clips.activation) < set(balanced.clips.activation)
     assert set(fast.clips.weight) < set(balanced.clips.weight)
-    assert set(QVLMConfig(error_feedback=False, effort="fast").options().search.clips.weight) < set(
+    assert set(QVLMConfig(search={"error_feedback": False}, effort="fast").options().search.clips.weight) < set(
         plain.options().search.clips.weight
     )
     assert fast.feedback.sweeps == 0 < balanced.feedback.sweeps
@@ -252,7 +261,7 @@ def test_options_carry_every_setting():
         overrides=OVERRIDES,
         seed=3,
         method="rtn",
-        search_tokens=7,
+        search=SearchOptions(tokens=7),
     )
 
     options = config.options()
@@ -274,7 +283,7 @@ def test_options_carry_every_setting():
         {},
         {"vision_scheme": None, "group_size": None, "symmetric": False},
         {"overrides": OVERRIDES, "modules_to_not_convert": ["a", "b"]},
-        {"num_samples": 3, "batch_size": 1, "max_length": 9, "seed": 2**40, "method": "rtn", "search_tokens": 1},
+        {"num_samples": 3, "batch_size": 1, "max_length": 9, "seed": 2**40, "method": "rtn", "search": {"tokens": 1}},
         {"dataset": "scienceqa"},
     ],
     ids=["defaults", "nones", "patterns", "numbers", "preset"],
