@@ -6,6 +6,9 @@ import torch
 from torch import nn
 
 from optimum_qvlm.models.registry import adapter_for
+from optimum_qvlm.pipeline.captured import Bench, capture
+from optimum_qvlm.pipeline.cost import Meter
+from optimum_qvlm.pipeline.hidden_chains import Chain
 from optimum_qvlm.pipeline.planner import make_plan
 from optimum_qvlm.plan import QuantPlan
 from tests.configs import make_config
@@ -18,6 +21,13 @@ def plan_for(model: nn.Module, scheme: str = "w4a8", *, adapter: Any = None, **s
     names = {path: path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     chosen = adapter_for(model) if adapter is None else adapter
     return make_plan(chosen, make_config(scheme, **settings).options(), names)
+
+
+def front_of(model: Any, plan: QuantPlan, batches: Any, **settings: Any) -> Chain:
+    """A chain at the front of the last part of a plan."""
+    options = make_config(**settings).options()
+    bench = Bench(model=model, options=options, device=CPU, meter=Meter())
+    return capture(bench, plan, batches).fronts[plan.parts[-1].name]
 
 
 def forward_of(model: Any) -> Any:

@@ -139,6 +139,11 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     return module._parameters
 
 
+def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The modules that a module itself holds, by their names: the very dictionary, see `own_parameters`."""
+    return module._modules
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a function was hooked into a module's forward or backward pass. Nothing public says so."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_qvlm.compat.torch import StateModule, own_parameters
+from optimum_qvlm.compat.transformers import spared_by_initialisation
 from optimum_qvlm.kernels import (
     CHECKPOINT_LAYOUTS,
     FULL_BITS,
@@ -20,6 +21,7 @@ from optimum_qvlm.kernels import (
     dispatch,
 )
 from optimum_qvlm.kernels.bound import BoundLinear, is_plain
+from optimum_qvlm.modules.frozen import refuse_training
 from optimum_qvlm.modules.read_only import ReadOnlyWeight, refusal
 from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight
 from optimum_qvlm.quant.packing import packed_width
@@ -48,6 +50,7 @@ _SETTINGS = ("in_features", "out_features", "format", "layout", "decode_tokens")
 _ABSENT, _YES, _NO = "-", "yes", "no"
 
 
+@spared_by_initialisation  # which would dequantize each weight, to fill a copy with random values
 class PackedLinear(StateModule):
     """A product with packed integers: `y = Q(x T) dequantize(W)^T + b`.
 
@@ -60,7 +63,7 @@ class PackedLinear(StateModule):
         bias: [out_features] or None.
 
     `format` holds the grids. `weight` is a property that dequantizes on demand, for code that looks at it. Up to
-    `decode_tokens` tokens, activations are not rounded.
+    `decode_tokens` tokens, activations are not rounded. `path` is where in a model it lies, for errors.
 
     The shapes above are those of the checkpoint, layout `"packed"`. `prepare` puts the first three parameters into the
     layout that is fastest on their device, in place, and `pack` back; `layout` names what they hold. Both lose nothing.
@@ -71,6 +74,7 @@ class PackedLinear(StateModule):
     layout: str
     decode_tokens: int
     settings: str
+    path = ""
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
@@ -78,7 +82,6 @@ class PackedLinear(StateModule):
     input_scale: Tensor | None
     bias: Tensor | None
     _bound_linear: BoundLinear | None = None
-    _is_hf_initialized = True  # transformers would dequantize each weight at load, to fill a copy with random values
 
     def __init__(
         self,
@@ -208,15 +211,15 @@ class PackedLinear(StateModule):
         if torch.compiler.is_compiling():
             return self._weight_values()
         like = torch.empty(self.out_features, self.in_features, dtype=self.grid.scale_dtype, device="meta")
-        return ReadOnlyWeight(self._weight_values, self._owner(), like, self._device())
+        return ReadOnlyWeight(self._weight_values, self.owner(), like, self._device())
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        raise refusal(self._owner())
+        raise refusal(self.owner())
 
     @weight.deleter
     def weight(self) -> None:
-        raise refusal(self._owner())
+        raise refusal(self.owner())
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Add a parameter. What is packed asks for no gradients, and there is no weight beside it.
@@ -225,10 +228,19 @@ class PackedLinear(StateModule):
             ReadOnlyError: `name` is "weight".
         """
         if name == "weight":
-            raise refusal(self._owner())
+            raise refusal(self.owner())
         if param is not None and name in PACKED_PARAMETERS:
             param.requires_grad_(False)
         super().register_parameter(name, param)
+        if name == "weight_packed" and param is not None:
+            refuse_training(param, self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As of any module, for copies and pickles."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        packed = own_parameters(self).get("weight_packed")
+        if packed is not None:
+            refuse_training(packed, self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep `settings` in step: what the operation takes beside tensors, in one string.
@@ -300,9 +312,10 @@ class PackedLinear(StateModule):
     def _device(self) -> torch.device:
         return self.weight_packed.device
 
-    def _owner(self) -> str:
-        """What errors call it; a module does not know its name in the model."""
-        return f"a quantized linear of {self.out_features}x{self.in_features}"
+    def owner(self) -> str:
+        """What errors call it."""
+        sizes = f"{self.out_features}x{self.in_features}"
+        return f"{self.path} (quantized, {sizes})" if self.path else f"a quantized linear of {sizes}"
 
     def _weight_values(self) -> Tensor:
         return self._plain_weight().to(self.grid.scale_dtype)

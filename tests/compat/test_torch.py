@@ -209,6 +209,17 @@ def test_own_parameters_are_the_dictionary_with_what_is_absent():
     assert held["weight"] is linear.weight
 
 
+@contract(compat.own_modules, "torch.nn.Module._modules")
+def test_own_modules_are_the_dictionary():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3))
+
+    held = compat.own_modules(model)
+
+    assert held == {"0": model[0]}
+    model.add_module("later", None)
+    assert held["later"] is None
+
+
 @contract(compat.has_hooks, "torch.nn.Module._forward_hooks", "torch.nn.Module._backward_hooks")
 @pytest.mark.parametrize(
     "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]

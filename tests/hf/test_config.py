@@ -3,6 +3,8 @@
 import copy
 import json
 import re
+from dataclasses import fields
+from inspect import signature
 
 import pytest
 
@@ -11,6 +13,7 @@ from optimum_qvlm.errors import ConfigError, SpecError
 from optimum_qvlm.hf.config import FORMAT_VERSION
 from optimum_qvlm.hf.format.record import CalibrationRecord, config_digest, config_identity
 from optimum_qvlm.plan import ModuleRecord
+from optimum_qvlm.settings import NESTED, Settings, declaration, nested_names
 from optimum_qvlm.spec import Scheme
 
 OVERRIDES = {"lm_head": "w8a8", "layers.0": None, "*.down_proj": {"scheme": "w4a16", "group_size": 32}}
@@ -89,7 +92,9 @@ def test_the_token_threshold_is_recorded():
     assert QVLMConfig.from_dict(saved | {"exact_decode": False}).weight_only_tokens() == 5
 
 
-@pytest.mark.parametrize("field", ["num_samples", "batch_size", "max_length", "search.tokens", "search.max_block_depth"])
+@pytest.mark.parametrize(
+    "field", ["num_samples", "batch_size", "max_length", "search.tokens", "search.max_block_depth"]
+)
 @pytest.mark.parametrize("value", [0, -1, 1.5, "64", None, True])
 def test_counts_must_be_positive_integers(field, value):
     with pytest.raises(ConfigError, match=f"{field} must be a positive integer, got {value!r}"):
@@ -173,7 +178,7 @@ def test_switches_are_true_or_false(field, value):
 @pytest.mark.parametrize("transforms", ["equalize", "rotate", "both"])
 def test_a_servable_model_with_transforms_is_refused(transforms):
     """Otherwise one of the two wishes would be dropped in silence."""
-    with pytest.raises(ConfigError, match=f"servable=True leaves the choice .* transforms='{transforms}' asks"):
+    with pytest.raises(ConfigError, match=f"servable=True leaves the choice .*transforms='{transforms}' asks"):
         QVLMConfig(servable=True, search={"transforms": transforms})
 
 
@@ -445,34 +450,35 @@ def test_equality_is_of_settings():
 
 @pytest.mark.parametrize("value", [-0.1, "1", True, float("nan"), float("inf")])
 def test_thresholds_must_be_numbers_from_zero(value):
-    with pytest.raises(ConfigError, match="threshold must be None or a number of at least 0, got "):
-        QVLMConfig(threshold=value)
+    with pytest.raises(ConfigError, match=r"search\.threshold must be None or a number of at least 0, got "):
+        QVLMConfig(search={"threshold": value})
 
 
 @pytest.mark.parametrize("field", ["activation_clips", "weight_clips"])
 @pytest.mark.parametrize("value", [[], [0.9], [1.0, 0.0], [1.0, 1.1], [1.0, "0.9"], "1.0", 1.0, [1.0, None]])
 def test_grids_must_hold_clips_and_the_full_range(field, value):
     """Without 1.0 there is no rounding to nearest to fall back to."""
-    with pytest.raises(ConfigError, match=f"{field} must be a list of numbers above 0 and up to 1, with 1.0 among"):
-        QVLMConfig(**{field: value})
+    with pytest.raises(ConfigError, match=f"search.{field} must be a list of numbers above 0 and up to 1, with 1.0"):
+        QVLMConfig(search={field: value})
 
 
 @pytest.mark.parametrize("field, allowed", [("activation_range", "dynamic, static"), ("soft_assignment", "step_squa")])
 @pytest.mark.parametrize("value", ["other", None, 1])
 def test_other_ranges_and_assignments_are_refused(field, allowed, value):
-    with pytest.raises(ConfigError, match=f"{field} must be one of {allowed}.*, got {value!r}"):
-        QVLMConfig(**{field: value})
+    with pytest.raises(ConfigError, match=f"search.{field} must be one of {allowed}.*, got {value!r}"):
+        QVLMConfig(search={field: value})
 
 
 def test_static_ranges_without_data_are_refused():
     with pytest.raises(ConfigError, match='activation_range="static" needs data, which method="rtn" does not use'):
-        QVLMConfig(activation_range="static", method="rtn")
+        QVLMConfig(search={"activation_range": "static"}, method="rtn")
 
 
 def test_settings_of_the_search_reach_the_options():
-    config = QVLMConfig(
-        "w4a4", max_block_depth=5, threshold=1.25, activation_clips=(1.0, 0.7), weight_clips=[1], soft_assignment="step"
+    search = SearchOptions(
+        max_block_depth=5, threshold=1.25, activation_clips=(1.0, 0.7), weight_clips=[1], soft_assignment="step"
     )
+    config = QVLMConfig("w4a4", search=search)
 
     options = QVLMConfig.from_dict(config.to_dict()).options()
 
@@ -502,42 +508,38 @@ def test_the_papers_mode_takes_further_settings():
 
 
 def test_encoder_settings_become_options():
-    config = QVLMConfig(encoder_epochs=3, encoder_lr=0.5, encoder_eta=0.25, encoder_l1=2, encoder_l2=0)
+    encoder = EncoderOptions(epochs=3, learning_rate=0.5, final_share=0.25, entropy_weight=2, error_weight=0)
+    config = QVLMConfig(encoder=encoder)
 
-    encoder = config.options().encoder
-
-    found = (encoder.epochs, encoder.learning_rate, encoder.final_share, encoder.entropy_weight, encoder.error_weight)
-    assert found == (3, 0.5, 0.25, 2, 0)
+    assert config.options().encoder == encoder
     assert QVLMConfig.from_dict(config.to_dict()) == config
-
-
-def test_the_defaults_of_the_encoder_are_those_of_its_options():
-    """Two places that state them must not drift apart."""
-    assert QVLMConfig().options().encoder == EncoderOptions()
 
 
 def test_the_papers_mode_optimises_the_encoder():
     assert QVLMConfig.paper().options().encoder.epochs == 10
-    assert QVLMConfig.paper(encoder_epochs=0).options().encoder.epochs == 0
+    assert QVLMConfig.paper(encoder={"epochs": 0}).options().encoder.epochs == 0
+    adjusted = QVLMConfig.paper(encoder=EncoderOptions(learning_rate=0.5), search=SearchOptions(tokens=99))
+    assert (adjusted.encoder.epochs, adjusted.encoder.learning_rate) == (10, 0.5)
+    assert (adjusted.search.tokens, adjusted.search.transforms) == (99, "off")
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "10", None])
 def test_epochs_that_are_no_number_of_passes_are_refused(value):
-    with pytest.raises(ConfigError, match="encoder_epochs must be an integer of at least 0, got"):
-        QVLMConfig(encoder_epochs=value)
+    with pytest.raises(ConfigError, match=r"encoder\.epochs must be an integer of at least 0, got"):
+        QVLMConfig(encoder={"epochs": value})
 
 
-@pytest.mark.parametrize("field", ["encoder_lr", "encoder_eta", "encoder_l1", "encoder_l2"])
+@pytest.mark.parametrize("field", ["learning_rate", "final_share", "entropy_weight", "error_weight"])
 @pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf"), "1", None, True])
 def test_factors_that_are_no_number_are_refused(field, value):
-    with pytest.raises(ConfigError, match=f"{field} must be a number of at least 0, got"):
-        QVLMConfig(**{field: value})
+    with pytest.raises(ConfigError, match=f"encoder.{field} must be a number of at least 0, got"):
+        EncoderOptions(**{field: value})
 
 
 def test_a_learning_rate_of_zero_is_refused():
     """It would cost the time of the step and change nothing."""
-    with pytest.raises(ConfigError, match=r"encoder_lr must be above 0.*encoder_epochs=0 turns"):
-        QVLMConfig(encoder_lr=0)
+    with pytest.raises(ConfigError, match=r"encoder\.learning_rate must be above 0, got 0"):
+        EncoderOptions(learning_rate=0)
 
 
 @pytest.mark.parametrize(
@@ -546,36 +548,144 @@ def test_a_learning_rate_of_zero_is_refused():
         ("seed", 2**70),
         ("num_samples", 2**70),
         ("decode_tokens", 2**40),
-        ("encoder_lr", 1e300),
-        ("encoder_l2", 1e300),
-        ("threshold", 10**400),
+        ("encoder.learning_rate", 1e300),
+        ("encoder.error_weight", 1e300),
+        ("search.threshold", 10**400),
     ],
 )
 def test_numbers_beyond_reason_are_refused(name, value):
     with pytest.raises(ConfigError, match=name):
-        QVLMConfig(**{name: value})
+        QVLMConfig(**dotted({name: value}))
 
 
 @pytest.mark.parametrize(
     "settings, sentence",
     [
         (
-            {"effort": "fast", "threshold": 0.5, "max_block_depth": 2},
-            'max_block_depth, threshold have no effect: effort="fast" forms',
+            {"effort": "fast", "search.threshold": 0.5, "search.max_block_depth": 2},
+            'search.max_block_depth, search.threshold have no effect: effort="fast" forms',
         ),
-        ({"method": "layerwise", "threshold": 0.5}, 'threshold has no effect: method="layerwise"'),
-        ({"method": "rtn", "encoder_epochs": 2, "num_samples": 3}, "num_samples, encoder_epochs have no effect"),
-        ({"encoder_lr": 0.1}, "encoder_lr has no effect: encoder_epochs=0"),
-        ({"exact_decode": True, "decode_tokens": 4}, "decode_tokens has no effect: exact_decode=True"),
+        ({"method": "layerwise", "search.threshold": 0.5}, 'search.threshold has no effect: method="layerwise"'),
+        ({"method": "rtn", "encoder.epochs": 2, "num_samples": 3}, "num_samples, encoder.epochs have no effect"),
+        ({"encoder.learning_rate": 0.1}, "encoder.learning_rate has no effect: encoder.epochs=0"),
     ],
 )
 def test_settings_without_effect_are_named(settings, sentence):
-    assert any(found.startswith(sentence) for found in QVLMConfig(**settings).idle_settings())
+    assert any(found.startswith(sentence) for found in QVLMConfig(**dotted(settings)).idle_settings())
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"method": "rtn"}, {"effort": "fast"}, {"method": "rtn", "transforms": "off"}]
+    "settings", [{}, {"method": "rtn"}, {"effort": "fast"}, {"method": "rtn", "search": {"transforms": "off"}}]
 )
 def test_settings_that_agree_are_not_warned_about(settings):
     assert QVLMConfig(**settings).idle_settings() == []
     assert QVLMConfig.paper().idle_settings() == []
+
+
+FORMER = {
+    "search_tokens": 99,
+    "max_block_depth": 2,
+    "threshold": 0.5,
+    "soft_assignment": "step",
+    "activation_range": "static",
+    "activation_clips": [1.0, 0.9],
+    "weight_clips": [1.0, 0.8],
+    "transforms": "rotate",
+    "error_feedback": False,
+    "encoder_epochs": 3,
+    "encoder_lr": 0.5,
+    "encoder_eta": 0.25,
+    "encoder_l1": 2.0,
+    "encoder_l2": 0.5,
+}
+"""Every flat argument of before that has moved, with a value that is not its default."""
+
+
+def test_every_argument_that_moved_is_known_by_its_former_name():
+    assert FORMER.keys() == nested_names().keys()
+
+
+@pytest.mark.parametrize("name", FORMER)
+def test_former_arguments_still_work_and_say_where_they_are_now(name):
+    """With the line of the user, who is to change it."""
+    argument, own = nested_names()[name]
+
+    with pytest.warns(DeprecationWarning, match=rf"{name} is {argument}=\w+\({own}=\.\.\.\)") as caught:
+        config = QVLMConfig(**{name: FORMER[name]})
+
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert config == QVLMConfig(**{argument: {own: FORMER[name]}})
+    assert config.to_dict()[name] == FORMER[name]
+    with pytest.warns(DeprecationWarning, match=f"{name} is read as {argument}.{own} now"):
+        assert getattr(config, name) == FORMER[name]
+
+
+def test_exact_decode_is_a_threshold_of_none():
+    with pytest.warns(DeprecationWarning, match="exact_decode=True is decode_tokens=0"):
+        assert QVLMConfig(decode_tokens=5, exact_decode=True).weight_only_tokens() == 0
+    with pytest.raises(ConfigError, match="exact_decode must be True or False, got 1"):
+        QVLMConfig(exact_decode=1)
+
+
+def test_the_papers_mode_takes_former_arguments():
+    with pytest.warns(DeprecationWarning) as caught:
+        config = QVLMConfig.paper(encoder_epochs=2, transforms="auto")
+
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert (config.encoder.epochs, config.search.transforms, config.search.soft_assignment) == (2, "auto", "step")
+
+
+def test_saved_configurations_are_read_without_warnings(recwarn):
+    """Their flat names are those of the format, not arguments of before."""
+    values = QVLMConfig("w4a4").to_dict() | FORMER | {"exact_decode": True}
+
+    config = QVLMConfig.from_dict(values)
+
+    assert not recwarn
+    assert config.decode_tokens == 0
+    assert {name: config.to_dict()[name] for name in FORMER} == FORMER
+
+
+@pytest.mark.parametrize("argument, made", NESTED.items())
+def test_nested_settings_are_options_or_dicts(argument, made):
+    name = fields(made)[0].name
+    with pytest.raises(ConfigError, match=rf"{made.__name__} has no field depth; it has {name}, "):
+        QVLMConfig(**{argument: {"depth": 3}})
+    with pytest.raises(ConfigError, match=rf"expected {made.__name__} or a dict with some of its fields, got 5"):
+        QVLMConfig(**{argument: 5})
+
+
+def test_unknown_arguments_are_refused_with_the_closest():
+    with pytest.raises(TypeError, match="QVLMConfig has no setting num_sample; did you mean num_samples"):
+        QVLMConfig(num_sample=3)
+
+
+def test_the_signature_shows_every_setting_with_its_default():
+    """Help and editors read it."""
+    shown = {name: parameter.default for name, parameter in signature(QVLMConfig).parameters.items()}
+
+    assert shown == {entry.name: entry.default for entry in fields(Settings)} | dict.fromkeys(NESTED)
+    assert next(iter(shown)) == "scheme"
+
+
+@pytest.mark.parametrize("made", [Settings, *NESTED.values()])
+def test_every_setting_has_a_line_of_help_a_default_that_is_valid_and_a_name(made):
+    names = [declaration(entry).saved for entry in fields(made)]
+    for entry in fields(made):
+        declared = declaration(entry)
+        assert declared.kind.problem(entry.default) is None
+        assert 10 < len(declared.help) < 140 and not declared.help.endswith(".")
+    assert len({name for name in names if name is not None}) == len(names) - names.count(None)
+
+
+@pytest.mark.parametrize(
+    "options", [SearchOptions(transforms="rotate"), SearchOptions(activation_range="static")], ids=str
+)
+def test_what_a_checkpoint_holds_is_compared_inside_nested_settings_too(options):
+    """`from_pretrained` carries over what was asked for beside the checkpoint."""
+    asked = QVLMConfig(search=options).get_loading_attributes()["requests"]
+    saved = QVLMConfig()
+    saved.requests = asked
+
+    with pytest.raises(ConfigError, match="but the checkpoint is quantized with"):
+        saved.take_requests()

@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from optimum_qvlm.compat.transformers import has_adapters
 from optimum_qvlm.errors import CheckpointError
 from optimum_qvlm.files.atomic import files_below, work_folder
 from optimum_qvlm.hf.config import QUANT_METHOD
@@ -146,7 +147,7 @@ def _folder(save_directory: str | os.PathLike[str]) -> Path:
 def _require_not_the_source(model: Any, target: Path) -> None:
     """Refuse to replace the full-precision model that this one was made from; an adapter may lie beside it."""
     quantizer = model.hf_quantizer
-    adapter = getattr(model, "_hf_peft_config_loaded", False)
+    adapter = has_adapters(model)
     source = quantizer.source.folder
     if quantizer.pre_quantized or adapter or not (source.is_dir() and target.is_dir() and source.samefile(target)):
         return
