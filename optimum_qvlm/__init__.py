@@ -9,6 +9,7 @@ from optimum_qvlm.hf.register import register
 from optimum_qvlm.version import __version__
 
 if TYPE_CHECKING:
+    from optimum_qvlm.export.compressed_tensors import export_compressed_tensors
     from optimum_qvlm.hf.dry_run import dry_run
     from optimum_qvlm.hf.fusion import fuse_linears, unfuse_linears
     from optimum_qvlm.models.adapter import Adapter, Join, Part
@@ -25,6 +26,7 @@ __all__ = [
     "SearchOptions",
     "__version__",
     "dry_run",
+    "export_compressed_tensors",
     "fuse_linears",
     "register_adapter",
     "unfuse_linears",
@@ -37,6 +39,7 @@ _LATE = {
     "Part": "optimum_qvlm.models.adapter",
     "SearchOptions": "optimum_qvlm.settings",
     "dry_run": "optimum_qvlm.hf.dry_run",
+    "export_compressed_tensors": "optimum_qvlm.export.compressed_tensors",
     "fuse_linears": "optimum_qvlm.hf.fusion",
     "register_adapter": "optimum_qvlm.models.registry",
     "unfuse_linears": "optimum_qvlm.hf.fusion",

@@ -54,6 +54,9 @@ examples:
   Save, and upload to a private repository:
     optimum-cli export qvlm --model ./llava --push-to-hub me/llava-qvlm --private llava-w4a8/
 
+  A folder for stock vLLM and SGLang:
+    optimum-cli export qvlm --model ./llava --scheme w8a8 --servable --format compressed-tensors llava-ct/
+
   See in minutes whether that would work, how long it would take and how large the result would be:
     optimum-cli export qvlm --model ./llava --dry-run llava-w4a8/
 """

@@ -14,8 +14,9 @@ from typing import Any
 
 from optimum_qvlm.cli.loading import how_to_load, load_model
 from optimum_qvlm.cli.outcome import finish, print_json, say
+from optimum_qvlm.cli.qvlm_options import COMPRESSED_TENSORS
 from optimum_qvlm.cli.records import read_dataset
-from optimum_qvlm.errors import QVLMError
+from optimum_qvlm.errors import ConfigError, QVLMError
 from optimum_qvlm.report.precision import readable_bytes
 from optimum_qvlm.settings import nested_names
 
@@ -37,6 +38,7 @@ def export(args: Namespace) -> None:
     from optimum_qvlm.hf.saving.save import require_writable
 
     config = make_config(args.paper, arguments)
+    require_exportable(args.format, config)
     require_writable(args.output)
     if args.dry_run:
         tried = try_out(args, config)
@@ -115,6 +117,15 @@ def try_out(args: Namespace, config: Any) -> Any:
     return dry_run(args.model, config, model_class=auto_class, folder=folder, **options)
 
 
+def require_exportable(form: str, config: Any) -> None:
+    """Refuse, before hours are spent, what could not be written in a format."""
+    if form == COMPRESSED_TENSORS and not config.servable:
+        raise ConfigError(
+            f"--format {form} writes what other runtimes can do in a forward, and without --servable the search would "
+            "use transforms that they cannot; add --servable, or leave --format out"
+        )
+
+
 def make_config(paper: int | None, arguments: dict[str, Any]) -> Any:
     """The configuration; with `paper` bits the paper's mode, changed by the arguments that were given."""
     from optimum_qvlm import QVLMConfig
@@ -138,6 +149,10 @@ def outcome(output: Path, scheme: str, seconds: float) -> dict[str, Any]:
 
 def save_model(model: Any, args: Namespace) -> list[str]:
     """Save the model in the output folder; returns the names of its files."""
+    if args.format == COMPRESSED_TENSORS:
+        from optimum_qvlm import export_compressed_tensors
+
+        return export_compressed_tensors(model, args.output)
     from optimum_qvlm.hf.saving.save import save
 
     return save(model, args.output, repo_id=args.push_to_hub)

@@ -50,6 +50,10 @@ METAVARS = {
     "processor": "NAME",
 }
 
+COMPRESSED_TENSORS = "compressed-tensors"
+FORMATS = ("qvlm", COMPRESSED_TENSORS)
+"""Of the folder that an export writes."""
+
 
 def positive_int(text: str) -> int:
     """An integer above zero."""
@@ -151,6 +155,13 @@ class AddOverride(argparse.Action):
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """What is quantized, how it is loaded, where it goes."""
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder for the quantized model")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help="of the folder: this package's own, or compressed-tensors, which stock vLLM and SGLang read too and which "
+        "wants --servable (%(default)s)",
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",

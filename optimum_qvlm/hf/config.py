@@ -237,6 +237,8 @@ class QVLMConfig(QuantizationConfigMixin):
             default = replace(default, weight=FEEDBACK_CLIPS[:: 2 if self.effort == "fast" else 1])
         if static:
             default = replace(default, activation=PAPER_QUANTILES, activation_margin=0.0)
+        elif self.servable:  # other runtimes take the peak of each token
+            default = replace(default, activation=(1.0,))
         return replace(
             default,
             activation=default.activation if asked.activation_clips is None else tuple(asked.activation_clips),

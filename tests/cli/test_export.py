@@ -62,6 +62,15 @@ def test_refusals_too(args, capsys):
     assert "'w3'" in error["message"]
 
 
+def test_a_format_that_could_not_hold_the_model_is_refused_before_it_is_loaded(args, monkeypatch, capsys):
+    monkeypatch.setattr(export, "load_model", lambda *_, **__: pytest.fail("loaded the model"))
+    args.format = "compressed-tensors"
+
+    assert export.main(args) == 2
+    assert "--format compressed-tensors writes" in capsys.readouterr().err
+    assert not args.output.exists()
+
+
 def test_a_repository_that_cannot_be_written_is_refused_before_the_model_is_loaded(args, monkeypatch, capsys):
     def refuse(repo):
         raise HubError(f"the token only reads, and {repo} is to be written")

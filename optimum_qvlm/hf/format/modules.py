@@ -215,7 +215,7 @@ def _empty(linear: nn.Linear, entry: ModuleRecord) -> QuantLinear:
     return QuantLinear(
         entry.in_features,
         entry.out_features,
-        _format(entry),
+        format_of(entry),
         bias=linear.bias is not None,
         scale_dtype=getattr(torch, entry.scale_dtype),
         bias_dtype=None if linear.bias is None else linear.bias.dtype,
@@ -223,7 +223,8 @@ def _empty(linear: nn.Linear, entry: ModuleRecord) -> QuantLinear:
     )
 
 
-def _format(entry: ModuleRecord) -> LinearFormat:
+def format_of(entry: ModuleRecord) -> LinearFormat:
+    """How a recorded linear is quantized."""
     return LinearFormat(
         weight=entry.weight,
         activation=entry.activation,
@@ -238,7 +239,7 @@ def _require_fit(name: str, entry: ModuleRecord, manifest: Mapping[str, Any]) ->
     try:
         scale_dtype = getattr(torch, entry.scale_dtype)
         module = QuantLinear(
-            entry.in_features, entry.out_features, _format(entry), bias=False, scale_dtype=scale_dtype, device="meta"
+            entry.in_features, entry.out_features, format_of(entry), bias=False, scale_dtype=scale_dtype, device="meta"
         )
     except (ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{name}: its entry in quantization_config is not valid: {error}") from error
@@ -289,6 +290,7 @@ __all__ = [
     "GUARD",
     "Manifest",
     "extra_tensors",
+    "format_of",
     "packed_bytes",
     "prepare_modules",
     "quantized_modules",
