@@ -40,7 +40,7 @@ def test_examples_in_the_help_parse(parser):
     joined = (command.EXPORT_EPILOG + command.INFO_EPILOG + command.CHAT_EPILOG).replace("\\\n", " ")
     examples = re.findall(r"^ +optimum-cli (.*)$", joined, flags=re.MULTILINE)
 
-    assert len(examples) == 11
+    assert len(examples) == 12
     for example in examples:
         parser.parse_args(shlex.split(example))
 

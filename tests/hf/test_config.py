@@ -185,8 +185,11 @@ def test_a_servable_model_with_transforms_is_refused(transforms):
 def test_servable_takes_the_peak_of_each_token():
     """As other runtimes do: a clip that was searched could not be written for them."""
     assert QVLMConfig(servable=True).options().search.clips.activation == (1.0,)
-    assert len(QVLMConfig(servable=True, activation_range="static").options().search.clips.activation) > 1
-    assert QVLMConfig(servable=True, activation_clips=[1.0, 0.9]).options().search.clips.activation == (1.0, 0.9)
+    assert len(QVLMConfig(servable=True, search={"activation_range": "static"}).options().search.clips.activation) > 1
+    assert QVLMConfig(servable=True, search={"activation_clips": [1.0, 0.9]}).options().search.clips.activation == (
+        1.0,
+        0.9,
+    )
 
 
 def test_servable_searches_only_what_norms_can_take_up():
