@@ -6,9 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from optimum_qvlm import QVLMConfig, errors
 from optimum_qvlm.errors import QVLMError
@@ -132,3 +134,17 @@ def test_every_field_of_the_report_is_described(llava_folder):
     inner = [report["calibration"], report["bytes"], report["layers"][0], report["sites"][0]]
     names = {name for entry in inner for name in entry} | set(ModuleRecord.__dataclass_fields__)
     assert {name for name in names if f"`{name}`" not in page} == set()
+
+
+def test_accepted_releases_are_those_of_the_package():
+    """A bound that is moved is moved on the page too."""
+    page = (DOCS / "reference" / "compatibility.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| ([a-z]+) \| ([^|]*)\|$", page, re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    for requirement in map(Requirement, project["dependencies"]):
+        if requirement.name in rows:
+            bounds = {each.operator: each.version for each in requirement.specifier}
+            until = f" up to, not including, {bounds['<']}" if "<" in bounds else " and newer"
+            assert rows[requirement.name].startswith(f"{bounds['>=']}{until}"), requirement.name
+    assert {"torch", "triton", "transformers", "accelerate", "optimum"} <= rows.keys()
