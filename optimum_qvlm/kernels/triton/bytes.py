@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from optimum_qvlm.compat.triton import described
 from optimum_qvlm.kernels.triton import tiles
 from optimum_qvlm.kernels.triton.epilogue import scaled_by_tokens, store_product
 from optimum_qvlm.kernels.triton.launching import ALIGNMENT, empty, start
@@ -71,8 +71,8 @@ def linear_bytes(x: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor 
         return y
     tile = tiles.bytes_tile(tiles.architecture(x.device), tokens, rows)
     arguments = {
-        "x": TensorDescriptor.from_tensor(x, [tile.tokens, 128]),
-        "codes": TensorDescriptor.from_tensor(weight.codes, [tile.rows, 128]),
+        "x": described(x, [tile.tokens, 128]),
+        "codes": described(weight.codes, [tile.rows, 128]),
         "x_scale": x_scale,
         "scale": weight.scale,
         "bias": weight.scale if bias is None else bias,

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from optimum_qvlm.compat.triton import described
 from optimum_qvlm.kernels.triton import tiles
 from optimum_qvlm.kernels.triton.epilogue import store_product
 from optimum_qvlm.kernels.triton.launching import ALIGNMENT, empty, start
@@ -95,9 +95,9 @@ def linear_floats(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
     parts = tile.parts(architecture, programs, weight.width)
     y = empty(x, tokens, rows) if parts == 1 else empty(x, parts, tokens, rows, dtype=torch.float32)
     arguments = {
-        "x": TensorDescriptor.from_tensor(x, [tile.tokens, 64]),
-        "codes": TensorDescriptor.from_tensor(weight.codes, [tile.rows, 64]),
-        "scales": TensorDescriptor.from_tensor(weight.scale, [1, tile.rows]),
+        "x": described(x, [tile.tokens, 64]),
+        "codes": described(weight.codes, [tile.rows, 64]),
+        "scales": described(weight.scale, [1, tile.rows]),
         "bias": weight.scale if bias is None else bias,
         "y": y,
         "tokens": tokens,

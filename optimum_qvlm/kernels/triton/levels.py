@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from optimum_qvlm.compat.triton import described
 from optimum_qvlm.kernels.triton import tiles
 from optimum_qvlm.kernels.triton.bytes import linear_bytes
 from optimum_qvlm.kernels.triton.epilogue import scaled_by_tokens, store_product
@@ -140,9 +140,9 @@ def linear_in_registers(
         return y
     tile = tiles.levels_tile(tiles.architecture(x.device), tokens, rows)
     arguments = {
-        "x": TensorDescriptor.from_tensor(x, [tile.tokens, 64]),
-        "codes": TensorDescriptor.from_tensor(weight.codes, [tile.rows, 64]),
-        "scales": TensorDescriptor.from_tensor(weight.scale, [1, tile.rows]),
+        "x": described(x, [tile.tokens, 64]),
+        "codes": described(weight.codes, [tile.rows, 64]),
+        "scales": described(weight.scale, [1, tile.rows]),
         "x_scale": x_scale,
         "scale": weight.scale,
         "bias": weight.scale if bias is None else bias,
