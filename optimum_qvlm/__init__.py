@@ -14,13 +14,16 @@ if TYPE_CHECKING:
     from optimum_qvlm.hf.fusion import fuse_linears, unfuse_linears
     from optimum_qvlm.models.adapter import Adapter, Join, Part
     from optimum_qvlm.models.registry import register_adapter
+    from optimum_qvlm.settings import EncoderOptions, SearchOptions
 
 __all__ = [
     "Adapter",
+    "EncoderOptions",
     "Join",
     "Part",
     "QVLMConfig",
     "QVLMError",
+    "SearchOptions",
     "__version__",
     "dry_run",
     "export_compressed_tensors",
@@ -31,8 +34,10 @@ __all__ = [
 
 _LATE = {
     "Adapter": "optimum_qvlm.models.adapter",
+    "EncoderOptions": "optimum_qvlm.settings",
     "Join": "optimum_qvlm.models.adapter",
     "Part": "optimum_qvlm.models.adapter",
+    "SearchOptions": "optimum_qvlm.settings",
     "dry_run": "optimum_qvlm.hf.dry_run",
     "export_compressed_tensors": "optimum_qvlm.export.compressed_tensors",
     "fuse_linears": "optimum_qvlm.hf.fusion",

@@ -43,11 +43,11 @@ SAMPLES = 16
 ROWS = 8
 CHUNK_ROWS = 4
 WITHOUT: dict[str, dict[str, Any]] = {
-    "transforms": {"transforms": "off"},
-    "equalization": {"transforms": "rotate"},
-    "rotation": {"transforms": "equalize"},
+    "transforms": {"search": {"transforms": "off"}},
+    "equalization": {"search": {"transforms": "rotate"}},
+    "rotation": {"search": {"transforms": "equalize"}},
     "online": {"servable": True},
-    "feedback": {"error_feedback": False},
+    "feedback": {"search": {"error_feedback": False}},
     "effort": {"effort": "fast"},
     "freedom": {"two_level_scales": True},
     "data": {"dataset": None},
@@ -137,7 +137,8 @@ def method_settings(method: str) -> dict[str, Any]:
     for ingredient in without:
         if ingredient not in WITHOUT:
             raise SystemExit(f"{method}: {ingredient!r} is no ingredient; use one of {', '.join(WITHOUT)}")
-        changes |= WITHOUT[ingredient]
+        for setting, value in WITHOUT[ingredient].items():
+            changes[setting] = {**changes.get(setting, {}), **value} if isinstance(value, dict) else value
     if name == "paper":
         return {"preset": "paper"} | changes
     if name not in ("rtn", "qvlm"):

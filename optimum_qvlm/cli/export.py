@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -18,6 +18,7 @@ from optimum_qvlm.cli.qvlm_options import COMPRESSED_TENSORS
 from optimum_qvlm.cli.records import read_dataset
 from optimum_qvlm.errors import ConfigError, QVLMError
 from optimum_qvlm.report.precision import readable_bytes
+from optimum_qvlm.settings import nested_names
 
 PROGRAM = "optimum-cli export qvlm"
 
@@ -83,8 +84,27 @@ def config_arguments(args: Namespace) -> dict[str, Any]:
     from optimum_qvlm import QVLMConfig
 
     given = vars(args)
-    found = {name: given[name] for name in signature(QVLMConfig).parameters if name in given}
-    return found | ({"dataset": read_dataset(args.dataset)} if "dataset" in found else {})
+    asked = {name: given[name] for name in signature(QVLMConfig).parameters if name in given}
+    return asked | former_options(given) | ({"dataset": read_dataset(args.dataset)} if "dataset" in asked else {})
+
+
+def former_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that options of before ask for, each with a line on stderr that says how it is written now."""
+    moved: dict[str, Any] = {}
+    for former, (argument, name) in nested_names().items():
+        if former in given:
+            moved.setdefault(argument, dict(given.get(argument) or {}))[name] = given[former]
+            former_is_now(former, f"--{argument} {name}=VALUE")
+    if "exact_decode" in given:
+        moved["decode_tokens"] = 0
+        former_is_now("exact_decode", "--decode-tokens 0")
+    return moved
+
+
+def former_is_now(former: str, now: str) -> None:
+    """Say that an option will go."""
+    option = former.replace("_", "-")
+    print(f"{PROGRAM}: warning: --{option} is deprecated, write {now}", file=sys.stderr)
 
 
 def try_out(args: Namespace, config: Any) -> Any:

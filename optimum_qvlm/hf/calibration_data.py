@@ -154,7 +154,7 @@ class _Loaded:
 
     def render(self, samples: list[Sample]) -> list[Batch]:
         """Batches of model inputs, with labels where the encoder step will want them and all answers are known."""
-        labelled = self.config.encoder_epochs > 0 and all(s.answer is not None or s.text is not None for s in samples)
+        labelled = self.config.encoder.epochs > 0 and all(s.answer is not None or s.text is not None for s in samples)
         make = make_labelled_batches if labelled else make_batches
         return make(samples, self.processor, self.options, self.image_tokens)
 

@@ -248,9 +248,9 @@ class QVLMQuantizer(QuantizerBase):
 
         if learns_encoder(self._plan, self.config.options()) and not predicts_tokens(model):
             raise ConfigError(
-                f"encoder_epochs={self.config.encoder_epochs} learns from the answers that the language model predicts,"
+                f"encoder.epochs={self.config.encoder.epochs} learns from the answers that the language model predicts,"
                 f" and {type(model).__name__} has no output embedding to predict them; load a class with a language "
-                "model head, as AutoModelForImageTextToText, or set encoder_epochs=0"
+                "model head, as AutoModelForImageTextToText, or set encoder.epochs to 0"
             )
 
     def _calibrate(self, model: Any) -> None:

@@ -63,7 +63,8 @@ class PackedLinear(StateModule):
         bias: [out_features] or None.
 
     `format` holds the grids. `weight` is a property that dequantizes on demand, for code that looks at it. Up to
-    `decode_tokens` tokens, activations are not rounded. `path` is where in a model it lies, for errors.
+    `decode_tokens` tokens, activations are not rounded. `path` is where in a model it lies, for errors; `bound_linear`
+    is kept of a call that could do without PyTorch's dispatcher, for the next one.
 
     The shapes above are those of the checkpoint, layout `"packed"`. `prepare` puts the first three parameters into the
     layout that is fastest on their device, in place, and `pack` back; `layout` names what they hold. Both lose nothing.
@@ -81,7 +82,7 @@ class PackedLinear(StateModule):
     input_equalizer: Tensor | None
     input_scale: Tensor | None
     bias: Tensor | None
-    _bound_linear: BoundLinear | None = None
+    bound_linear: BoundLinear | None = None
 
     def __init__(
         self,
@@ -174,15 +175,18 @@ class PackedLinear(StateModule):
             self.pack().layout = TRANSIENT
             return self
         layout = PACKED if self.weight_packed.is_meta else dispatch.choose_layout(self.grid, self.weight_packed.device)
-        if layout != self.layout:
-            self._hold(dispatch.store(dispatch.restore(self._stored(), self.grid), self.grid, layout))
-        return self
+        return self if layout == self.layout else self.put_into(layout)
 
     def pack(self) -> Self:
         """Put the weight back into the layout of the checkpoint."""
         if not self._holds_checkpoint():
-            self._hold(dispatch.store(dispatch.restore(self._stored(), self.grid), self.grid, PACKED))
+            self.put_into(PACKED)
         self.layout = PACKED
+        return self
+
+    def put_into(self, layout: str) -> Self:
+        """Put the weight into a layout by its name, whatever is fastest here; nothing is lost."""
+        self._hold(dispatch.store(dispatch.restore(self._stored(), self.grid), self.grid, layout))
         return self
 
     def packed_state(self) -> dict[str, Tensor]:
@@ -256,7 +260,7 @@ class PackedLinear(StateModule):
         held = own_parameters(self)
         bias = held["bias"]
         if is_plain(input, bias) and self.layout not in CHECKPOINT_LAYOUTS:
-            bound = self._bound_linear
+            bound = self.bound_linear
             if bound is None or not bound.is_of(self.settings, held):
                 bound = self._bind()
             return bound(input)
@@ -296,15 +300,15 @@ class PackedLinear(StateModule):
             equalizer=self.input_equalizer,
             rotation=self.format.rotation,
         )
-        self._bound_linear = BoundLinear(self._stored(), self.bias, rounding, self.grid, self.settings)
-        return self._bound_linear
+        self.bound_linear = BoundLinear(self._stored(), self.bias, rounding, self.grid, self.settings)
+        return self.bound_linear
 
     def _stored(self) -> StoredWeight:
         return StoredWeight(self.layout, self.weight_packed, self.weight_scale, self.weight_zero_point)
 
     def _hold(self, stored: StoredWeight) -> None:
         """Replace the parameters of the weight by tensors of another layout."""
-        self.layout, self._bound_linear = stored.layout, None
+        self.layout, self.bound_linear = stored.layout, None
         self.weight_packed, self.weight_scale = _frozen(stored.values), _frozen(stored.scale)
         if stored.zero_point is not None:
             self.weight_zero_point = _frozen(stored.zero_point)
@@ -331,7 +335,7 @@ class PackedLinear(StateModule):
         On a device of another type the layout is chosen anew.
         """
         here = self.weight_packed.device
-        self._bound_linear = None
+        self.bound_linear = None
         prepared = not self._holds_checkpoint()
         moves = prepared and fn(torch.empty(0, dtype=torch.float32, device=here)).device.type != here.type
         if moves:

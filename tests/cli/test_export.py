@@ -7,6 +7,7 @@ import pytest
 
 from optimum_qvlm.cli import export
 from optimum_qvlm.errors import HubError, QVLMError
+from tests.configs import make_paper
 
 
 def save_two_files(_, args):
@@ -171,7 +172,7 @@ def test_the_papers_mode_takes_what_was_given(parser):
 
     assert (config.scheme, config.vision_scheme, config.encoder_epochs) == ("w4a4", "w8a8", 10)
     assert (config.transforms, config.activation_range) == ("auto", "dynamic")
-    assert config == QVLMConfig.paper(4, vision_scheme="w8a8", transforms="auto", activation_range="dynamic")
+    assert config == make_paper(4, vision_scheme="w8a8", transforms="auto", activation_range="dynamic")
     assert export.make_config(6, {"seed": 1}) == QVLMConfig.paper(6, seed=1)
 
 

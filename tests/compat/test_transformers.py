@@ -36,7 +36,7 @@ def test_the_classes_with_loading_attributes_are_a_tuple_that_is_read_at_each_lo
 
 @contract(take_loading_attributes, "transformers.quantizers.auto.AutoHfQuantizer.merge_quantization_configs")
 def test_loading_attributes_are_set_on_the_configuration_of_the_checkpoint():
-    merged = AutoHfQuantizer.merge_quantization_configs(QVLMConfig("w4a4").to_dict(), QVLMConfig(exact_decode=True))
+    merged = AutoHfQuantizer.merge_quantization_configs(QVLMConfig("w4a4").to_dict(), QVLMConfig(decode_tokens=0))
 
     assert merged.exact_decode is True
     assert merged.scheme == "w4a4"
