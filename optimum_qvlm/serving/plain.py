@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from optimum_qvlm.compat.torch import own_parameters
 from optimum_qvlm.errors import CheckpointError
 from optimum_qvlm.hf.format.modules import format_of
 from optimum_qvlm.modules.qlinear import QuantLinear
@@ -25,7 +26,7 @@ def dequantized(tensors: Iterable[Named], plain: Mapping[str, ModuleRecord]) -> 
         owner, _, kind = name.rpartition(".")
         if owner not in plain or kind == "bias":
             yield name, tensor
-        elif owner in waiting and kind in waiting[owner]._parameters:
+        elif owner in waiting and kind in own_parameters(waiting[owner]):
             begun.add(owner)
             linear = waiting[owner]
             linear.register_parameter(kind, nn.Parameter(tensor, requires_grad=False))
