@@ -24,6 +24,7 @@ from optimum_qvlm.pipeline.layer_streaming import resident
 from optimum_qvlm.pipeline.options import CalibrationOptions
 from optimum_qvlm.pipeline.partitioning import form_blocks, form_blocks_of, make_chain
 from optimum_qvlm.pipeline.result import BlockError, CalibrationResult, LayerError, SiteError
+from optimum_qvlm.pipeline.token_weights import SiteWeights, token_weights
 from optimum_qvlm.plan import Block, ModuleRecord, PlannedLayer, PlannedPart, QuantPlan, Site
 from optimum_qvlm.quant.transform import SiteTransform
 from optimum_qvlm.search.block import Choice, near_clips
@@ -94,6 +95,7 @@ class _Work:
     joint: list[BlockError] = field(default_factory=list)
     encoder: EncoderResult | None = None
     folded: dict[str, str] = field(default_factory=dict)
+    token_weights: SiteWeights = field(default_factory=dict)
 
     def round_all(self, bar: Any) -> None:
         for part in self.plan.parts:
@@ -126,6 +128,11 @@ class _Work:
         if self.options.joint:
             bar.set_description("measuring dependency")
             self.plan = form_blocks(self.model, self.plan, chains, self.options)
+        if self.options.weighs_tokens and data.labels:
+            bar.set_description("weighing tokens")
+            self.token_weights = token_weights(
+                self.model, self.plan, batches, data.labels, device=self.device, seed=self.options.seed
+            )
         step = EncoderStep.of(self.model, self.plan, self.options, self.device)
         if step is not None:
             step.note(batches)
@@ -222,6 +229,7 @@ class _Work:
             references=chain.sampled(references).to(self.device),
             all_inputs=chain.real(inputs),
             all_references=chain.real(references),
+            token_weights=chain.real(self.token_weights.get(site.name, ())),
             weights=weights,
             specs=specs,
             activation=site.activation,

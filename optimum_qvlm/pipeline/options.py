@@ -71,6 +71,8 @@ class CalibrationOptions:
         blocks: to search in place of those that the measured dependency gives; every layer once, in order.
         encoder: how tower and projector are optimised after their search.
         fold: let norms take up the equalizers; sites behind none get no transform.
+        weighs_tokens: let errors of tokens count by what they do to the model's predictions, see
+            `optimum_qvlm.pipeline.token_weights`.
     """
 
     language: LinearChoice
@@ -88,6 +90,7 @@ class CalibrationOptions:
     blocks: tuple[Block, ...] | None = None
     encoder: EncoderOptions = field(default_factory=EncoderOptions)
     fold: bool = False
+    weighs_tokens: bool = True
 
 
 def site_options(
