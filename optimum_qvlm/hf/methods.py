@@ -3,6 +3,7 @@
 from types import MethodType
 from typing import Any
 
+from optimum_qvlm.compat.torch import own_parameters
 from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.hf.format.modules import quantized_modules
 from optimum_qvlm.modules.qlinear import PackedLinear
@@ -32,9 +33,8 @@ def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: 
     if only_trainable:
         return counted
     packed = [module for module in self.modules() if isinstance(module, PackedLinear)]
-    held = {
-        id(p): p.numel() for module in packed for n, p in module._parameters.items() if n in STORED and p is not None
-    }
+    parameters = [entry for module in packed for entry in own_parameters(module).items()]
+    held = {id(tensor): tensor.numel() for name, tensor in parameters if name in STORED and tensor is not None}
     values = sum(module.in_features * module.out_features for module in quantized_modules(self).values())
     return counted - sum(held.values()) + values
 

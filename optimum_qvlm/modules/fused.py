@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from optimum_qvlm.compat.torch import StateModule, has_hooks, own_parameters, tensor_version
 from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.kernels import PACKED, TRANSIENT, CodedWeight, StoredWeight, WeightGrid, dispatch
 from optimum_qvlm.modules.qlinear import PackedLinear, QuantLinear
@@ -78,7 +79,7 @@ class JointLinear(PackedLinear):
         """Nothing: see the linears."""
         return {} if destination is None else destination
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def take_state(self, *args: Any) -> None:
         """The linears say that they take none."""
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -241,7 +242,7 @@ class FusedLinear(QuantLinear):
     def _stored(self) -> StoredWeight:
         return dispatch.store(self.quantized_rows(), self.grid, PACKED)
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def give_state(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """The tensors of the linear before it was fused, in their order, none of which share memory."""
         destination.update({f"{prefix}{name}": tensor for name, tensor in self.packed_state().items()})
         for name in ("input_equalizer", "input_scale", "bias"):
@@ -249,24 +250,28 @@ class FusedLinear(QuantLinear):
             if tensor is not None:
                 destination[f"{prefix}{name}"] = tensor.detach().clone()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def take_state(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the weight of the linear into its rows; a state without it, as that of adapters, changes nothing."""
         if not any(f"{prefix}{name}" in state_dict for name in self._written_names()):
             _, strict, missing, *_ = args
             missing.extend(f"{prefix}{name}" for name in self._written_names() if strict)
             return
         alone = self.apart()
-        alone._load_from_state_dict(state_dict, prefix, *args)
+        alone.take_state(state_dict, prefix, *args)
         self.joint.put(self.start, alone)
 
     def _written_names(self) -> list[str]:
         """Names of the tensors in a state of the linear."""
         given = ("weight_zero_point", "input_equalizer", "input_scale", "bias")
-        return ["weight_packed", "weight_scale", *(name for name in given if self.joint._parameters[name] is not None)]
+        return [
+            "weight_packed",
+            "weight_scale",
+            *(name for name in given if own_parameters(self.joint)[name] is not None),
+        ]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def apply_to_tensors(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move and cast the joint weight; for the second of a group there is nothing left to do."""
-        nn.Module._apply(self, fn, recurse)
+        StateModule.apply_to_tensors(self, fn, recurse)
         return self
 
     def extra_repr(self) -> str:
@@ -284,7 +289,7 @@ def why_apart(linears: Sequence[QuantLinear]) -> str | None:
     """Why linears cannot be fused; None where they can."""
     if any(linear.layout == TRANSIENT or linear.weight_packed.is_meta for linear in linears):
         return "their weights are not in memory"
-    if any(linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks for linear in linears):
+    if any(has_hooks(linear) for linear in linears):
         return "they have hooks"
     for what, values in _properties(linears).items():
         if any(value != values[0] for value in values):
@@ -322,4 +327,4 @@ def _moment(input: Tensor) -> tuple[Any, ...]:
     recorded = torch.is_grad_enabled(), input.requires_grad
     if torch.compiler.is_compiling():
         return recorded
-    return *recorded, torch.is_inference_mode_enabled(), None if input.is_inference() else input._version
+    return *recorded, torch.is_inference_mode_enabled(), None if input.is_inference() else tensor_version(input)

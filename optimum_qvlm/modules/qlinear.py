@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from optimum_qvlm.compat.torch import StateModule, own_parameters
 from optimum_qvlm.kernels import (
     CHECKPOINT_LAYOUTS,
     FULL_BITS,
@@ -47,7 +48,7 @@ _SETTINGS = ("in_features", "out_features", "format", "layout", "decode_tokens")
 _ABSENT, _YES, _NO = "-", "yes", "no"
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(StateModule):
     """A product with packed integers: `y = Q(x T) dequantize(W)^T + b`.
 
     Parameters, of which only the bias can be trained:
@@ -240,7 +241,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Product of the rounded input [..., in_features] with the weight, plus bias, in the input's dtype."""
-        held = self._parameters
+        held = own_parameters(self)
         bias = held["bias"]
         if is_plain(input, bias) and self.layout not in CHECKPOINT_LAYOUTS:
             bound = self._bound_linear
@@ -311,7 +312,7 @@ class PackedLinear(nn.Module):
         weight = dequantize_weight(self.quantized())
         return weight if transform.is_identity else transform.unfold(weight)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def apply_to_tensors(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move and cast as any module, except that scales keep their dtype: codes were chosen for it.
 
         On a device of another type the layout is chosen anew.
@@ -324,20 +325,20 @@ class PackedLinear(nn.Module):
             self.pack()
         fixed = ("weight_scale", "input_equalizer", "input_scale")
         before = [(name, kept.detach()) for name in fixed if (kept := getattr(self, name)) is not None]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super().apply_to_tensors(fn, recurse)
         for name, kept in before:
             found = getattr(self, name)
             if found.dtype != kept.dtype:
                 setattr(self, name, _frozen(kept.to(found.device)))
         return self.prepare() if moves else self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def take_state(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the weight in the layout of the checkpoint or in the one of this device, whichever is given."""
         found, prepared = state_dict.get(f"{prefix}weight_packed"), not self._holds_checkpoint()
         if found is not None and (found.dtype == torch.int32) == prepared:
             layout = PACKED if prepared else dispatch.choose_layout(self.grid, found.device)
             self._hold(dispatch.store(self._blank(), self.grid, layout))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super().take_state(state_dict, prefix, *args)
         if prepared:
             self.prepare()
 

@@ -71,4 +71,4 @@ def _move_own(module: nn.Module, device: torch.device) -> None:
     for parameter in module.parameters(recurse=False):
         parameter.data = parameter.data.to(device)
     for name, buffer in list(module.named_buffers(recurse=False)):
-        module._buffers[name] = buffer.to(device)
+        setattr(module, name, buffer.to(device))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.modeling_outputs import BaseModelOutput
 
 from optimum_qvlm.compat import torch as compat
 from tests.compat.contract import contract
@@ -105,3 +106,157 @@ def test_the_product_with_int4_weights_takes_scales_and_zeros_of_each_group():
     expected = x.float() @ ((codes - 8) * scale + zero).t()
     assert product.dtype == torch.bfloat16
     assert torch.allclose(product.float(), expected, rtol=2**-7, atol=2**-7 * expected.abs().max().item())
+
+
+@contract(compat.tensor_version, "torch.Tensor._version")
+def test_a_change_in_place_is_counted_through_views():
+    x = torch.zeros(4)
+    before = compat.tensor_version(x)
+
+    x[1:].add_(1)
+
+    assert compat.tensor_version(x) == before + 1
+
+
+@contract(compat.memory_of, "torch.UntypedStorage._cdata")
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_views_lie_in_the_memory_of_their_tensor(device):
+    x, other = torch.empty(2, 3, device=device), torch.empty(2, 3, device=device)
+
+    assert compat.memory_of(x) == compat.memory_of(x[1].view(3, 1)) != compat.memory_of(other)
+
+
+class Wrapped(torch.Tensor):
+    """Counts the functions that are called on it."""
+
+    called = 0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.called += 1
+        with compat.plain_functions():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(func)
+
+
+@contract(compat.bare_wrapper, "torch.Tensor._make_wrapper_subclass")
+def test_a_wrapper_has_form_and_no_memory():
+    like = torch.empty(6, 4, dtype=torch.float16, device="meta").t()[1:]
+
+    wrapper = compat.bare_wrapper(Wrapped, like, torch.device("cpu"))
+
+    assert type(wrapper) is Wrapped
+    assert (wrapper.shape, wrapper.stride(), wrapper.storage_offset()) == (like.shape, (1, 4), 1)
+    assert (wrapper.dtype, wrapper.device.type) == (torch.float16, "cpu")
+
+
+@contract(compat.plain_functions, "torch._C.DisableTorchFunctionSubclass")
+def test_functions_within_plain_functions_are_not_seen():
+    """Otherwise the method would call itself."""
+    wrapper = compat.bare_wrapper(Wrapped, torch.empty(2, device="meta"), torch.device("cpu"))
+    before = Wrapped.called
+
+    assert wrapper.size(0) == 2
+
+    assert Wrapped.called == before + 1
+
+
+@contract(compat.written_arguments, "torch._ops.OpOverload._schema")
+def test_the_schema_tells_what_an_operator_writes_to():
+    x, y = torch.ones(2), torch.ones(2)
+
+    assert list(compat.written_arguments(torch.ops.aten.add.Tensor, (x, y), {})) == []
+    assert list(compat.written_arguments(torch.ops.aten.add_.Tensor, (x, y), {})) == [x]
+    (out,) = compat.written_arguments(torch.ops.aten.add.out, (x, 1), {"out": y})
+    assert out is y
+
+
+@contract(compat.flatten, "torch.utils._pytree.tree_flatten")
+def test_outputs_of_models_are_flattened_to_tensors():
+    output = BaseModelOutput(last_hidden_state=torch.ones(1), hidden_states=(torch.ones(2), torch.ones(3)))
+
+    leaves, _ = compat.flatten({"output": output, "rest": [1, None]})
+
+    assert [leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor)] == [1, 2, 3]
+
+
+@contract(compat.unflatten, "torch.utils._pytree.tree_unflatten")
+def test_unflattened_leaves_have_their_form():
+    tree = (BaseModelOutput(last_hidden_state=torch.ones(1)), {"a": [1, (2,)]})
+
+    again = compat.unflatten(*compat.flatten(tree))
+
+    assert type(again[0]) is BaseModelOutput and again[1] == tree[1]
+    assert again[0].last_hidden_state is tree[0].last_hidden_state
+
+
+@contract(compat.map_leaves, "torch.utils._pytree.tree_map_only")
+def test_only_leaves_of_the_class_are_mapped():
+    assert compat.map_leaves(int, str, {"a": [1, 2.5], "b": ("x", 3)}) == {"a": ["1", 2.5], "b": ("x", "3")}
+
+
+@contract(compat.own_parameters, "torch.nn.Module._parameters")
+def test_own_parameters_are_the_dictionary_with_what_is_absent():
+    linear = torch.nn.Linear(2, 3, bias=False)
+
+    held = compat.own_parameters(linear)
+
+    assert held == {"weight": linear.weight, "bias": None}
+    linear.weight = torch.nn.Parameter(torch.zeros(3, 2))
+    assert held["weight"] is linear.weight
+
+
+@contract(compat.has_hooks, "torch.nn.Module._forward_hooks", "torch.nn.Module._backward_hooks")
+@pytest.mark.parametrize(
+    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
+def test_each_kind_of_hook_is_told(register):
+    linear = torch.nn.Linear(2, 3)
+
+    assert not compat.has_hooks(linear)
+    handle = getattr(linear, register)(lambda *_: None)
+    assert compat.has_hooks(linear)
+    handle.remove()
+    assert not compat.has_hooks(linear)
+
+
+class Noting(compat.StateModule):
+    """Notes what it is asked to do."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift, self.asked = torch.nn.Parameter(torch.ones(2)), []
+
+    def apply_to_tensors(self, fn, recurse=True):
+        self.asked.append("moved")
+        return super().apply_to_tensors(fn, recurse)
+
+    def take_state(self, state_dict, prefix, *rest):
+        _metadata, strict, missing, *_ = rest
+        self.asked.append(("taken", prefix, strict, list(missing)))
+        super().take_state(state_dict, prefix, *rest)
+
+    def give_state(self, destination, prefix, keep_vars):
+        self.asked.append(("given", prefix))
+        super().give_state(destination, prefix, keep_vars)
+
+
+@contract(
+    compat.StateModule,
+    "torch.nn.Module._apply",
+    "torch.nn.Module._load_from_state_dict",
+    "torch.nn.Module._save_to_state_dict",
+)
+def test_a_module_is_asked_when_it_is_moved_loaded_and_saved():
+    inner = Noting()
+    outer = torch.nn.Sequential(inner)
+
+    state = outer.double().state_dict()
+    outer.load_state_dict({"0.shift": torch.zeros(2)})
+
+    assert inner.asked == ["moved", ("given", "0."), ("taken", "0.", True, [])]
+    assert state["0.shift"].dtype == torch.float64
+    assert torch.equal(inner.shift.detach(), torch.zeros(2, dtype=torch.float64))
