@@ -14,6 +14,9 @@ AUTO_GROUPS = (128, 64, 32, 16)
 TWO_LEVEL_BITS = 4
 """The most bits of codes that may be multiplied by the multiples of `optimum_qvlm.kernels.levels` and fit a byte."""
 
+FITTED_BITS = 5
+"""The most bits of activations whose scales are fitted: where there are more codes, next to nothing is gained."""
+
 NAMED_SCHEMES = ("w4a16", "w4a8", "w4a4", "w6a6", "w8a8")
 """Schemes that the documentation names; any `w<2..8>a<2..8 or 16>` is accepted."""
 
@@ -48,15 +51,17 @@ class WeightSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationSpec:
-    """Symmetric grid for one activation [tokens, channels].
+    """Grid around zero for one activation [tokens, channels].
 
     A dynamic grid takes its scale from each input: `group` counts channels of a token that share it, None shares the
-    whole token. A `static` one has a single scale, found once in calibration.
+    whole token. A `fitted` one chooses sign and size of each scale by the error, see
+    `optimum_qvlm.kernels.quantize_tokens`. A `static` one has a single scale, found once in calibration.
     """
 
     bits: int
     group: int | None = None
     static: bool = False
+    fitted: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -65,6 +70,10 @@ class ActivationSpec:
             raise SpecError(f"group must be positive or None, got {self.group}")
         if self.static and self.group is not None:
             raise SpecError(f"a static activation has one scale, got group={self.group}")
+        if self.static and self.fitted:
+            raise SpecError(
+                "the scale of a static activation is that of the calibration, so it cannot be fitted as well"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,4 +132,4 @@ class Scheme:
         if static:
             return ActivationSpec(bits=self.activation_bits, static=True)
         group = weight.group if self.activation_bits < 8 else None
-        return ActivationSpec(bits=self.activation_bits, group=group)
+        return ActivationSpec(bits=self.activation_bits, group=group, fitted=self.activation_bits <= FITTED_BITS)

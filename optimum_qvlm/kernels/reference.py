@@ -23,7 +23,7 @@ def quantize_tokens(
     """Round activations to integers, one scale per token or per token and group.
 
     On a fitted grid the scale takes the sign that puts the value of largest magnitude on the negative side, which has
-    one code more, and is the one of `FITTED_RATIOS` whose squared error is least, in steps of 1/64 of a code.
+    one code more, and is the one of `FITTED_RATIOS` whose squared error is least.
 
     Args:
         x: activations [..., channels], any floating dtype.
@@ -141,18 +141,25 @@ def _round(x: Tensor, bits: int, group: int | None, clip: float, *, fitted: bool
     return (grouped / scale).round_().clamp_(-qmax - 1, qmax), scale
 
 
+def fitted_shift(qmax: int) -> int:
+    """Errors of a fitted grid are counted in parts of a code, of which there are two to this power: at most 64."""
+    return min(6, 9 - (qmax + 1).bit_length() + 1)
+
+
 def _fitted_scale(grouped: Tensor, whole: Tensor, qmax: int) -> Tensor:
     """Of the scale `whole` [..., groups, 1] times each ratio, that of least squared error; 1 where it is zero.
 
-    Errors are integers, in 64ths of a code, so that their sums are the same in any order.
+    Errors are integers, in parts of a code (64ths at 4 bits), so that their sums are the same in any order. What is
+    missing is cut at 192 parts, more than the ratios cut off, so that sums of 58,000 channels fit 32 bits.
     """
+    shift = fitted_shift(qmax)
     best = least = None
     for ratio in FITTED_RATIOS:
         scale = whole * ratio
         scale = torch.where(scale != 0, scale, 1.0)
-        steps = (grouped * scale.reciprocal()).clamp_(-2 * qmax, 2 * qmax).mul_(64).round_().to(torch.int32)
-        codes = ((steps + 32) >> 6).clamp_(-qmax - 1, qmax)
-        missing = (steps - 64 * codes).clamp_(-128, 128)
+        steps = (grouped * scale.reciprocal()).clamp_(-2 * qmax, 2 * qmax).mul_(2**shift).round_().to(torch.int32)
+        codes = ((steps + 2 ** (shift - 1)) >> shift).clamp_(-qmax - 1, qmax)
+        missing = (steps - (codes << shift)).clamp_(-192, 192)
         error = scale * scale * missing.square_().sum(-1, keepdim=True, dtype=torch.int32).float()
         better = None if least is None else error < least
         best = scale if best is None or better is None else torch.where(better, scale, best)

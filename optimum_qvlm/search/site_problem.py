@@ -79,7 +79,7 @@ class SiteProblem:
         return self.inputs[:: -(-len(self.inputs) // FEW_TOKENS)]
 
     def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """All calibration tokens, their full-precision values and weights, piece by piece on the device of the sample."""
+        """All calibration tokens, their full-precision values and weights, piece by piece on the sample's device."""
         device = self.inputs.device
         inputs = self.all_inputs or (self.inputs,)
         references = self.all_references or (inputs if self.all_inputs else (self.wanted_inputs,))

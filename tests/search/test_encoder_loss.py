@@ -154,17 +154,18 @@ def test_the_gradient_of_a_static_scale_agrees_with_finite_differences():
 
 
 @pytest.mark.parametrize("shape", [(3, 32), (2, 5, 32)], ids=["tokens", "rows of tokens"])
+@pytest.mark.parametrize("fitted", [False, True])
 @pytest.mark.parametrize("group", [None, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activations_are_rounded_as_at_run_time(shape, group, dtype):
+def test_activations_are_rounded_as_at_run_time(shape, group, dtype, fitted):
     x = noise(*shape).to(dtype)
     x[0] = 0
     log_clip = torch.tensor([-0.2], requires_grad=True)
 
-    found = learned_tokens(x, ActivationSpec(bits=4, group=group), log_clip, 0.9)
+    found = learned_tokens(x, ActivationSpec(bits=4, group=group, fitted=fitted), log_clip, 0.9)
 
     assert found.dtype == dtype
-    assert torch.equal(found, fake_quantize_tokens(x, 4, group, learned_clip(log_clip, 0.9)))
+    assert torch.equal(found, fake_quantize_tokens(x, 4, group, learned_clip(log_clip, 0.9), fitted=fitted))
 
 
 def test_static_activations_are_rounded_as_at_run_time():
@@ -181,6 +182,18 @@ def test_clipped_activations_pass_no_gradient_and_others_all():
     learned_tokens(x, ActivationSpec(bits=4), torch.tensor([math.log(0.5)]), 1.0).sum().backward()
 
     assert x.grad.tolist() == [[0.0, 1.0, 0.0]]
+
+
+def test_the_gradient_of_a_clip_of_a_fitted_grid_points_downhill():
+    """Sign and size of its scales jump where another candidate is best, so differences are taken over a wide step."""
+    x, spec = noise(4000, 64), ActivationSpec(bits=4, group=16, fitted=True)
+
+    def error(change):
+        return (learned_tokens(x, spec, change.float(), 0.9) - x).square().sum()
+
+    place = torch.tensor([-0.5])
+    assert float(gradient(error, place)) < 0
+    assert float(slope(error, place, 0.2)) < 0
 
 
 def test_a_learned_clip_never_exceeds_the_peak():

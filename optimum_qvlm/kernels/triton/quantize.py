@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimum_qvlm.kernels.reference import FITTED_RATIOS, transform_tokens
+from optimum_qvlm.kernels.reference import FITTED_RATIOS, fitted_shift, transform_tokens
 from optimum_qvlm.kernels.triton import tiles
 from optimum_qvlm.kernels.triton.launching import empty, start
 from optimum_qvlm.kernels.weights import Rounding
@@ -31,6 +31,8 @@ def quantize_kernel(
     SPAN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Codes and scales with ROUNDS, else transformed activations.
+
+    FITTED, 0 for grids that are not, is the `fitted_shift` of those that are.
 
     One program per token and SPAN of channels; GROUP 0 shares the scale of a token, which one program does alone.
     CHUNK is the power of two at or above SPAN that is held at a time.
@@ -55,9 +57,9 @@ def quantize_kernel(
             errors, errors_2, errors_3 = 0, 0, 0
             for step in tl.range(0, STEPS):
                 part = _transformed(x, equalizer, step * CHUNK, CHANNELS, CHUNK, CHUNK, ROTATION, EQUALIZED)
-                errors += tl.sum(_missing(part, scale, QMAX))
-                errors_2 += tl.sum(_missing(part, second, QMAX))
-                errors_3 += tl.sum(_missing(part, third, QMAX))
+                errors += tl.sum(_missing(part, scale, QMAX, FITTED))
+                errors_2 += tl.sum(_missing(part, second, QMAX, FITTED))
+                errors_3 += tl.sum(_missing(part, third, QMAX, FITTED))
             scale = _best(scale, second, third, errors, errors_2, errors_3)
         tl.store(scales + token * scale_stride, scale)
         for step in tl.range(0, (WIDTH + CHUNK - 1) // CHUNK):
@@ -77,9 +79,9 @@ def quantize_kernel(
             if FITTED:
                 second = _scale(top, bottom, clip, 1, QMAX, FITTED)
                 third = _scale(top, bottom, clip, 2, QMAX, FITTED)
-                errors = tl.sum(_missing(part, scale[:, None], QMAX), axis=1)
-                errors_2 = tl.sum(_missing(part, second[:, None], QMAX), axis=1)
-                errors_3 = tl.sum(_missing(part, third[:, None], QMAX), axis=1)
+                errors = tl.sum(_missing(part, scale[:, None], QMAX, FITTED), axis=1)
+                errors_2 = tl.sum(_missing(part, second[:, None], QMAX, FITTED), axis=1)
+                errors_3 = tl.sum(_missing(part, third[:, None], QMAX, FITTED), axis=1)
                 scale = _best(scale, second, third, errors, errors_2, errors_3)
             if ROWS == 1:
                 group = tl.program_id(1) + tl.arange(0, 1)
@@ -136,13 +138,14 @@ def _scale(top, bottom, clip, NUMBER: tl.constexpr, QMAX: tl.constexpr, FITTED: 
 
 
 @triton.jit
-def _missing(values, scale, QMAX: tl.constexpr):
-    """Squares of what codes miss, in 64ths of one: integers, whose sum is the same in any order."""
+def _missing(values, scale, QMAX: tl.constexpr, SHIFT: tl.constexpr):
+    """Squares of what codes miss, in parts of one: integers, whose sum is the same in any order."""
+    PARTS: tl.constexpr = 1 << SHIFT
     steps = values * tl.div_rn(1.0, scale)
-    steps = tl.minimum(tl.maximum(steps, -2.0 * QMAX), 2.0 * QMAX) * 64.0
+    steps = tl.minimum(tl.maximum(steps, -2.0 * QMAX), 2.0 * QMAX) * PARTS
     steps = (steps + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-    codes = tl.minimum(tl.maximum((steps + 32) >> 6, -QMAX - 1), QMAX)
-    missing = tl.minimum(tl.maximum(steps - 64 * codes, -128), 128)
+    codes = tl.minimum(tl.maximum((steps + PARTS // 2) >> SHIFT, -QMAX - 1), QMAX)
+    missing = tl.minimum(tl.maximum(steps - (codes << SHIFT), -192), 192)
     return missing * missing
 
 
@@ -313,6 +316,7 @@ def _launch(x: Tensor, rounding: Rounding, out: Tensor, scale: Tensor) -> None:
     rounds, static = out.dtype == torch.int8, rounding.scale is not None
     group = rounding.group if rounds and not static else None
     whole = rounds and group is None and not static
+    qmax = 2 ** (rounding.bits - 1) - 1
     tile = tiles.quantize_tile(width, group, rounding.rotation, whole=whole)
     arguments = {
         "x": x,
@@ -331,8 +335,8 @@ def _launch(x: Tensor, rounding: Rounding, out: Tensor, scale: Tensor) -> None:
         "EQUALIZED": rounding.equalizer is not None,
         "STATIC": static,
         "ROUNDS": rounds,
-        "QMAX": 2 ** (rounding.bits - 1) - 1,
-        "FITTED": rounding.fitted and rounds and not static,
+        "QMAX": qmax,
+        "FITTED": fitted_shift(qmax) if rounding.fitted and rounds and not static else 0,
         "SPAN": tile.span,
         "CHUNK": tile.chunk,
     }
