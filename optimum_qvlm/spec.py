@@ -122,14 +122,18 @@ class Scheme:
             raise SpecError(f"group={group_size} does not divide in_features={in_features}; use {choices}")
         return WeightSpec(bits=self.weight_bits, group=group_size, symmetric=symmetric)
 
-    def activation_spec(self, weight: WeightSpec, *, static: bool = False) -> ActivationSpec | None:
+    def activation_spec(
+        self, weight: WeightSpec, *, static: bool = False, fitted: bool = True
+    ) -> ActivationSpec | None:
         """The activation grid that goes with `weight`: 8 bits per token, fewer per token and weight group.
 
-        `static` makes it one scale for all tokens and channels.
+        `static` makes it one scale for all tokens and channels. Scales of at most `FITTED_BITS` bits are fitted, if
+        `fitted` allows it.
         """
         if self.activation_bits is None:
             return None
         if static:
             return ActivationSpec(bits=self.activation_bits, static=True)
         group = weight.group if self.activation_bits < 8 else None
-        return ActivationSpec(bits=self.activation_bits, group=group, fitted=self.activation_bits <= FITTED_BITS)
+        fitted = fitted and self.activation_bits <= FITTED_BITS
+        return ActivationSpec(bits=self.activation_bits, group=group, fitted=fitted)

@@ -75,7 +75,7 @@ def lines_of(table: str, subject: Subject, scheme: str, chosen: Any, record: Rec
         return partition_table(subject, scheme, chosen.seeds, chosen.draws, chosen.workers, record)
     if subject.name == "smollm2":
         raise SystemExit("the ablation needs a model with a vision tower; choose --models plain outlier")
-    encoder = {"encoder_epochs": chosen.epochs} | ({} if chosen.lr is None else {"encoder_lr": chosen.lr})
+    encoder = {"epochs": chosen.epochs} | ({} if chosen.lr is None else {"learning_rate": chosen.lr})
     return ablation_table(subject, scheme, chosen.seeds, encoder, record)
 
 

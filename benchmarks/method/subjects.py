@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from benchmarks import smollm2, tiny_vlm
 from benchmarks.measures import divergence
+from benchmarks.quality import texts
 from benchmarks.timing import clock_of
 from optimum_qvlm import QVLMConfig
 from optimum_qvlm.data.loader import Batch
@@ -89,17 +90,12 @@ class Subject:
             self.held_out = tiny_vlm.labelled(questions, self.folder, tiny_vlm.HELD_OUT_ROWS)
         self.reference = self.answers(copy.deepcopy(self.full))
 
-    def text(self, seed: int) -> smollm2.Text:
+    def text(self, seed: int) -> texts.Text:
         """Chunks of the text model: held-out ones are the same for every seed, those for calibration are not."""
         held_out, sizes = max(self.sizes.questions // 64, 1), self.sizes
-        drawn = smollm2.read_text(
-            self.folder,
-            calibration_chunks=sizes.samples * (seed + 1),
-            held_out_chunks=held_out,
-            tokens=sizes.chunk,
-            held_out_first=True,
-        )
-        return smollm2.Text(calibration=drawn.calibration[sizes.samples * seed :], held_out=drawn.held_out)
+        chunked = texts.chunked(self.folder, tokens=sizes.chunk)
+        drawn = chunked.draw(sizes.samples * (seed + 1), held_out, held_out_first=True)
+        return replace(drawn, calibration=drawn.calibration[sizes.samples * seed :])
 
     def answers(self, model: Any) -> list[Tensor]:
         """Logits of a model for the held-out questions; the model is moved to the device."""

@@ -177,7 +177,7 @@ def partitioned(subject: Subject, seed: int, scheme: str, draws: int) -> dict[st
     runs: dict[str, Quantized] = {}
 
     def run(name: str, depth: int, blocks: tuple[Block, ...] | None = None) -> None:
-        config = subject.config(scheme, max_block_depth=depth, seed=seed)
+        config = subject.config(scheme, search={"max_block_depth": depth}, seed=seed)
         runs[name] = found = subject.quantized(config, data, blocks)
         cells = f"KL {float(found.kl.mean()):.5f}, {found.seconds:.0f} s"
         print(f"seed {seed}, {name}: {cells}", file=sys.stderr, flush=True)
@@ -225,10 +225,10 @@ def tiles(part: PlannedPart, depth: int) -> list[Block]:
 def ablation_table(subject: Subject, scheme: str, seeds: int, encoder: dict[str, Any], record: Record) -> Iterator[str]:
     """Baseline, dependency alone, encoder step alone, both; paired by question, over seeds."""
     rows: dict[str, dict[str, Any]] = {
-        "baseline": {"max_block_depth": 1},
-        "+ dependency": {"max_block_depth": 3},
-        "+ encoder": {"max_block_depth": 1, **encoder},
-        "both": {"max_block_depth": 3, **encoder},
+        "baseline": {"search": {"max_block_depth": 1}},
+        "+ dependency": {"search": {"max_block_depth": 3}},
+        "+ encoder": {"search": {"max_block_depth": 1}, "encoder": encoder},
+        "both": {"search": {"max_block_depth": 3}, "encoder": encoder},
     }
     sizes = subject.sizes
     yield f"{subject.name} {scheme}: {sizes.samples} samples, {seeds} seeds, {sizes.questions} questions"

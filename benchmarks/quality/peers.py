@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from benchmarks import smollm2
 from benchmarks.measures import perplexity
+from benchmarks.quality import texts
 from optimum_qvlm import QVLMConfig, __version__
 from optimum_qvlm.evaluation.fidelity import answer_logits
 
@@ -50,6 +51,8 @@ def main() -> None:
     parser.add_argument("--ours", nargs="*", choices=tuple(OURS), default=list(OURS))
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--text", choices=list(texts.TEXTS), default="topics")
+    parser.add_argument("--texts", type=Path, default=texts.FOLDER, help="folder with the Debian packages of texts")
     parser.add_argument("--seed", type=int, default=0, help="of the chunks")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="where the work is done")
@@ -71,7 +74,7 @@ def main() -> None:
 def rows(arguments: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Full precision, ours, then the peers, each as soon as it is known."""
     folder = smollm2.write_checkpoint(scratch / "model")
-    text = smollm2.read_text(folder, seed=arguments.seed)
+    text = texts.chunked(folder, arguments.text, folder=arguments.texts).draw(seed=arguments.seed)
     full = AutoModelForCausalLM.from_pretrained(folder, device_map=arguments.device)
     yield "full", {"perplexity": perplexity(answer_logits(full, text.held_out), text.held_out)}
     del full
@@ -88,7 +91,7 @@ def rows(arguments: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, di
 
 
 def own_result(
-    folder: Path, text: smollm2.Text, settings: dict[str, Any], arguments: argparse.Namespace
+    folder: Path, text: texts.Text, settings: dict[str, Any], arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """One run of this library."""
     config = QVLMConfig(

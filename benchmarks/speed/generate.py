@@ -147,7 +147,9 @@ def loaded_variant(arguments: argparse.Namespace, scheme: str | None, dtype: tor
     auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": dtype, "device_map": arguments.device}
     if scheme is not None:
-        options["quantization_config"] = QVLMConfig(scheme, method="rtn", exact_decode=arguments.exact_decode)
+        options["quantization_config"] = QVLMConfig(
+            scheme, method="rtn", **({"decode_tokens": 0} if arguments.exact_decode else {})
+        )
     return auto.from_pretrained(arguments.model, **options).eval()
 
 

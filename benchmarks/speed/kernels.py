@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from benchmarks.shapes import format_of
 from benchmarks.timing import Clock, clock_of, copy_bandwidth, ratio
-from optimum_qvlm.kernels import NOTHING, Rounding, dispatch
+from optimum_qvlm.kernels import NOTHING, Rounding, StoredWeight, dispatch
 from optimum_qvlm.modules.qlinear import QuantLinear
 from optimum_qvlm.quant.affine import quantize_weight
 from optimum_qvlm.spec import NAMED_SCHEMES, WeightSpec
@@ -144,7 +144,7 @@ def module_calls(modules: list[QuantLinear], dtype: torch.dtype) -> Callable[[Te
 
 def op_calls(modules: list[QuantLinear], dtype: torch.dtype) -> Callable[[Tensor], Call]:
     """The product alone, in the arithmetic of the scheme, without transform and module."""
-    stored = [module._stored() for module in modules]
+    stored = [StoredWeight(m.layout, m.weight_packed, m.weight_scale, m.weight_zero_point) for m in modules]
     grid = modules[0].grid
     bits, group = grid.activation_bits, grid.activation_group
 

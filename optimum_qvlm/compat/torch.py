@@ -27,6 +27,11 @@ def dispatch_mode_check() -> Callable[[], bool]:
     return cast(Callable[[], bool], private("torch.utils._python_dispatch.is_in_torch_dispatch_mode", SEEN))
 
 
+def dispatch_mode_class() -> Any:
+    """The class of contexts that see every operation. PyTorch's own notes import it from a private module."""
+    return private("torch.utils._python_dispatch.TorchDispatchMode", SEEN)
+
+
 def tracing_check() -> Callable[[], bool]:
     """Tells whether `torch.jit.trace` records the call.
 
@@ -80,9 +85,12 @@ def tensor_version(tensor: Tensor) -> int:
     return int(tensor._version)
 
 
-def memory_of(tensor: Tensor) -> int:
-    """A number that tensors share which lie in the same memory. Public addresses are 0 for tensors without values."""
-    return int(tensor.untyped_storage()._cdata)
+def memory_of(held: Tensor | torch.UntypedStorage) -> int:
+    """A number that tensors share which lie in the same storage, or that of a storage.
+
+    Public addresses are 0 for tensors without values.
+    """
+    return int((held.untyped_storage() if isinstance(held, Tensor) else held)._cdata)
 
 
 def bare_wrapper(cls: type[T], like: Tensor, device: torch.device) -> T:
@@ -137,6 +145,11 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     a search that fails. `named_parameters` leaves out what is None.
     """
     return module._parameters
+
+
+def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The modules that a module itself holds, by their names: the very dictionary, see `own_parameters`."""
+    return module._modules
 
 
 def has_hooks(module: nn.Module) -> bool:

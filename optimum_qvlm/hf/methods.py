@@ -14,14 +14,14 @@ STORED = ("weight_packed", "weight_scale", "weight_zero_point", "input_equalizer
 
 def wrap_methods(model: Any) -> None:
     """Give the instance our methods; a deep copy of the model gets ones bound to the copy."""
-    model.num_parameters = MethodType(num_parameters, model)
-    model.resize_token_embeddings = MethodType(resize_token_embeddings, model)
+    for method in METHODS:
+        setattr(model, method.__name__, MethodType(method, model))
 
 
 def unwrap_methods(model: Any) -> None:
     """Undo `wrap_methods`."""
-    for name in ("num_parameters", "resize_token_embeddings"):
-        vars(model).pop(name, None)
+    for method in METHODS:
+        vars(model).pop(method.__name__, None)
 
 
 def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -59,3 +59,6 @@ def resize_token_embeddings(
                 "embedding, or resize what dequantize() returns"
             )
     return type(self).resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+
+METHODS = (num_parameters, resize_token_embeddings)

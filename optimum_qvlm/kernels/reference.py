@@ -153,7 +153,8 @@ def _fitted_scale(grouped: Tensor, whole: Tensor, qmax: int) -> Tensor:
     missing is cut at 192 parts, more than the ratios cut off, so that sums of 58,000 channels fit 32 bits.
     """
     shift = fitted_shift(qmax)
-    best = least = None
+    best: Tensor | None = None
+    least: Tensor | None = None
     for ratio in FITTED_RATIOS:
         scale = whole * ratio
         scale = torch.where(scale != 0, scale, 1.0)
@@ -161,9 +162,10 @@ def _fitted_scale(grouped: Tensor, whole: Tensor, qmax: int) -> Tensor:
         codes = ((steps + 2 ** (shift - 1)) >> shift).clamp_(-qmax - 1, qmax)
         missing = (steps - (codes << shift)).clamp_(-192, 192)
         error = scale * scale * missing.square_().sum(-1, keepdim=True, dtype=torch.int32).float()
-        better = None if least is None else error < least
-        best = scale if best is None or better is None else torch.where(better, scale, best)
-        least = error if least is None else torch.minimum(error, least)
+        if best is None or least is None:
+            best, least = scale, error
+        else:
+            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     assert best is not None
     return best
 

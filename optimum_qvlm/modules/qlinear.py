@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_qvlm.compat.torch import StateModule, own_parameters
+from optimum_qvlm.compat.transformers import spared_by_initialisation
 from optimum_qvlm.kernels import (
     CHECKPOINT_LAYOUTS,
     FULL_BITS,
@@ -20,6 +21,7 @@ from optimum_qvlm.kernels import (
     dispatch,
 )
 from optimum_qvlm.kernels.bound import BoundLinear, is_plain
+from optimum_qvlm.modules.frozen import refuse_training
 from optimum_qvlm.modules.read_only import ReadOnlyWeight, refusal
 from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight
 from optimum_qvlm.quant.packing import packed_width
@@ -48,6 +50,7 @@ _SETTINGS = ("in_features", "out_features", "format", "layout", "decode_tokens")
 _ABSENT, _YES, _NO = "-", "yes", "no"
 
 
+@spared_by_initialisation  # which would dequantize each weight, to fill a copy with random values
 class PackedLinear(StateModule):
     """A product with packed integers: `y = Q(x T) dequantize(W)^T + b`.
 
@@ -60,7 +63,8 @@ class PackedLinear(StateModule):
         bias: [out_features] or None.
 
     `format` holds the grids. `weight` is a property that dequantizes on demand, for code that looks at it. Up to
-    `decode_tokens` tokens, activations are not rounded.
+    `decode_tokens` tokens, activations are not rounded. `path` is where in a model it lies, for errors; `bound_linear`
+    is kept of a call that could do without PyTorch's dispatcher, for the next one.
 
     The shapes above are those of the checkpoint, layout `"packed"`. `prepare` puts the first three parameters into the
     layout that is fastest on their device, in place, and `pack` back; `layout` names what they hold. Both lose nothing.
@@ -71,14 +75,14 @@ class PackedLinear(StateModule):
     layout: str
     decode_tokens: int
     settings: str
+    path = ""
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     input_equalizer: Tensor | None
     input_scale: Tensor | None
     bias: Tensor | None
-    _bound_linear: BoundLinear | None = None
-    _is_hf_initialized = True  # transformers would dequantize each weight at load, to fill a copy with random values
+    bound_linear: BoundLinear | None = None
 
     def __init__(
         self,
@@ -171,15 +175,18 @@ class PackedLinear(StateModule):
             self.pack().layout = TRANSIENT
             return self
         layout = PACKED if self.weight_packed.is_meta else dispatch.choose_layout(self.grid, self.weight_packed.device)
-        if layout != self.layout:
-            self._hold(dispatch.store(dispatch.restore(self._stored(), self.grid), self.grid, layout))
-        return self
+        return self if layout == self.layout else self.put_into(layout)
 
     def pack(self) -> Self:
         """Put the weight back into the layout of the checkpoint."""
         if not self._holds_checkpoint():
-            self._hold(dispatch.store(dispatch.restore(self._stored(), self.grid), self.grid, PACKED))
+            self.put_into(PACKED)
         self.layout = PACKED
+        return self
+
+    def put_into(self, layout: str) -> Self:
+        """Put the weight into a layout by its name, whatever is fastest here; nothing is lost."""
+        self._hold(dispatch.store(dispatch.restore(self._stored(), self.grid), self.grid, layout))
         return self
 
     def packed_state(self) -> dict[str, Tensor]:
@@ -208,15 +215,15 @@ class PackedLinear(StateModule):
         if torch.compiler.is_compiling():
             return self._weight_values()
         like = torch.empty(self.out_features, self.in_features, dtype=self.grid.scale_dtype, device="meta")
-        return ReadOnlyWeight(self._weight_values, self._owner(), like, self._device())
+        return ReadOnlyWeight(self._weight_values, self.owner(), like, self._device())
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        raise refusal(self._owner())
+        raise refusal(self.owner())
 
     @weight.deleter
     def weight(self) -> None:
-        raise refusal(self._owner())
+        raise refusal(self.owner())
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Add a parameter. What is packed asks for no gradients, and there is no weight beside it.
@@ -225,10 +232,19 @@ class PackedLinear(StateModule):
             ReadOnlyError: `name` is "weight".
         """
         if name == "weight":
-            raise refusal(self._owner())
+            raise refusal(self.owner())
         if param is not None and name in PACKED_PARAMETERS:
             param.requires_grad_(False)
         super().register_parameter(name, param)
+        if name == "weight_packed" and param is not None:
+            refuse_training(param, self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As of any module, for copies and pickles."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        packed = own_parameters(self).get("weight_packed")
+        if packed is not None:
+            refuse_training(packed, self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep `settings` in step: what the operation takes beside tensors, in one string.
@@ -244,7 +260,7 @@ class PackedLinear(StateModule):
         held = own_parameters(self)
         bias = held["bias"]
         if is_plain(input, bias) and self.layout not in CHECKPOINT_LAYOUTS:
-            bound = self._bound_linear
+            bound = self.bound_linear
             if bound is None or not bound.is_of(self.settings, held):
                 bound = self._bind()
             return bound(input)
@@ -284,15 +300,15 @@ class PackedLinear(StateModule):
             equalizer=self.input_equalizer,
             rotation=self.format.rotation,
         )
-        self._bound_linear = BoundLinear(self._stored(), self.bias, rounding, self.grid, self.settings)
-        return self._bound_linear
+        self.bound_linear = BoundLinear(self._stored(), self.bias, rounding, self.grid, self.settings)
+        return self.bound_linear
 
     def _stored(self) -> StoredWeight:
         return StoredWeight(self.layout, self.weight_packed, self.weight_scale, self.weight_zero_point)
 
     def _hold(self, stored: StoredWeight) -> None:
         """Replace the parameters of the weight by tensors of another layout."""
-        self.layout, self._bound_linear = stored.layout, None
+        self.layout, self.bound_linear = stored.layout, None
         self.weight_packed, self.weight_scale = _frozen(stored.values), _frozen(stored.scale)
         if stored.zero_point is not None:
             self.weight_zero_point = _frozen(stored.zero_point)
@@ -300,9 +316,10 @@ class PackedLinear(StateModule):
     def _device(self) -> torch.device:
         return self.weight_packed.device
 
-    def _owner(self) -> str:
-        """What errors call it; a module does not know its name in the model."""
-        return f"a quantized linear of {self.out_features}x{self.in_features}"
+    def owner(self) -> str:
+        """What errors call it."""
+        sizes = f"{self.out_features}x{self.in_features}"
+        return f"{self.path} (quantized, {sizes})" if self.path else f"a quantized linear of {sizes}"
 
     def _weight_values(self) -> Tensor:
         return self._plain_weight().to(self.grid.scale_dtype)
@@ -318,7 +335,7 @@ class PackedLinear(StateModule):
         On a device of another type the layout is chosen anew.
         """
         here = self.weight_packed.device
-        self._bound_linear = None
+        self.bound_linear = None
         prepared = not self._holds_checkpoint()
         moves = prepared and fn(torch.empty(0, dtype=torch.float32, device=here)).device.type != here.type
         if moves:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from optimum_qvlm.compat.torch import bare_wrapper, flatten, map_leaves, memory_of, plain_functions, written_arguments
+from optimum_qvlm.compat.transformers import spared_by_initialisation
 from optimum_qvlm.errors import ReadOnlyError
 
 # Setters that never reach torch's dispatcher, each with the one value that asks for no change.
@@ -33,6 +34,7 @@ _READERS = frozenset(
 )
 
 
+@spared_by_initialisation
 class ReadOnlyWeight(Tensor):
     """The tensor that `read` gives, which is called when values are first needed: shape, dtype and device are free.
 
@@ -43,7 +45,6 @@ class ReadOnlyWeight(Tensor):
         ReadOnlyError: whatever would write to it or have it trained, instead of doing so.
     """
 
-    _is_hf_initialized = True  # transformers' own initialisation passes over what a checkpoint gave
     _read: Callable[[], Tensor]
     _plain: Tensor | None
     _owner: str

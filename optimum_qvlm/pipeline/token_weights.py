@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_qvlm.pipeline.capture import hidden_of, hooking
+from optimum_qvlm.pipeline.captured import Bench
 from optimum_qvlm.pipeline.layer_recomputation import frozen, recomputed
 from optimum_qvlm.plan import PlannedPart, QuantPlan, Site
 
@@ -33,34 +34,32 @@ Batch = Mapping[str, Tensor]
 SiteWeights = dict[str, list[Tensor]]
 
 
-def token_weights(
-    model: Any, plan: QuantPlan, batches: Sequence[Batch], labels: Sequence[Tensor], *, device: torch.device, seed: int
-) -> SiteWeights:
+def token_weights(bench: Bench, plan: QuantPlan, batches: Sequence[Batch], labels: Sequence[Tensor]) -> SiteWeights:
     """Weights of the tokens of every site, from one forward and one backward pass of the full-precision model.
 
     Args:
-        model: on the CPU, in full precision; its layers are on `device` one at a time.
+        bench: with the model on the CPU in full precision, whose layers are on the device one at a time, and the seed
+            of the labels that are drawn.
         plan: which linears are sites.
         batches: model inputs.
         labels: int64 [rows, tokens] per batch, -100 where a token is not predicted (images, padding).
-        device: where to compute.
-        seed: of the labels that are drawn.
 
     Returns:
         By site name, for each of its runs in the order of the forwards, fp32 [rows, tokens, 1] on the CPU, with mean 1
         over all runs. Sites that no gradient reaches are missing, and so are all sites of a model that predicts no
         tokens.
     """
+    model: Any = bench.model
     if model.get_output_embeddings() is None:
         return {}
     sites = [site for part in plan.parts for layer in part.layers for site in layer.sites]
     squares: SiteWeights = {site.name: [] for site in sites}
     layers = [layer.path for part in plan.parts for layer in part.layers]
-    generator = torch.Generator().manual_seed(seed)
-    with frozen(model), recomputed(model, layers, device), _differentiable(model, plan.parts):
+    generator = torch.Generator().manual_seed(bench.options.seed)
+    with frozen(model), recomputed(model, layers, bench.device), _differentiable(model, plan.parts):
         for batch, wanted in zip(batches, labels, strict=True):
             with _noting(model, sites) as seen:
-                inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+                inputs = {name: tensor.to(bench.device) for name, tensor in batch.items()}
                 logits = model(**inputs, use_cache=False).logits
                 logits.backward(_slope(logits.detach(), wanted[:, 1:] != IGNORED, generator))
             for name, runs in seen.items():

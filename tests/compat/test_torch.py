@@ -2,18 +2,28 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_outputs import BaseModelOutput
 
 from optimum_qvlm.compat import torch as compat
 from tests.compat.contract import contract
 
 
-class Passing(TorchDispatchMode):
+class Passing(compat.dispatch_mode_class()):
     """Sees everything and changes nothing."""
 
+    seen = 0
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += 1
         return func(*args, **(kwargs or {}))
+
+
+@contract(compat.dispatch_mode_class, "torch.utils._python_dispatch.TorchDispatchMode")
+def test_a_dispatch_mode_sees_each_operation():
+    with Passing() as mode:
+        torch.ones(2) + 1
+
+    assert mode.seen == 2
 
 
 @contract(compat.dispatch_mode_check, "torch.utils._python_dispatch.is_in_torch_dispatch_mode")
@@ -124,6 +134,7 @@ def test_views_lie_in_the_memory_of_their_tensor(device):
     x, other = torch.empty(2, 3, device=device), torch.empty(2, 3, device=device)
 
     assert compat.memory_of(x) == compat.memory_of(x[1].view(3, 1)) != compat.memory_of(other)
+    assert compat.memory_of(x.untyped_storage()) == compat.memory_of(x)
 
 
 class Wrapped(torch.Tensor):
@@ -207,6 +218,17 @@ def test_own_parameters_are_the_dictionary_with_what_is_absent():
     assert held == {"weight": linear.weight, "bias": None}
     linear.weight = torch.nn.Parameter(torch.zeros(3, 2))
     assert held["weight"] is linear.weight
+
+
+@contract(compat.own_modules, "torch.nn.Module._modules")
+def test_own_modules_are_the_dictionary():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3))
+
+    held = compat.own_modules(model)
+
+    assert held == {"0": model[0]}
+    model.add_module("later", None)
+    assert held["later"] is None
 
 
 @contract(compat.has_hooks, "torch.nn.Module._forward_hooks", "torch.nn.Module._backward_hooks")

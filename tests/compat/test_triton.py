@@ -64,6 +64,24 @@ def test_a_compiled_kernel_is_launched_by_a_grid_of_three_and_positions():
     assert "grid[0], grid[1], grid[2]" in source and "*args" in source
 
 
+@triton.jit
+def multiply_add(x, VALUE: tl.constexpr):
+    """One product that is added to."""
+    at = x + tl.arange(0, 128)
+    tl.store(at, tl.load(at) * VALUE + tl.load(at + 128))
+
+
+@contract(compat.arithmetic_options, "triton.backends.nvidia.compiler.CUDAOptions.enable_fp_fusion")
+def test_products_are_fused_with_sums_and_nothing_is_warned(recwarn):
+    options = compat.arithmetic_options()
+
+    fused = compile_kernel(multiply_add, {"x": "*fp32"}, {"VALUE": 3.0}, 90, **options)
+    apart = compile_kernel(multiply_add, {"x": "*fp32"}, {"VALUE": 3.0}, 90, enable_fp_fusion=False)
+
+    assert "fma.rn" in fused.asm["ptx"] and "fma.rn" not in apart.asm["ptx"]
+    assert [str(each.message) for each in recwarn if "FUSION" in str(each.message)] == []
+
+
 @contract(compat.argument_names, "triton.runtime.jit.JITFunction.arg_names")
 def test_argument_names_are_those_of_the_function():
     assert list(compat.argument_names(fill)) == ["x", "VALUE"]

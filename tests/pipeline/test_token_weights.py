@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from optimum_qvlm.pipeline.captured import Bench
+from optimum_qvlm.pipeline.cost import Meter
 from optimum_qvlm.pipeline.token_weights import FLOOR, token_weights
+from tests.configs import make_config
 from tests.plans import CPU, plan_for
 from tests.tiny_models import llama_batch, llava_batch, tiny_llama, tiny_llava
 
@@ -26,7 +29,8 @@ def labels_of(batch, first=0):
 
 def weigh(model, plan, batches, labels=None, seed=0):
     labels = [labels_of(batch) for batch in batches] if labels is None else labels
-    return token_weights(model, plan, batches, labels, device=CPU, seed=seed)
+    options = make_config(seed=seed).options()
+    return token_weights(Bench(model=model, options=options, device=CPU, meter=Meter()), plan, batches, labels)
 
 
 def site_names(plan):

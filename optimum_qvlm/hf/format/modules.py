@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimum_qvlm.compat.accelerate import hook_of, offloads
+from optimum_qvlm.compat.transformers import expect_more
 from optimum_qvlm.errors import CheckpointError, SpecError
 from optimum_qvlm.hf.config import QVLMConfig
 from optimum_qvlm.hf.format.index import require_places
@@ -83,7 +85,7 @@ def prepare_modules(model: nn.Module, decode_tokens: int) -> None:
         CheckpointError: a weight is not what its record says.
     """
     for path, module in quantized_modules(model).items():
-        module.decode_tokens = decode_tokens
+        module.decode_tokens, module.path = decode_tokens, path
         try:
             module.prepare(transient=_is_offloaded(module))
         except SpecError as error:
@@ -206,14 +208,14 @@ def _recorded_scale(path: str, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _is_offloaded(module: nn.Module) -> bool:
-    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
+    return offloads(hook_of(module))
 
 
 def _empty(linear: nn.Linear, entry: ModuleRecord) -> QuantLinear:
     return QuantLinear(
         entry.in_features,
         entry.out_features,
-        _format(entry),
+        format_of(entry),
         bias=linear.bias is not None,
         scale_dtype=getattr(torch, entry.scale_dtype),
         bias_dtype=None if linear.bias is None else linear.bias.dtype,
@@ -221,7 +223,8 @@ def _empty(linear: nn.Linear, entry: ModuleRecord) -> QuantLinear:
     )
 
 
-def _format(entry: ModuleRecord) -> LinearFormat:
+def format_of(entry: ModuleRecord) -> LinearFormat:
+    """How a recorded linear is quantized."""
     return LinearFormat(
         weight=entry.weight,
         activation=entry.activation,
@@ -236,7 +239,7 @@ def _require_fit(name: str, entry: ModuleRecord, manifest: Mapping[str, Any]) ->
     try:
         scale_dtype = getattr(torch, entry.scale_dtype)
         module = QuantLinear(
-            entry.in_features, entry.out_features, _format(entry), bias=False, scale_dtype=scale_dtype, device="meta"
+            entry.in_features, entry.out_features, format_of(entry), bias=False, scale_dtype=scale_dtype, device="meta"
         )
     except (ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{name}: its entry in quantization_config is not valid: {error}") from error
@@ -280,14 +283,14 @@ def _bias(present: bool) -> str:
 def _ignore_extra_tensors(model: Any) -> None:
     """Keep shapes and guards out of transformers' report of unexpected tensors."""
     paths = "|".join(re.escape(path) for path in quantized_modules(model))
-    ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-    model._keys_to_ignore_on_load_unexpected = ignored | {rf"^({paths})\.weight(_shape)?$", *map(re.escape, GUARDS)}
+    expect_more(model, [rf"^({paths})\.weight(_shape)?$", *map(re.escape, GUARDS)])
 
 
 __all__ = [
     "GUARD",
     "Manifest",
     "extra_tensors",
+    "format_of",
     "packed_bytes",
     "prepare_modules",
     "quantized_modules",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimum_qvlm.compat.triton import argument_names, descriptor_class, is_compiled, launcher
+from optimum_qvlm.compat.triton import argument_names, arithmetic_options, descriptor_class, is_compiled, launcher
 
 ALIGNMENT = 16
 """Bytes: kernels are compiled for pointers that are multiples of it, or for any; bulk copies take only the former."""
@@ -142,7 +142,7 @@ def start(
 ) -> None:
     """Launch a kernel on `device` with arguments by their names; `options` are those of Triton, such as num_warps."""
     with torch.cuda.device(device if device.type == "cuda" else -1):
-        compiled = kernel[grid](**arguments, **options)
+        compiled = kernel[grid](**arguments, **arithmetic_options(), **options)
     if _open.recording is not None:
         _open.recording.started(compiled, grid, argument_names(kernel), arguments)
 
