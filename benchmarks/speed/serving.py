@@ -1,7 +1,9 @@
 """Requests per second of vLLM's OpenAI server on a CPU: quantized models by our plugin, and by vLLM's own kernels where
 it has some, against the same model in bf16, at several numbers of requests at once.
 
-Servers run one after the other, each in a process of its own. Run it in the environment of `make test-serving`.
+Servers run one after the other, each in a process of its own. Beside requests per second stand those per second of
+processor time that the server took, which other work on the machine changes less. Run it in the environment of
+`make test-serving`.
 """
 
 import argparse
@@ -52,7 +54,7 @@ def main() -> None:
         print(f"|---|---|{'---|' * len(arguments.concurrent)}", flush=True)
         for name, served_by, model in variants(folder, arguments.schemes, arguments.exported):
             rates = measure(model, prompts, arguments)
-            print(f"| {name} | {served_by} | {' | '.join(f'{rate:.2f}' for rate in rates)} |", flush=True)
+            print(f"| {name} | {served_by} | {' | '.join(rates)} |", flush=True)
 
 
 def make_full(folder: Path) -> Path:
@@ -83,17 +85,28 @@ def variants(folder: Path, schemes: list[str], exported: list[str]) -> Iterator[
             yield scheme, STOCK, theirs
 
 
-def measure(model: Path, prompts: list[list[int]], arguments: argparse.Namespace) -> list[float]:
-    """Requests per second at each number of requests at once, after one round that does not count."""
-    with server(model, arguments) as url:
+def measure(model: Path, prompts: list[list[int]], arguments: argparse.Namespace) -> list[str]:
+    """Requests per second, and per second of processor time, at each number of requests at once."""
+    with server(model, arguments) as (url, session):
         rates = []
         for concurrent in arguments.concurrent:
             count = 8 if concurrent == 1 else max(arguments.requests, concurrent)
             send_all(url, prompts[:concurrent], concurrent, arguments.new_tokens)
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), processor_seconds(session)
             send_all(url, prompts[:count], concurrent, arguments.new_tokens)
-            rates.append(count / (time.perf_counter() - started))
+            rate = count / (time.perf_counter() - started)
+            rates.append(f"{rate:.2f} ({count / (processor_seconds(session) - worked):.2f})")
         return rates
+
+
+def processor_seconds(session: int) -> float:
+    """What all processes of a session have taken so far."""
+    ticks = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12]) if int(fields[3]) == session else 0
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def send_all(url: str, prompts: list[list[int]], concurrent: int, new_tokens: int) -> None:
@@ -112,8 +125,8 @@ def send_all(url: str, prompts: list[list[int]], concurrent: int, new_tokens: in
 
 
 @contextmanager
-def server(model: Path, arguments: argparse.Namespace) -> Iterator[str]:
-    """`vllm serve` while a block lasts; gives its address."""
+def server(model: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    """vLLM's server while a block lasts; gives its address and its session."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -130,7 +143,7 @@ def server(model: Path, arguments: argparse.Namespace) -> Iterator[str]:
         )
         try:
             wait_until_healthy(process, port)
-            yield f"http://127.0.0.1:{port}"
+            yield f"http://127.0.0.1:{port}", process.pid
         except ServerEnded as error:
             log.seek(0)
             raise SystemExit(f"{error}:\n{log.read()[-4000:]}") from error

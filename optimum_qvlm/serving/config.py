@@ -103,14 +103,26 @@ class ServedConfig(QuantizationConfig):
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Drop the tensor that warns other programs, name those of towers as vLLM does, and dequantize what it computes
-        by something else than its linears, as some projectors."""
+        by something else than its linears, as some projectors.
+
+        Raises:
+            UnsupportedModelError: that is all of it.
+        """
         guards = {re.compile(f"^{re.escape(guard)}$"): None for guard in GUARDS}
         towers = {TOWER: NESTED} if has_nested_tower(self.model_config) else {}
         plain = {stored: entry for stored, entry in self.modules.items() if self.names[stored] not in self.served}
+        if not self.served:
+            raise UnsupportedModelError(
+                f"{next(iter(plain))} and the other quantized linears are none of vLLM's for this model; serve what "
+                "dequantize() returns, or use transformers"
+            )
         if plain:
             logger.warning_once(
-                "vLLM has no quantized form of %s: what it computes of these, it computes in full precision",
-                ", ".join(plain),
+                "vLLM has no quantized form of %d of %d linears (%s, ...): what it computes of these, it does in full "
+                "precision",
+                len(plain),
+                len(self.modules),
+                next(iter(plain)),
             )
         return CheckpointMapper(orig_to_new_regex=guards | towers, plain=plain)
 

@@ -38,7 +38,7 @@ def test_the_classes_with_loading_attributes_are_a_tuple_that_is_read_at_each_lo
 def test_loading_attributes_are_set_on_the_configuration_of_the_checkpoint():
     merged = AutoHfQuantizer.merge_quantization_configs(QVLMConfig("w4a4").to_dict(), QVLMConfig(decode_tokens=0))
 
-    assert merged.exact_decode is True
+    assert merged.decode_tokens == 0
     assert merged.scheme == "w4a4"
 
 

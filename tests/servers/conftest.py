@@ -134,14 +134,19 @@ def said_by_transformers(folder, questions):
 
 def said_by_server(client, question):
     """Its greedy answer."""
+    return choice_of_server(client, question).message.content.strip()
+
+
+def choice_of_server(client, question):
+    """The same with the log probability of each token."""
     file = io.BytesIO()
     question["image"].save(file, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question["question"]}]
     answer = client.chat.completions.create(
-        model="it", messages=[{"role": "user", "content": content}], max_tokens=NEW_TOKENS, temperature=0
+        model="it", messages=[{"role": "user", "content": content}], max_tokens=NEW_TOKENS, temperature=0, logprobs=True
     )
-    return answer.choices[0].message.content.strip()
+    return answer.choices[0]
 
 
 @pytest.fixture(scope="session")

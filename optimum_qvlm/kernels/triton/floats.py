@@ -11,6 +11,7 @@ from torch import Tensor
 
 from optimum_qvlm.compat.triton import described
 from optimum_qvlm.kernels.triton import tiles
+from optimum_qvlm.kernels.triton.epilogue import store_product
 from optimum_qvlm.kernels.triton.launching import ALIGNMENT, empty, start
 from optimum_qvlm.kernels.triton.layout import PackedWeight
 from optimum_qvlm.kernels.triton.prefill import place, settled
@@ -58,13 +59,7 @@ def floats_kernel(
             sums = settled(sums)
     row = first_row + tl.arange(0, BLOCK_ROWS)
     token = first_token + tl.arange(0, BLOCK_TOKENS)
-    if HAS_BIAS:
-        sums += tl.load(bias + tl.minimum(row, rows - 1)).to(tl.float32)[:, None]
-    # Tokens times rows pass 2**31 in large vocabularies.
-    out = y + token.to(tl.int64)[None, :] * rows + row[:, None]
-    if PARTS > 1:
-        out += part.to(tl.int64) * tokens * rows
-    tl.store(out, sums.to(y.dtype.element_ty), mask=(row < rows)[:, None] & (token < tokens)[None, :])
+    store_product(sums, y, bias, row, token, rows, tokens, part, HAS_BIAS, PARTS)
 
 
 def takes(x: Tensor, weight: PackedWeight) -> bool:

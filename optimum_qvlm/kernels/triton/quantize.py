@@ -13,6 +13,7 @@ from torch import Tensor
 
 from optimum_qvlm.kernels.reference import FITTED_RATIOS, fitted_shift, transform_tokens
 from optimum_qvlm.kernels.triton import tiles
+from optimum_qvlm.kernels.triton.integers import nearest_integers
 from optimum_qvlm.kernels.triton.launching import empty, start
 from optimum_qvlm.kernels.weights import Rounding
 
@@ -143,7 +144,7 @@ def _missing(values, scale, QMAX: tl.constexpr, SHIFT: tl.constexpr):
     PARTS: tl.constexpr = 1 << SHIFT
     steps = values * tl.div_rn(1.0, scale)
     steps = tl.minimum(tl.maximum(steps, -2.0 * QMAX), 2.0 * QMAX) * PARTS
-    steps = (steps + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+    steps = nearest_integers(steps)
     codes = tl.minimum(tl.maximum((steps + PARTS // 2) >> SHIFT, -QMAX - 1), QMAX)
     missing = tl.minimum(tl.maximum(steps - (codes << SHIFT), -192), 192)
     return missing * missing
@@ -170,10 +171,9 @@ def _write(
         tl.store(out + start + inside, values.to(out.dtype.element_ty), mask=mask)
     else:
         steps = tl.minimum(tl.maximum(tl.div_rn(values, scale), QMIN), QMAX)
-        # Adding 1.5 * 2**23 leaves the integer nearest, halves to even, in the low bits.
-        codes = (steps + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
         # Flat, so that neighbouring channels are written at once.
-        tl.store(out + start + inside, tl.reshape(codes.to(tl.int8), (CHUNK,)), mask=mask)
+        codes = tl.reshape(nearest_integers(steps).to(tl.int8), (CHUNK,))
+        tl.store(out + start + inside, codes, mask=mask)
 
 
 @triton.jit
