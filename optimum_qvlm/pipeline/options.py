@@ -41,8 +41,8 @@ class LinearChoice:
 
     `static` fixes the range of activations in calibration. `two_level` makes the scales of a row multiples of one step
     where that makes a product one of bytes: with symmetric weights of at most four bits in groups, and activations that
-    are rounded with one scale per token or for all. `fitted` lets dynamic activations of few bits choose sign and size of
-    each scale, which other runtimes do not.
+    are rounded with one scale per token or for all. `fitted` lets dynamic activations of few bits choose sign and size
+    of each scale, which other runtimes do not.
     """
 
     scheme: Scheme | None
