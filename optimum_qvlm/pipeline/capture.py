@@ -1,7 +1,7 @@
 """What reaches the layers of a model in a real forward, so that each layer can be run again alone."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimum_qvlm.compat.torch import flatten
 from optimum_qvlm.errors import CalibrationError, UnsupportedModelError
 from optimum_qvlm.models.adapter import Join
 from optimum_qvlm.models.registry import adapter_for
@@ -268,6 +269,18 @@ def linear_inputs(layer: nn.Module, paths: Sequence[str], run: Callable[[], Tens
         except _Stop:
             pass
     return seen
+
+
+def held_bytes(parts: Iterable[Sequence[Run]]) -> int:
+    """Bytes that runs leave on the CPU: arguments once, hidden states for the two chains that start from them."""
+    tensors: dict[int, Tensor] = {}
+    hidden = 0
+    for run in (run for runs in parts for run in runs):
+        hidden += 2 * run.hidden.nbytes
+        for call in run.calls:
+            arguments = (call.args, call.kwargs, None if call.mixing is None else call.mixing.arguments)
+            tensors |= {id(leaf): leaf for leaf in flatten(arguments)[0] if isinstance(leaf, Tensor)}
+    return hidden + sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], layer: str) -> tuple[str | None, Tensor]:

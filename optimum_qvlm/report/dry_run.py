@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from optimum_qvlm.pipeline.rehearsal import Cost
+from optimum_qvlm.pipeline.cost import Cost
 from optimum_qvlm.plan import ModuleRecord, PlannedLayer, QuantPlan
 from optimum_qvlm.report.precision import readable_bytes, readable_scales
 from optimum_qvlm.spec import ActivationSpec, Scheme, WeightSpec

@@ -1,7 +1,7 @@
 """What the search of a site looks at, and what it returns."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -74,6 +74,12 @@ class SiteProblem:
     def few(self) -> Tensor:
         """At most `FEW_TOKENS` of the sample, evenly spread: what rounding does to activations is soon averaged out."""
         return self.inputs[:: -(-len(self.inputs) // FEW_TOKENS)]
+
+    def repeated(self, tokens: int) -> "SiteProblem":
+        """The same with the sample repeated or cut to so many tokens, to see what a larger one takes."""
+        numbers = torch.arange(tokens, device=self.inputs.device) % len(self.inputs)
+        references = None if self.references is None else self.references[numbers]
+        return replace(self, inputs=self.inputs[numbers], references=references)
 
     def pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All calibration tokens with their full-precision values, piece by piece on the device of the sample."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from optimum_qvlm.pipeline.rehearsal import Cost
+from optimum_qvlm.pipeline.cost import Cost
 from optimum_qvlm.plan import Block, ModuleRecord
 from optimum_qvlm.report.dry_run import DryRun, ModuleRow, module_rows
 from optimum_qvlm.report.precision import readable_bytes, scheme_of

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from optimum_qvlm.errors import CalibrationError
 from optimum_qvlm.modules.qlinear import QuantLinear
 from optimum_qvlm.modules.swap import replace_module
+from optimum_qvlm.pipeline.cost import Meter
 from optimum_qvlm.pipeline.dependency import EntropyOptions, positions
 from optimum_qvlm.pipeline.encoder.modules import LearnedLinear, LearnedSite
 from optimum_qvlm.pipeline.encoder.observe import Observer, Seen
@@ -24,13 +25,13 @@ from optimum_qvlm.pipeline.options import CalibrationOptions
 from optimum_qvlm.pipeline.tokens import seeded_order
 from optimum_qvlm.plan import ModuleRecord, PlannedLinear, QuantPlan
 from optimum_qvlm.search.encoder_loss import (
-    EncoderOptions,
     LossTerms,
     answer_loss,
     jacobian_weights,
     soft_dependency,
     weighted_entropy,
 )
+from optimum_qvlm.settings import EncoderOptions
 
 IGNORED = -100
 
@@ -114,7 +115,9 @@ class EncoderStep:
         dependency: Dependency,
         device: torch.device,
         seed: int = 0,
+        meter: Meter | None = None,
     ) -> None:
+        self.meter = Meter() if meter is None else meter
         self.model, self.plan, self.options, self.device = model, plan, options, device
         self.dependency = dependency
         self.observer = Observer(model, plan, seed)
@@ -131,19 +134,24 @@ class EncoderStep:
 
     @classmethod
     def of(
-        cls, model: nn.Module, plan: QuantPlan, options: CalibrationOptions, device: torch.device
+        cls,
+        model: nn.Module,
+        plan: QuantPlan,
+        options: CalibrationOptions,
+        device: torch.device,
+        meter: Meter | None = None,
     ) -> "EncoderStep | None":
         """The step that the options ask for, None where it is off or there is nothing for it to learn."""
         if not learns_encoder(plan, options):
             return None
         entropy = EntropyOptions.of(plan, options.softness, options.search_tokens, options.seed)
-        return cls(model, plan, options.encoder, SoftDependency(entropy), device, options.seed)
+        return cls(model, plan, options.encoder, SoftDependency(entropy), device, options.seed, meter)
 
     def note(self, batches: Sequence[Batch]) -> None:
         """Keep full-precision weights of the encoder and outputs of encoder and model, on the CPU."""
         for linear in self.linears:
             self._weights[linear.path] = self.model.get_parameter(f"{linear.path}.weight").detach()
-        with torch.no_grad(), streamed(self.model, self._layers(), self.device):
+        with self.meter.timed("encoder"), torch.no_grad(), streamed(self.model, self._layers(), self.device):
             for number, batch in enumerate(batches):
                 with self.observer.watching(number, batch.get("attention_mask")) as seen:
                     self._forward(batch)
@@ -261,14 +269,17 @@ class _Descent:
 
     def run(self) -> tuple[list[EncoderLoss], int]:
         """The loss before and after each epoch, and which of them the parameters are left at."""
-        weights = self._weights()
-        losses = [self._evaluate(weights)]
+        meter = self.step.meter
+        with meter.timed("encoder"):
+            weights = self._weights()
+            losses = [self._evaluate(weights)]
         best, chosen = self._state(), 0
         with logging.tqdm(total=self.step.options.epochs, desc="optimising the encoder", unit="epoch") as bar:
             for epoch in range(1, self.step.options.epochs + 1):
-                for number in range(len(self.batches)):
-                    self._advance(number, weights)
-                losses.append(self._evaluate(weights))
+                with meter.timed("epoch"):
+                    for number in range(len(self.batches)):
+                        self._advance(number, weights)
+                    losses.append(self._evaluate(weights))
                 if losses[-1].total < losses[chosen].total:
                     best, chosen = self._state(), epoch
                 bar.set_postfix_str(f"loss {losses[-1].total:.4f}, at first {losses[0].total:.4f}")
@@ -327,6 +338,6 @@ def _require_finite(loss: float, number: int) -> float:
     if not math.isfinite(loss):
         raise CalibrationError(
             f"the loss of the encoder is {loss} in calibration batch {number}; load the model in a wider dtype, lower "
-            "encoder_lr, or turn the optimisation off with encoder_epochs=0"
+            "encoder.learning_rate, or turn the optimisation off with encoder.epochs=0"
         )
     return loss
