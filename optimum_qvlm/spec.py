@@ -1,8 +1,9 @@
 """What a weight or an activation is quantized to. Values only; no tensors here."""
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from optimum_qvlm.errors import SpecError
 
@@ -16,6 +17,9 @@ TWO_LEVEL_BITS = 4
 
 FITTED_BITS = 5
 """The most bits of activations whose scales are fitted: where there are more codes, next to nothing is gained."""
+
+UNROUNDED = 16
+"""How a scheme writes activations that are not rounded. Everywhere else they have no grid, or None bits."""
 
 NAMED_SCHEMES = ("w4a16", "w4a8", "w4a4", "w6a6", "w8a8")
 """Schemes that the documentation names; any `w<2..8>a<2..8 or 16>` is accepted."""
@@ -48,6 +52,11 @@ class WeightSpec:
         """Number of scales per row."""
         return 1 if self.group is None else in_features // self.group
 
+    def special(self) -> frozenset[str]:
+        """Names of the yes-no fields that are not what they are by default."""
+        values = ((field.name, getattr(self, field.name), field.default) for field in fields(self))
+        return frozenset(name for name, value, usual in values if isinstance(value, bool) and value != usual)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationSpec:
@@ -76,6 +85,56 @@ class ActivationSpec:
             )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearFormat:
+    """How one linear is quantized: its grids, the clip of its activations, the transform of its site.
+
+    `activation` None leaves activations in floating point. `activation_clip` is the ratio of each token's (or group's)
+    peak that the largest code stands for; `equalized` and `rotation` say what
+    `optimum_qvlm.quant.transform.SiteTransform` does to the activations.
+    """
+
+    weight: WeightSpec
+    activation: ActivationSpec | None = None
+    activation_clip: float = 1.0
+    equalized: bool = False
+    rotation: int | None = None
+
+
+_SHARED_NAMES = {field.name for field in fields(WeightSpec)} & {field.name for field in fields(ActivationSpec)}
+
+WEIGHT_NAMES = {
+    f"weight_{field.name}" if field.name in _SHARED_NAMES else field.name: field.name for field in fields(WeightSpec)
+}
+"""What the fields of a weight's grid are called in one flat row with those of activations: in JSON, in operations."""
+
+ACTIVATION_NAMES = {f"activation_{field.name}": field.name for field in fields(ActivationSpec)}
+"""The same for those of an activation's grid."""
+
+
+def flat_grids(weight: WeightSpec, activation: ActivationSpec | None) -> dict[str, Any]:
+    """Both grids as one flat row of plain values. Without a grid, `activation_bits` is None and the rest as usual."""
+    values = {flat: getattr(weight, name) for flat, name in WEIGHT_NAMES.items()}
+    if activation is not None:
+        return values | {flat: getattr(activation, name) for flat, name in ACTIVATION_NAMES.items()}
+    usual = ActivationSpec(bits=8)
+    rest = {flat: None if name == "bits" else getattr(usual, name) for flat, name in ACTIVATION_NAMES.items()}
+    return values | rest
+
+
+def read_flat_grids(values: Mapping[str, Any]) -> tuple[WeightSpec, ActivationSpec | None]:
+    """Undo `flat_grids`; fields that are missing are as usual, and names that belong to neither are passed over.
+
+    Raises:
+        SpecError: a grid that cannot be.
+    """
+    weight = WeightSpec(**{name: values[flat] for flat, name in WEIGHT_NAMES.items() if flat in values})
+    if values["activation_bits"] is None:
+        return weight, None
+    given = {name: values[flat] for flat, name in ACTIVATION_NAMES.items() if flat in values}
+    return weight, ActivationSpec(**given)
+
+
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """Bits of weights and activations; `activation_bits` None leaves activations in floating point."""
@@ -97,10 +156,15 @@ class Scheme:
                 "or w<bits>a<bits> with 2..8 bits for weights and 2..8 or 16 for activations"
             )
         activation = int(match[2])
-        return cls(int(match[1]), None if activation == 16 else activation)
+        return cls(int(match[1]), None if activation == UNROUNDED else activation)
+
+    @classmethod
+    def of(cls, weight: WeightSpec, activation: ActivationSpec | None) -> "Scheme":
+        """The bits of two grids."""
+        return cls(weight.bits, None if activation is None else activation.bits)
 
     def __str__(self) -> str:
-        return f"w{self.weight_bits}a{self.activation_bits or 16}"
+        return f"w{self.weight_bits}a{self.activation_bits or UNROUNDED}"
 
     def weight_spec(self, in_features: int, group_size: GroupSize, *, symmetric: bool) -> WeightSpec:
         """The weight grid of a linear with `in_features` inputs.

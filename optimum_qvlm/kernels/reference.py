@@ -7,8 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from optimum_qvlm.errors import SpecError
-from optimum_qvlm.kernels.checks import FULL_BITS
-from optimum_qvlm.kernels.weights import CodedWeight, Rounding
+from optimum_qvlm.kernels.weights import QuantizedWeight, Rounding
 
 SLICE_ELEMENTS = 2**23
 """Weights that are dequantized at once: 32 MB in fp32."""
@@ -120,6 +119,15 @@ def _hadamard(size: int, device: torch.device) -> Tensor:
         return matrix
 
 
+def quantize(x: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
+    """Codes and scales of transformed activations, see `optimum_qvlm.kernels.quantize`."""
+    assert rounding.bits is not None
+    transformed = transform_tokens(x, rounding.equalizer, rounding.rotation)
+    if rounding.scale is not None:
+        return quantize_static(transformed, rounding.bits, rounding.scale), rounding.scale.float().clone()
+    return quantize_tokens(transformed, rounding.bits, rounding.group, rounding.clip, fitted=rounding.fitted)
+
+
 def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rounding: Rounding) -> Tensor:
     """As `linear`, over a weight [out, in] that is dequantized already, in fp32."""
     return finish(F.linear(round_tokens(x, rounding), weight), bias, x.dtype)
@@ -188,10 +196,10 @@ def _split(x: Tensor, group: int | None) -> Tensor:
 def round_tokens(x: Tensor, rounding: Rounding) -> Tensor:
     """The values that enter the product, fp32 [..., channels]: transformed, then rounded to their grid.
 
-    Activations of 16 bits are those that the transform gives, in the dtype of `x`.
+    Where nothing is rounded they are those that the transform gives, in the dtype of `x`.
     """
     transformed = transform_tokens(x, rounding.equalizer, rounding.rotation)
-    if rounding.bits == FULL_BITS:
+    if rounding.bits is None:
         return transformed.to(x.dtype).float()
     if rounding.scale is not None:
         return _round_static(transformed, rounding.bits, rounding.scale).mul_(rounding.scale.float())
@@ -200,7 +208,7 @@ def round_tokens(x: Tensor, rounding: Rounding) -> Tensor:
     return rounded
 
 
-def linear(x: Tensor, weight: CodedWeight, bias: Tensor | None, rounding: Rounding) -> Tensor:
+def linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, rounding: Rounding) -> Tensor:
     """`Q(x T) W^T + bias` with products and sums in fp32, [..., out_features] in the dtype of `x`.
 
     The weight is dequantized in slices of rows, so that no full-precision copy of it exists.
@@ -211,7 +219,7 @@ def linear(x: Tensor, weight: CodedWeight, bias: Tensor | None, rounding: Roundi
     return finish(torch.cat(parts, dim=-1), bias, x.dtype)
 
 
-def linear_backward(gradient: Tensor, weight: CodedWeight, rounding: Rounding) -> Tensor:
+def linear_backward(gradient: Tensor, weight: QuantizedWeight, rounding: Rounding) -> Tensor:
     """Gradient to the input, straight through the rounding: `g W T^T`, in the dtype of `gradient`."""
     rows = max(1, SLICE_ELEMENTS // max(1, weight.codes.shape[1]))
     total: Tensor = gradient.new_zeros((*gradient.shape[:-1], weight.codes.shape[1]), dtype=torch.float32)
@@ -224,7 +232,7 @@ def linear_backward(gradient: Tensor, weight: CodedWeight, rounding: Rounding) -
     return total.to(gradient.dtype)
 
 
-def dequantize_rows(weight: CodedWeight, first: int, last: int) -> Tensor:
+def dequantize_rows(weight: QuantizedWeight, first: int, last: int) -> Tensor:
     """Rows [first, last) of the weight in fp32, [rows, in_features]."""
     codes, scale = weight.codes[first:last], weight.scale[first:last]
     grouped = codes.unflatten(1, (scale.shape[1], codes.shape[1] // scale.shape[1])).float()
@@ -239,5 +247,5 @@ def finish(product: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     return (product if bias is None else product + bias.float()).to(dtype)
 
 
-def _starts(weight: CodedWeight, rows: int) -> range:
+def _starts(weight: QuantizedWeight, rows: int) -> range:
     return range(0, max(1, weight.codes.shape[0]), rows)

@@ -96,18 +96,10 @@ class SiteProblem:
     def rounding(self, clip: float, transform: SiteTransform) -> SiteRounding:
         """What happens to activations; a static scale is that of the sample's quantile `clip`, after the transform."""
         spec = self.activation
-        if spec is None:
-            grid = Rounding(equalizer=transform.equalizer, rotation=transform.rotation)
-            return SiteRounding(transform, grid)
-        scale = static_scale(transform.tokens(self.inputs), spec.bits, clip) if spec.static else None
-        grid = Rounding(
-            bits=spec.bits,
-            group=spec.group,
-            clip=clip,
-            scale=scale,
-            equalizer=transform.equalizer,
-            rotation=transform.rotation,
-        )
+        scale = None
+        if spec is not None and spec.static:
+            scale = static_scale(transform.tokens(self.inputs), spec.bits, clip)
+        grid = Rounding.of(spec, clip=clip, scale=scale, equalizer=transform.equalizer, rotation=transform.rotation)
         return SiteRounding(transform, grid)
 
 

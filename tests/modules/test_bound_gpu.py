@@ -53,7 +53,7 @@ def arguments_of(linear, x):
     return (
         x, linear.weight_packed, linear.weight_scale, linear.weight_zero_point, linear.bias, linear.input_equalizer,
         linear.input_scale, linear.layout, linear.in_features, linear.out_features, weight.bits, weight.group,
-        weight.two_level, 16 if activation is None else activation.bits,
+        weight.two_level, None if activation is None else activation.bits,
         None if activation is None else activation.group,
         linear.format.activation_clip, linear.format.rotation, linear.decode_tokens,
     )  # fmt: skip

@@ -215,7 +215,7 @@ def _empty(linear: nn.Linear, entry: ModuleRecord) -> QuantLinear:
     return QuantLinear(
         entry.in_features,
         entry.out_features,
-        format_of(entry),
+        entry.format,
         bias=linear.bias is not None,
         scale_dtype=getattr(torch, entry.scale_dtype),
         bias_dtype=None if linear.bias is None else linear.bias.dtype,
@@ -223,37 +223,26 @@ def _empty(linear: nn.Linear, entry: ModuleRecord) -> QuantLinear:
     )
 
 
-def format_of(entry: ModuleRecord) -> LinearFormat:
-    """How a recorded linear is quantized."""
-    return LinearFormat(
-        weight=entry.weight,
-        activation=entry.activation,
-        activation_clip=entry.activation_clip,
-        equalized=entry.equalized,
-        rotation=entry.rotation,
-    )
-
-
 def _require_fit(name: str, entry: ModuleRecord, manifest: Mapping[str, Any]) -> None:
     """The tensors of a module against its recorded precision."""
-    try:
-        scale_dtype = getattr(torch, entry.scale_dtype)
-        module = QuantLinear(
-            entry.in_features, entry.out_features, format_of(entry), bias=False, scale_dtype=scale_dtype, device="meta"
-        )
-    except (ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{name}: its entry in quantization_config is not valid: {error}") from error
-    for kind in ("weight_group", "activation_group", "rotation"):
-        size = getattr(entry, kind)
-        if size is not None and (size < 1 or entry.in_features % size != 0):
-            raise CheckpointError(f"{name}: {kind}={size} does not divide its {entry.in_features} channels")
+    channels, activation = entry.in_features, entry.activation
+    sizes = {
+        "weight_group": entry.weight.group,
+        "activation_group": None if activation is None else activation.group,
+        "rotation": entry.format.rotation,
+    }
+    for kind, size in sizes.items():
+        if size is not None and (size < 1 or channels % size != 0):
+            raise CheckpointError(f"{name}: {kind}={size} does not divide its {channels} channels")
+    scale_dtype = getattr(torch, entry.scale_dtype)
+    module = QuantLinear(channels, entry.out_features, entry.format, bias=False, scale_dtype=scale_dtype, device="meta")
     for tensor_name, tensor in module.state_dict().items():
         written = manifest.get(f"{name}.{tensor_name}")
         expected = [SAFETENSORS_NAMES.get(tensor.dtype), list(tensor.shape)]
         if written is None or list(written) != expected:
             raise CheckpointError(
-                f"{name}.{tensor_name} is {written}, but {entry.weight_bits} bits in groups of "
-                f"{entry.weight_group or 'a row'} need {expected}"
+                f"{name}.{tensor_name} is {written}, but {entry.weight.bits} bits in groups of "
+                f"{entry.weight.group or 'a row'} need {expected}"
             )
     if entry.bias and f"{name}.bias" not in manifest:
         raise CheckpointError(f"{name}.bias is on record, but not in the checkpoint; fetch it again")
@@ -290,7 +279,6 @@ __all__ = [
     "GUARD",
     "Manifest",
     "extra_tensors",
-    "format_of",
     "packed_bytes",
     "prepare_modules",
     "quantized_modules",

@@ -15,7 +15,7 @@ from optimum_qvlm.kernels.reference import FITTED_RATIOS, fitted_shift, transfor
 from optimum_qvlm.kernels.triton import tiles
 from optimum_qvlm.kernels.triton.integers import nearest_integers
 from optimum_qvlm.kernels.triton.launching import empty, start
-from optimum_qvlm.kernels.weights import Rounding
+from optimum_qvlm.kernels.weights import NOTHING, Rounding
 
 ROTATIONS = (16, 32, 64, 128)
 """Sizes of Hadamard blocks that the kernel applies."""
@@ -272,7 +272,7 @@ def split(x: Tensor, rounding: Rounding, width: int) -> tuple[Tensor, Tensor]:
         scales [tokens, width / 128].
     """
     if not fuses(rounding):
-        x, rounding = transform(x, rounding), Rounding()
+        x, rounding = transform(x, rounding), NOTHING
     tokens, channels = x.shape
     digits = empty(x, tokens, 4, width, dtype=torch.int8)
     scale = empty(x, tokens, width // 128, dtype=torch.float32)
@@ -313,10 +313,11 @@ def _launch(x: Tensor, rounding: Rounding, out: Tensor, scale: Tensor) -> None:
     width = out.shape[1]
     if tokens == 0 or width == 0:
         return
-    rounds, static = out.dtype == torch.int8, rounding.scale is not None
+    bits = rounding.bits if out.dtype == torch.int8 else None
+    rounds, static = bits is not None, rounding.scale is not None
     group = rounding.group if rounds and not static else None
     whole = rounds and group is None and not static
-    qmax = 2 ** (rounding.bits - 1) - 1
+    qmax = 0 if bits is None else 2 ** (bits - 1) - 1
     tile = tiles.quantize_tile(width, group, rounding.rotation, whole=whole)
     arguments = {
         "x": x,

@@ -245,7 +245,7 @@ class EncoderStep:
         assert isinstance(module, QuantLinear)
         return replace(
             records[linear.name],
-            activation_clip=module.format.activation_clip,
+            format=module.format,
             weight_clip=learned[linear.path].weight_clip(),
         )
 
