@@ -12,8 +12,9 @@ from optimum_qvlm.errors import SpecError
 from optimum_qvlm.kernels import LinearGrid, QuantizedWeight, Rounding, quantize, reference
 from optimum_qvlm.kernels.cpu import int4 as cpu_int4
 from optimum_qvlm.kernels.reference import quantize_static, quantize_tokens, transform_tokens
-from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear, arguments_of
+from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.spec import ActivationSpec, WeightSpec
+from tests.op_arguments import arguments_of
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
