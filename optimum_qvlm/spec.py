@@ -15,6 +15,9 @@ AUTO_GROUPS = (128, 64, 32, 16)
 TWO_LEVEL_BITS = 4
 """The most bits of codes that may be multiplied by the multiples of `optimum_qvlm.kernels.levels` and fit a byte."""
 
+FITTED_BITS = 5
+"""The most bits of activations whose scales are fitted: where there are more codes, next to nothing is gained."""
+
 UNROUNDED = 16
 """How a scheme writes activations that are not rounded. Everywhere else they have no grid, or None bits."""
 
@@ -57,15 +60,17 @@ class WeightSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationSpec:
-    """Symmetric grid for one activation [tokens, channels].
+    """Grid around zero for one activation [tokens, channels].
 
     A dynamic grid takes its scale from each input: `group` counts channels of a token that share it, None shares the
-    whole token. A `static` one has a single scale, found once in calibration.
+    whole token. A `fitted` one chooses sign and size of each scale by the error, see
+    `optimum_qvlm.kernels.quantize_tokens`. A `static` one has a single scale, found once in calibration.
     """
 
     bits: int
     group: int | None = None
     static: bool = False
+    fitted: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -74,6 +79,10 @@ class ActivationSpec:
             raise SpecError(f"group must be positive or None, got {self.group}")
         if self.static and self.group is not None:
             raise SpecError(f"a static activation has one scale, got group={self.group}")
+        if self.static and self.fitted:
+            raise SpecError(
+                "the scale of a static activation is that of the calibration, so it cannot be fitted as well"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,14 +186,18 @@ class Scheme:
             raise SpecError(f"group={group_size} does not divide in_features={in_features}; use {choices}")
         return WeightSpec(bits=self.weight_bits, group=group_size, symmetric=symmetric)
 
-    def activation_spec(self, weight: WeightSpec, *, static: bool = False) -> ActivationSpec | None:
+    def activation_spec(
+        self, weight: WeightSpec, *, static: bool = False, fitted: bool = True
+    ) -> ActivationSpec | None:
         """The activation grid that goes with `weight`: 8 bits per token, fewer per token and weight group.
 
-        `static` makes it one scale for all tokens and channels.
+        `static` makes it one scale for all tokens and channels. Scales of at most `FITTED_BITS` bits are fitted, if
+        `fitted` allows it.
         """
         if self.activation_bits is None:
             return None
         if static:
             return ActivationSpec(bits=self.activation_bits, static=True)
         group = weight.group if self.activation_bits < 8 else None
-        return ActivationSpec(bits=self.activation_bits, group=group)
+        fitted = fitted and self.activation_bits <= FITTED_BITS
+        return ActivationSpec(bits=self.activation_bits, group=group, fitted=fitted)

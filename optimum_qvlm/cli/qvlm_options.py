@@ -234,7 +234,7 @@ def add_setting_options(parser: argparse.ArgumentParser) -> None:
 
 def add_former_options(parser: argparse.ArgumentParser) -> None:
     """Options of before, which the help does not show: `--search` and `--encoder` have taken their place."""
-    for former, (argument, name) in declared.nested_names().items():
+    for former, (argument, name) in declared.nested_names(former=True).items():
         entry = next(entry for entry in fields(declared.NESTED[argument]) if entry.name == name)
         shown = described(entry) | {"help": argparse.SUPPRESS}
         parser.add_argument(f"--{former.replace('_', '-')}", dest=former, **shown)

@@ -62,6 +62,7 @@ PAPER_SEARCH = {
     "soft_assignment": "step",
     "transforms": "off",
     "error_feedback": False,
+    "token_weights": False,
 }
 """The paper's search: static bounds, nothing done to activations, each weight rounded on its own."""
 
@@ -191,6 +192,7 @@ class QVLMConfig(QuantizationConfigMixin):
                 scheme=None if self.vision_scheme is None else Scheme.parse(self.vision_scheme),
                 symmetric=self.symmetric,
                 static=static,
+                fitted=not self.servable,
             ),
             keep=tuple(self.modules_to_not_convert or ()),
             overrides=tuple((pattern, self._override(pattern)) for pattern in self.overrides or {}),
@@ -210,6 +212,7 @@ class QVLMConfig(QuantizationConfigMixin):
             threshold=self.search.threshold,
             softness=cast(Softness, self.search.soft_assignment),
             encoder=self.encoder,
+            weighs_tokens=self.search.token_weights,
         )
 
     def _language(self, static: bool) -> LinearChoice:
@@ -227,6 +230,7 @@ class QVLMConfig(QuantizationConfigMixin):
             symmetric=self.symmetric,
             static=static,
             two_level=self.two_level_scales,
+            fitted=not self.servable,
         )
 
     def _grids(self, static: bool) -> ClipGrids:
@@ -330,7 +334,7 @@ class QVLMConfig(QuantizationConfigMixin):
 
     def __getattr__(self, name: str) -> Any:
         """Settings that moved into `search` and `encoder`, under their names of before."""
-        argument, own = nested_names().get(name, (None, ""))
+        argument, own = nested_names(former=True).get(name, (None, ""))
         if argument is None or argument not in vars(self):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         warnings.warn(f"{name} is read as {argument}.{own} now", DeprecationWarning, stacklevel=2)
@@ -364,7 +368,13 @@ class QVLMConfig(QuantizationConfigMixin):
             return LinearChoice(scheme=None)
         if isinstance(value, str):
             scheme, levels = Scheme.parse(value), self.two_level_scales
-            return LinearChoice(scheme=scheme, symmetric=self.symmetric, static=static, two_level=levels)
+            return LinearChoice(
+                scheme=scheme,
+                symmetric=self.symmetric,
+                static=static,
+                two_level=levels,
+                fitted=not self.servable,
+            )
         if not isinstance(value, Mapping) or set(value) - {"scheme", "group_size", "symmetric"}:
             raise ConfigError(
                 f"overrides[{pattern!r}] must be a scheme, None, or a dict with scheme, group_size, symmetric; "
@@ -381,6 +391,7 @@ class QVLMConfig(QuantizationConfigMixin):
             symmetric=symmetric,
             static=static,
             two_level=self.two_level_scales,
+            fitted=not self.servable,
         )
 
     def _validate(self) -> None:

@@ -23,7 +23,7 @@ def move_deprecated(settings: dict[str, Any], nested: Mapping[str, dict[str, Any
         ConfigError: `exact_decode` is no boolean.
     """
     moved = []
-    for name, (argument, own) in nested_names().items():
+    for name, (argument, own) in nested_names(former=True).items():
         if name in settings:
             nested[argument][own] = settings.pop(name)
             moved.append(f"{name} is {argument}={NESTED[argument].__name__}({own}=...)")

@@ -19,8 +19,8 @@ LIBRARY = torch.library.Library("optimum_qvlm", "DEF")
 _below_autograd = below_autograd_guard()
 
 LIBRARY.define(
-    "quantize(Tensor x, int bits, int? group, float clip, Tensor? scale, Tensor? equalizer, int? rotation) "
-    "-> (Tensor codes, Tensor scale)"
+    "quantize(Tensor x, int bits, int? group, float clip, Tensor? scale, Tensor? equalizer, int? rotation, "
+    "bool fitted) -> (Tensor codes, Tensor scale)"
 )
 LIBRARY.define(f"linear(Tensor x, {schema.WEIGHT_TENSORS}, Tensor? bias, {schema.FORMAT}) -> Tensor")
 LIBRARY.define(f"linear_backward(Tensor gradient, {schema.WEIGHT_TENSORS}, {schema.FORMAT}) -> Tensor")
@@ -34,6 +34,7 @@ def quantize(
     scale: Tensor | None = None,
     equalizer: Tensor | None = None,
     rotation: int | None = None,
+    fitted: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Transform activations and round them, see `quantize_tokens`, `quantize_static` and `transform_tokens`.
 
@@ -45,6 +46,7 @@ def quantize(
         scale: fp32 [1], a fixed scale in place of dynamic ones.
         equalizer: fp32 [channels], multiplies the activations before they are rounded.
         rotation: size of the Hadamard blocks that multiply them after that.
+        fitted: fit sign and size of each dynamic scale.
 
     Returns:
         int8 codes of the shape of `x`, and fp32 scales [..., groups] ([1] where `scale` is given).
@@ -52,7 +54,7 @@ def quantize(
     Raises:
         SpecError: sizes that do not divide the channels.
     """
-    codes, found = torch.ops.optimum_qvlm.quantize(x, bits, group, clip, scale, equalizer, rotation)
+    codes, found = torch.ops.optimum_qvlm.quantize(x, bits, group, clip, scale, equalizer, rotation, fitted)
     return codes, found
 
 
@@ -77,10 +79,13 @@ def _read_rounding(
     scale: Tensor | None,
     equalizer: Tensor | None,
     rotation: int | None,
+    fitted: bool,
 ) -> Rounding:
     """The arguments of `quantize` as a value that fits `x`."""
     require_activations(x)
-    rounding = Rounding(bits=bits, group=group, clip=clip, scale=scale, equalizer=equalizer, rotation=rotation)
+    rounding = Rounding(
+        bits=bits, group=group, clip=clip, scale=scale, equalizer=equalizer, rotation=rotation, fitted=fitted
+    )
     require_rounding(x, rounding)
     return rounding
 

@@ -77,6 +77,7 @@ class Rounding:
         scale: fp32 [1], the fixed scale of a static grid; None on dynamic ones.
         equalizer: fp32 [channels], multiplies activations first; None for ones.
         rotation: size of the Hadamard blocks applied next; None for none.
+        fitted: fit sign and size of each dynamic scale, see `quantize_tokens`.
     """
 
     bits: int | None = None
@@ -85,6 +86,7 @@ class Rounding:
     scale: Tensor | None = None
     equalizer: Tensor | None = None
     rotation: int | None = None
+    fitted: bool = False
 
     @classmethod
     def of(
@@ -105,6 +107,7 @@ class Rounding:
                 scale=scale,
                 equalizer=equalizer,
                 rotation=rotation,
+                fitted=activation.fitted,
             )
         return NOTHING if equalizer is None and rotation is None else cls(equalizer=equalizer, rotation=rotation)
 

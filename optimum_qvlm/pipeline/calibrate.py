@@ -21,6 +21,7 @@ from optimum_qvlm.pipeline.layer_streaming import resident
 from optimum_qvlm.pipeline.options import CalibrationOptions
 from optimum_qvlm.pipeline.partitioning import form_blocks, form_blocks_of
 from optimum_qvlm.pipeline.result import CalibrationResult
+from optimum_qvlm.pipeline.token_weights import token_weights
 from optimum_qvlm.plan import Block, ModuleRecord, PlannedLayer, QuantPlan
 from optimum_qvlm.search.site import round_to_nearest
 
@@ -29,7 +30,8 @@ from optimum_qvlm.search.site import round_to_nearest
 class CalibrationData:
     """Batches of model inputs on the CPU, and the record of where they come from.
 
-    `labels` are needed where the encoder is optimised: per batch the token ids of the answers, -100 elsewhere.
+    `labels` are per batch the token ids of the answers, or of all text, -100 elsewhere; without them the encoder is not
+    optimised, and all tokens count the same.
     `held_out` are batches with such labels of samples that are not calibrated on, for whoever measures afterwards.
     """
 
@@ -141,6 +143,10 @@ def _search_parts(bench: Bench, plan: QuantPlan, data: CalibrationData, bar: Any
         bar.set_description("measuring dependency")
         with bench.meter.timed("dependency"):
             plan = form_blocks(plan, captured.fronts, bench.options)
+    if bench.options.weighs_tokens and data.labels:
+        bar.set_description("weighing tokens")
+        with bench.meter.timed("weigh"):
+            bench = replace(bench, token_weights=token_weights(bench, plan, data.batches, data.labels))
     step = EncoderStep.of(bench.model, plan, bench.options, bench.device, bench.meter)
     if step is not None:
         step.note(data.batches)

@@ -1,7 +1,7 @@
 """What a calibration starts from: the hidden states in front of every part, captured and found to be right."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,15 @@ class Bench:
         options: how to search.
         device: where to compute.
         meter: what steps take is noted there.
+        token_weights: what tokens count at each site, by its name and run by run, see
+            `optimum_qvlm.pipeline.token_weights`; all the same where a site is missing.
     """
 
     model: nn.Module
     options: CalibrationOptions
     device: torch.device
     meter: Meter
+    token_weights: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from optimum_qvlm.kernels.cpu import int4 as cpu_int4
 from optimum_qvlm.kernels.reference import quantize_static, quantize_tokens, transform_tokens
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.spec import ActivationSpec, WeightSpec
+from tests.op_arguments import arguments_of
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -134,37 +135,17 @@ def test_another_number_of_channels_is_refused():
 def test_pytorch_finds_no_fault_with_the_product(scheme):
     """Schema, fake implementation, autograd registration and tracing."""
     module, x = make_module(scheme), random(5, 64).requires_grad_()
-    format, activation = module.format, module.format.activation
-    arguments = (
-        x,
-        module.weight_packed,
-        module.weight_scale,
-        module.weight_zero_point,
-        module.bias,
-        module.input_equalizer,
-        module.input_scale,
-        module.layout,
-        64,
-        48,
-        format.weight.bits,
-        format.weight.group,
-        format.weight.two_level,
-        None if activation is None else activation.bits,
-        None if activation is None else activation.group,
-        1.0,
-        16,
-        0,
-    )
 
-    torch.library.opcheck(torch.ops.optimum_qvlm.linear.default, arguments)
+    torch.library.opcheck(torch.ops.optimum_qvlm.linear.default, arguments_of(module, x))
 
 
+@pytest.mark.parametrize("fitted", [False, True])
 @pytest.mark.parametrize("group, rotation", [(None, None), (16, 32)])
-def test_pytorch_finds_no_fault_with_quantize(group, rotation):
+def test_pytorch_finds_no_fault_with_quantize(group, rotation, fitted):
     factors = torch.linspace(0.5, 2.0, 64)
 
     torch.library.opcheck(
-        torch.ops.optimum_qvlm.quantize.default, (random(3, 64), 4, group, 0.9, None, factors, rotation)
+        torch.ops.optimum_qvlm.quantize.default, (random(3, 64), 4, group, 0.9, None, factors, rotation, fitted)
     )
 
 

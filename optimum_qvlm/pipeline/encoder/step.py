@@ -19,7 +19,7 @@ from optimum_qvlm.pipeline.cost import Meter
 from optimum_qvlm.pipeline.dependency import EntropyOptions, positions
 from optimum_qvlm.pipeline.encoder.modules import LearnedLinear, LearnedSite
 from optimum_qvlm.pipeline.encoder.observe import Observer, Seen
-from optimum_qvlm.pipeline.encoder.recompute import frozen, recomputed
+from optimum_qvlm.pipeline.layer_recomputation import frozen, recomputed
 from optimum_qvlm.pipeline.layer_streaming import streamed
 from optimum_qvlm.pipeline.options import CalibrationOptions
 from optimum_qvlm.pipeline.tokens import seeded_order
