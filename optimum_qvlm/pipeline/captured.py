@@ -10,6 +10,7 @@ from optimum_qvlm.pipeline import checks
 from optimum_qvlm.pipeline.capture import Run, Tracer, held_bytes
 from optimum_qvlm.pipeline.cost import Meter
 from optimum_qvlm.pipeline.hidden_chains import Chain
+from optimum_qvlm.pipeline.journal import Journal
 from optimum_qvlm.pipeline.options import CalibrationOptions
 from optimum_qvlm.pipeline.tokens import TokenSampler
 from optimum_qvlm.plan import PlannedPart, QuantPlan
@@ -24,12 +25,14 @@ class Bench:
         options: how to search.
         device: where to compute.
         meter: what steps take is noted there.
+        journal: keeps what is finished, None to keep nothing.
     """
 
     model: nn.Module
     options: CalibrationOptions
     device: torch.device
     meter: Meter
+    journal: Journal | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,7 @@ from optimum_qvlm.hf.format.safetensors_files import (
 from optimum_qvlm.hf.memory import return_freed_memory
 from optimum_qvlm.kernels import CHECKPOINT_LAYOUTS
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
+from optimum_qvlm.modules.recorded import empty_linear, recorded_format
 from optimum_qvlm.modules.swap import replace_module
 from optimum_qvlm.plan import ModuleRecord, QuantPlan
 from optimum_qvlm.report.precision import readable_bytes, tensor_bytes
@@ -156,7 +157,7 @@ def swap_in_quantized(model: Any, record: CalibrationRecord) -> None:
                 f"{name} has {_bias(entry.bias)} in the checkpoint, {_bias(not entry.bias)} in the model that "
                 "config.json describes; restore config.json"
             )
-        replace_module(model, paths[name], _empty(linear, entry))
+        replace_module(model, paths[name], empty_linear(linear, entry))
     _require_memory(model, record.manifest or {})
     _ignore_extra_tensors(model)
 
@@ -209,34 +210,17 @@ def _is_offloaded(module: nn.Module) -> bool:
     return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
 
 
-def _empty(linear: nn.Linear, entry: ModuleRecord) -> QuantLinear:
-    return QuantLinear(
-        entry.in_features,
-        entry.out_features,
-        _format(entry),
-        bias=linear.bias is not None,
-        scale_dtype=getattr(torch, entry.scale_dtype),
-        bias_dtype=None if linear.bias is None else linear.bias.dtype,
-        device=linear.weight.device,
-    )
-
-
-def _format(entry: ModuleRecord) -> LinearFormat:
-    return LinearFormat(
-        weight=entry.weight,
-        activation=entry.activation,
-        activation_clip=entry.activation_clip,
-        equalized=entry.equalized,
-        rotation=entry.rotation,
-    )
-
-
 def _require_fit(name: str, entry: ModuleRecord, manifest: Mapping[str, Any]) -> None:
     """The tensors of a module against its recorded precision."""
     try:
         scale_dtype = getattr(torch, entry.scale_dtype)
         module = QuantLinear(
-            entry.in_features, entry.out_features, _format(entry), bias=False, scale_dtype=scale_dtype, device="meta"
+            entry.in_features,
+            entry.out_features,
+            recorded_format(entry),
+            bias=False,
+            scale_dtype=scale_dtype,
+            device="meta",
         )
     except (ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{name}: its entry in quantization_config is not valid: {error}") from error
