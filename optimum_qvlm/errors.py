@@ -41,5 +41,9 @@ class HubError(QVLMError):
     """The Hub could not be reached, or did not allow what was asked of it."""
 
 
+class DependencyError(QVLMError):
+    """A library whose installed release lacks something that this package uses of it."""
+
+
 class ReadOnlyError(QVLMError):
     """A write to the weight of a quantized linear, which is computed from packed integers."""

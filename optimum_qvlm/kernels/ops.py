@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optimum_qvlm.compat.torch import below_autograd_guard
 from optimum_qvlm.kernels import dispatch
 from optimum_qvlm.kernels.bound import is_plain
 from optimum_qvlm.kernels.checks import FULL_BITS, require_activations, require_rounding, require_same_device
 from optimum_qvlm.kernels.weights import NOTHING, Rounding, StoredWeight, WeightGrid
 
 LIBRARY = torch.library.Library("optimum_qvlm", "DEF")
+
+_below_autograd = below_autograd_guard()
 
 _WEIGHT = "Tensor weight, Tensor scale, Tensor? zero_point"
 _FORMAT = (
@@ -176,7 +179,7 @@ class _Linear(torch.autograd.Function):
         _x, weight, scale, zero_point, bias, equalizer, input_scale, *rest = inputs
         ctx.save_for_backward(weight, scale, zero_point, equalizer, input_scale)
         ctx.rest, ctx.bias_dtype = rest, None if bias is None else bias.dtype
-        with torch._C._AutoDispatchBelowAutograd():
+        with _below_autograd():
             return torch.ops.optimum_qvlm.linear.default(*inputs)
 
     @staticmethod
@@ -199,7 +202,7 @@ def _linear_tracking(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tenso
         return _Linear.apply(x, weight, scale, zero_point, bias, *rest)  # type: ignore[no-untyped-call]
     if is_plain(x, bias):
         return _linear(x, weight, scale, zero_point, bias, *rest)
-    with torch._C._AutoDispatchBelowAutograd():
+    with _below_autograd():
         return torch.ops.optimum_qvlm.linear.default(x, weight, scale, zero_point, bias, *rest)
 
 

@@ -7,8 +7,8 @@ from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.plan import ModuleRecord
 
 
-def recorded_format(record: ModuleRecord) -> LinearFormat:
-    """Grids, clip and transform."""
+def format_of(record: ModuleRecord) -> LinearFormat:
+    """How a recorded linear is quantized."""
     return LinearFormat(
         weight=record.weight,
         activation=record.activation,
@@ -23,7 +23,7 @@ def empty_linear(linear: nn.Linear, record: ModuleRecord) -> QuantLinear:
     return QuantLinear(
         record.in_features,
         record.out_features,
-        recorded_format(record),
+        format_of(record),
         bias=linear.bias is not None,
         scale_dtype=getattr(torch, record.scale_dtype),
         bias_dtype=None if linear.bias is None else linear.bias.dtype,

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from optimum_qvlm.compat.torch import flatten
 from optimum_qvlm.errors import CalibrationError, UnsupportedModelError
 from optimum_qvlm.models.adapter import Join
 from optimum_qvlm.models.registry import adapter_for
@@ -279,7 +279,7 @@ def held_bytes(parts: Iterable[Sequence[Run]]) -> int:
         hidden += 2 * run.hidden.nbytes
         for call in run.calls:
             arguments = (call.args, call.kwargs, None if call.mixing is None else call.mixing.arguments)
-            tensors |= {id(leaf): leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)}
+            tensors |= {id(leaf): leaf for leaf in flatten(arguments)[0] if isinstance(leaf, Tensor)}
     return hidden + sum(tensor.nbytes for tensor in tensors.values())
 
 

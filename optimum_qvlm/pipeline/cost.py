@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from optimum_qvlm.compat.torch import dispatch_mode_class, flatten, memory_of
 
 Step = Literal["capture", "check", "dependency", "enter", "forward", "search", "joint", "encoder", "epoch"]
 """Steps of a calibration. `forward` runs a layer on the hidden states of all runs, `enter` the model up to a part,
@@ -102,12 +102,12 @@ class Cost:
     device_bytes: int
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(dispatch_mode_class()):  # type: ignore[misc]
     """Bytes of all storages on a device that operations inside created and that are still alive, and the most there
     were at a time. Memory that an operation takes and gives back by itself is not seen."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.device = device
         self.now = self.peak = 0
         self._known: set[int] = set()
@@ -115,14 +115,14 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, and count what it made; a view takes nothing."""
         output = func(*args, **(kwargs or {}))
-        given = {storage._cdata for storage in _storages((args, kwargs))}
+        given = {memory_of(storage) for storage in _storages((args, kwargs))}
         for storage in _storages(output):
-            if storage.device.type == self.device.type and storage._cdata not in given:
+            if storage.device.type == self.device.type and memory_of(storage) not in given:
                 self._note(storage)
         return output
 
     def _note(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size = memory_of(storage), storage.nbytes()
         if key in self._known:
             return
         self._known.add(key)
@@ -136,4 +136,4 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _storages(values: Any) -> list[Any]:
-    return [tensor.untyped_storage() for tensor in tree_leaves(values) if isinstance(tensor, torch.Tensor)]
+    return [tensor.untyped_storage() for tensor in flatten(values)[0] if isinstance(tensor, torch.Tensor)]

@@ -10,10 +10,10 @@ from typing import Literal
 from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.plan import Block
 from optimum_qvlm.quant.entropy import Softness
-from optimum_qvlm.search.encoder_loss import EncoderOptions
 from optimum_qvlm.search.error_feedback import FeedbackOptions
 from optimum_qvlm.search.site import ClipGrids, SiteOptions
 from optimum_qvlm.search.transforms import KINDS, Kind, TransformOptions
+from optimum_qvlm.settings import EncoderOptions
 from optimum_qvlm.spec import GroupSize, Scheme
 
 Method = Literal["qvlm", "layerwise", "rtn"]

@@ -11,39 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from optimum_qvlm.errors import SpecError
 from optimum_qvlm.kernels import fake_quantize_static, fake_quantize_tokens, hadamard
 from optimum_qvlm.quant.affine import QuantizedWeight, split_groups
 from optimum_qvlm.quant.entropy import Positions, Softness, soft_assignment
+from optimum_qvlm.settings import EncoderOptions
 from optimum_qvlm.spec import ActivationSpec, WeightSpec
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncoderOptions:
-    """How the encoder is optimised.
-
-    Attributes:
-        epochs: passes over the calibration set; 0 leaves the step out.
-        learning_rate: of Adam, on the logarithms of clips, scales and equalizers.
-        entropy_weight: lambda 1, of the weighted dependencies (in nats).
-        error_weight: lambda 2, of the two error terms (relative).
-        final_share: eta, of the final error beside the encoder's.
-    """
-
-    epochs: int = 0
-    learning_rate: float = 1e-2
-    entropy_weight: float = 1.0
-    error_weight: float = 10.0
-    final_share: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.epochs < 0:
-            raise SpecError(f"encoder epochs must be 0 or more, got {self.epochs}")
-        if not self.learning_rate > 0:
-            raise SpecError(f"the encoder's learning rate must be above 0, got {self.learning_rate}")
-        for name in ("entropy_weight", "error_weight", "final_share"):
-            if not getattr(self, name) >= 0:
-                raise SpecError(f"{name} of the encoder's loss must be 0 or more, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

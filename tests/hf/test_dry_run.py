@@ -7,6 +7,7 @@ import torch
 
 from optimum_qvlm import QVLMConfig, dry_run
 from optimum_qvlm.errors import CalibrationError, CheckpointError, ConfigError, DataError, SpecError
+from tests.configs import make_config
 from tests.jobs import contents, load, make_batch, quantize
 from tests.tiny_families import FAMILIES
 from tests.tiny_models import llama_batch, llava_batch, tiny_llama
@@ -18,7 +19,7 @@ def settings_of(folder, **settings):
 
 def tried(folder, scheme="w4a8", *, into=None, options=None, **settings):
     """A dry run of the tiny model in `folder`."""
-    return dry_run(folder, QVLMConfig(scheme, **settings_of(folder, **settings)), folder=into, **(options or {}))
+    return dry_run(folder, make_config(scheme, **settings_of(folder, **settings)), folder=into, **(options or {}))
 
 
 @pytest.mark.parametrize("method", ["qvlm", "rtn"])
@@ -70,7 +71,7 @@ def test_nothing_is_left_on_disk(llava_folder, tmp_path, failing):
 
 def test_the_configuration_can_be_used_for_the_real_run_afterwards(llava_folder):
     """It still has its data, and does not say that it was rehearsed."""
-    config = QVLMConfig(**settings_of(llava_folder))
+    config = make_config(**settings_of(llava_folder))
 
     dry_run(llava_folder, config)
     model = load(llava_folder, quantization_config=config)

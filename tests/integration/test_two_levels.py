@@ -63,9 +63,8 @@ def test_the_layout_of_a_gpu_is_undone_without_a_trace(saved):
     _, folder = saved
     for module in language(load(folder, dtype=torch.bfloat16)).values():
         before = {name: tensor.clone() for name, tensor in module.packed_state().items()}
-        weight = dispatch.restore(module._stored(), module.grid)
 
-        module._hold(dispatch.store(weight, module.grid, triton_linear.LAYOUT))
+        module.put_into(triton_linear.LAYOUT)
 
         assert module.weight_scale.shape[0] > module.grid.groups
         after = module.packed_state()
@@ -81,9 +80,8 @@ def test_fused_linears_have_the_steps_of_all_their_rows(saved):
     joints = [module for module in model.modules() if isinstance(module, JointLinear) and module.grid.two_level]
 
     for joint in joints:
-        stored = dispatch.store(dispatch.restore(joint._stored(), joint.grid), joint.grid, triton_linear.LAYOUT)
-        assert stored.scale.shape[1] == joint.out_features
-        joint._hold(stored)
+        joint.put_into(triton_linear.LAYOUT)
+        assert joint.weight_scale.shape[1] == joint.out_features
 
     assert joints
     for path, module in language(model).items():

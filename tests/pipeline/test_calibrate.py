@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from optimum_qvlm import QVLMConfig
 from optimum_qvlm.data.recipe import Recipe
 from optimum_qvlm.errors import CalibrationError
 from optimum_qvlm.modules.qlinear import QuantLinear
 from optimum_qvlm.pipeline.calibrate import CalibrationData, calibrate
 from optimum_qvlm.pipeline.capture import first_tensor
+from tests.configs import make_config
 from tests.plans import CPU, plan_for
 from tests.tiny_models import PAD_TOKEN, llama_batch, llava_batch, tiny_llama, tiny_llava
 
@@ -27,7 +27,7 @@ LLAMA_BATCHES = [llama_batch(seed=0, padding=2), llama_batch(rows=3, tokens=9, s
 
 def run(model, batches, scheme="w4a8", **settings):
     """Calibrate in place. Without batches, round to nearest."""
-    options = QVLMConfig(scheme, **settings).options()
+    options = make_config(scheme, **settings).options()
     data = None if batches is None else CalibrationData(batches=batches, recipe=RECIPE)
     return calibrate(model, plan_for(model, scheme, **settings), options, data, CPU)
 

@@ -10,6 +10,7 @@ from optimum_qvlm.errors import CalibrationError, UnsupportedModelError
 from optimum_qvlm.modules.qlinear import QuantLinear
 from optimum_qvlm.pipeline.rehearsal import Workload, rehearse
 from optimum_qvlm.plan import Block
+from tests.configs import make_config
 from tests.plans import CPU, plan_for
 from tests.tiny_families import FAMILIES
 from tests.tiny_models import llava_batch, tiny_llava
@@ -19,7 +20,7 @@ BATCHES = [llava_batch(rows=8, tokens=20, seed=seed) for seed in range(4)]
 
 def rehearsed(model, plan=None, *, batches=BATCHES, labels=None, **settings):
     sample = llava_batch(rows=1, tokens=20)
-    options = QVLMConfig("w4a8", **settings).options()
+    options = make_config("w4a8", **settings).options()
     return rehearse(
         model, plan or plan_for(model), options, Workload(sample=sample, labels=labels, batches=batches), CPU
     )

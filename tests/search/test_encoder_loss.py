@@ -11,7 +11,6 @@ from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight, quanti
 from optimum_qvlm.quant.entropy import conditional_entropy, grid_positions, joint_table, marginal_entropy
 from optimum_qvlm.quant.transform import SiteTransform
 from optimum_qvlm.search.encoder_loss import (
-    EncoderOptions,
     LossTerms,
     WeightStart,
     answer_loss,
@@ -25,6 +24,7 @@ from optimum_qvlm.search.encoder_loss import (
     transformed,
     weighted_entropy,
 )
+from optimum_qvlm.settings import EncoderOptions
 from optimum_qvlm.spec import ActivationSpec, WeightSpec
 
 SPECS = [

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimum_qvlm.compat.accelerate import hook_of, offloads
+from optimum_qvlm.compat.transformers import expect_more
 from optimum_qvlm.errors import CheckpointError, SpecError
 from optimum_qvlm.hf.config import QVLMConfig
 from optimum_qvlm.hf.format.index import require_places
@@ -30,7 +32,7 @@ from optimum_qvlm.hf.format.safetensors_files import (
 from optimum_qvlm.hf.memory import return_freed_memory
 from optimum_qvlm.kernels import CHECKPOINT_LAYOUTS
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
-from optimum_qvlm.modules.recorded import empty_linear, recorded_format
+from optimum_qvlm.modules.recorded import empty_linear, format_of
 from optimum_qvlm.modules.swap import replace_module
 from optimum_qvlm.plan import ModuleRecord, QuantPlan
 from optimum_qvlm.report.precision import readable_bytes, tensor_bytes
@@ -84,7 +86,7 @@ def prepare_modules(model: nn.Module, decode_tokens: int) -> None:
         CheckpointError: a weight is not what its record says.
     """
     for path, module in quantized_modules(model).items():
-        module.decode_tokens = decode_tokens
+        module.decode_tokens, module.path = decode_tokens, path
         try:
             module.prepare(transient=_is_offloaded(module))
         except SpecError as error:
@@ -207,7 +209,7 @@ def _recorded_scale(path: str, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _is_offloaded(module: nn.Module) -> bool:
-    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
+    return offloads(hook_of(module))
 
 
 def _require_fit(name: str, entry: ModuleRecord, manifest: Mapping[str, Any]) -> None:
@@ -217,7 +219,7 @@ def _require_fit(name: str, entry: ModuleRecord, manifest: Mapping[str, Any]) ->
         module = QuantLinear(
             entry.in_features,
             entry.out_features,
-            recorded_format(entry),
+            format_of(entry),
             bias=False,
             scale_dtype=scale_dtype,
             device="meta",
@@ -264,14 +266,14 @@ def _bias(present: bool) -> str:
 def _ignore_extra_tensors(model: Any) -> None:
     """Keep shapes and guards out of transformers' report of unexpected tensors."""
     paths = "|".join(re.escape(path) for path in quantized_modules(model))
-    ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-    model._keys_to_ignore_on_load_unexpected = ignored | {rf"^({paths})\.weight(_shape)?$", *map(re.escape, GUARDS)}
+    expect_more(model, [rf"^({paths})\.weight(_shape)?$", *map(re.escape, GUARDS)])
 
 
 __all__ = [
     "GUARD",
     "Manifest",
     "extra_tensors",
+    "format_of",
     "packed_bytes",
     "prepare_modules",
     "quantized_modules",

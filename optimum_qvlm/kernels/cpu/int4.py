@@ -12,15 +12,15 @@ padded out_features], comes after all of those, in one flat tensor, and the zero
 padded out_features].
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from optimum_qvlm.compat.torch import int4_weight_product
 from optimum_qvlm.errors import SpecError
 from optimum_qvlm.kernels import reference
 from optimum_qvlm.kernels.checks import FULL_BITS
+from optimum_qvlm.kernels.cpu import processor
 from optimum_qvlm.kernels.weights import NOTHING, CodedWeight, Rounding, StoredWeight, WeightGrid
 
 LAYOUT = "int4"
@@ -48,7 +48,7 @@ def accepts(grid: WeightGrid, device: torch.device) -> bool:
     """Whether the operator is fast here, holds the weight as it is, and meets activations that are not rounded."""
     holds = grid.bits == 4 and _group(grid) in GROUPS and grid.scale_dtype == torch.bfloat16 and grid.out_features > 0
     plain = grid.activation_bits == FULL_BITS or grid.decode_tokens > 0
-    return device.type == "cpu" and holds and plain and _capability() in BLOCKS
+    return device.type == "cpu" and holds and plain and processor.instructions() in BLOCKS
 
 
 def store(weight: CodedWeight, grid: WeightGrid) -> StoredWeight:
@@ -95,7 +95,7 @@ def linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, rounding: Round
     if x.numel() == 0:
         return x.new_empty((*x.shape[:-1], grid.out_features))
     native = x.dtype == torch.bfloat16 and rounding.bits == FULL_BITS
-    fast = _multiplies_bf16()
+    fast = processor.multiplies_bf16()
     if native and x.numel() <= FEW_TOKENS[fast] * grid.in_features:
         product = _operator(_tokens(x, rounding, grid), stored, grid)
     elif native and fast:
@@ -121,12 +121,11 @@ def _operator(x: Tensor, stored: StoredWeight, grid: WeightGrid) -> Tensor:
     blocks, channels, half = stored.values.shape
     if 2 * half != _block():
         raise SpecError(
-            f"the weight was put into blocks of {2 * half} output channels, PyTorch runs here with {_capability()}, "
-            f"which takes {_block()}; load the checkpoint again"
+            f"the weight was put into blocks of {2 * half} output channels, PyTorch runs here with "
+            f"{processor.instructions()}, which takes {_block()}; load the checkpoint again"
         )
     values = stored.values.view(blocks * half * 2, channels // 2)
-    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
-    product: Tensor = multiply(x, values, _group(grid), _pairs(stored, grid))
+    product = int4_weight_product(x, values, _group(grid), _pairs(stored, grid))
     if stored.zero_point is None:
         return product
     rest = stored.scale[-stored.zero_point.numel() :].view(stored.zero_point.shape).float()
@@ -182,18 +181,7 @@ def _block() -> int:
     Raises:
         SpecError: PyTorch runs with instructions that have none.
     """
-    if _capability() not in BLOCKS:
-        raise SpecError(f"the layout {LAYOUT!r} needs {' or '.join(BLOCKS)}, PyTorch runs here with {_capability()}")
-    return BLOCKS[_capability()]
-
-
-@cache
-def _capability() -> str:
-    return str(torch.backends.cpu.get_cpu_capability())
-
-
-@cache
-def _multiplies_bf16() -> bool:
-    """Whether products in bf16 are much faster than those in fp32."""
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("amx_bf16", False) or found.get("avx512_bf16", False))
+    here = processor.instructions()
+    if here not in BLOCKS:
+        raise SpecError(f"the layout {LAYOUT!r} needs {' or '.join(BLOCKS)}, PyTorch runs here with {here}")
+    return BLOCKS[here]

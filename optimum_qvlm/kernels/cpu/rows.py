@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from optimum_qvlm.compat.torch import byte_product, int8_weight_product
 from optimum_qvlm.kernels import reference
 from optimum_qvlm.kernels.checks import FULL_BITS
 from optimum_qvlm.kernels.weights import CodedWeight, Rounding, StoredWeight, WeightGrid
@@ -43,7 +44,7 @@ def linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, rounding: Round
         return reference.finish(_integers(x, stored, rounding), bias, x.dtype)
     if x.dtype == stored.scale.dtype == torch.bfloat16 and x.numel() > 0 and stored.zero_point is None:
         tokens = reference.transform_tokens(x, rounding.equalizer, rounding.rotation).to(x.dtype)
-        product = torch._weight_int8pack_mm(tokens.reshape(-1, grid.in_features), stored.values, stored.scale[:, 0])
+        product = int8_weight_product(tokens.reshape(-1, grid.in_features), stored.values, stored.scale[:, 0])
         return reference.finish(product.float(), bias, x.dtype).reshape(*x.shape[:-1], grid.out_features)
     return reference.linear(x, restore(stored, grid), bias, rounding)
 
@@ -66,7 +67,7 @@ def _integers(x: Tensor, stored: StoredWeight, rounding: Rounding) -> Tensor:
 def _byte_sums(codes: Tensor, values: Tensor) -> Tensor:
     """int32 [tokens, rows] of `codes` [tokens, channels] and `values` [rows, channels], exact."""
     if _byte_products_are_exact():
-        return torch._int_mm(codes, values.t())
+        return byte_product(codes, values.t())
     return (codes.double() @ values.t().double()).to(torch.int32)
 
 
@@ -81,4 +82,4 @@ def _byte_products_are_exact() -> bool:
     With `ONEDNN_MAX_CPU_ISA` below what the CPU has, PyTorch still calls oneDNN, whose older instructions saturate.
     """
     codes = torch.full((16, 64), 127, dtype=torch.int8, device="cpu")
-    return bool((torch._int_mm(codes, codes[:8].t()) == 64 * 127 * 127).all())
+    return bool((byte_product(codes, codes[:8].t()) == 64 * 127 * 127).all())

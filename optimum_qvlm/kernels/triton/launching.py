@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.compiler import CompiledKernel
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+from optimum_qvlm.compat.triton import argument_names, arithmetic_options, descriptor_class, is_compiled, launcher
 
 ALIGNMENT = 16
 """Bytes: kernels are compiled for pointers that are multiples of it, or for any; bulk copies take only the former."""
+
+
+_Descriptor = descriptor_class()
 
 
 class _Open(threading.local):
@@ -49,7 +52,7 @@ class _Start:
         for place, slot in self.open:
             arguments[place] = slots[slot]
         for place, slot, extent in self.described:
-            arguments[place] = TensorDescriptor(slots[slot], *extent)
+            arguments[place] = _Descriptor(slots[slot], *extent)
         self.run(*arguments)
 
 
@@ -88,13 +91,13 @@ class Recording:
 
     def started(self, compiled: Any, grid: tuple[int, ...], names: list[str], arguments: Mapping[str, Any]) -> None:
         """A launch. It cannot be repeated where a tensor is no slot and no constant, or nothing was compiled."""
-        if not isinstance(compiled, CompiledKernel):
+        if not is_compiled(compiled):
             self._whole = False
             return
         values = [arguments[name] for name in names]
-        start = _Start(compiled[(*grid, 1, 1)[:3]], values, [], [])
+        start = _Start(launcher(compiled, grid), values, [], [])
         for place, value in enumerate(values):
-            tensor = value.base if isinstance(value, TensorDescriptor) else value
+            tensor = value.base if isinstance(value, _Descriptor) else value
             if not isinstance(tensor, Tensor) or any(tensor is constant for constant in self._constants):
                 continue
             slot = next((n for n, kept in enumerate(self._slots) if kept is tensor), None)
@@ -139,9 +142,9 @@ def start(
 ) -> None:
     """Launch a kernel on `device` with arguments by their names; `options` are those of Triton, such as num_warps."""
     with torch.cuda.device(device if device.type == "cuda" else -1):
-        compiled = kernel[grid](**arguments, **options)
+        compiled = kernel[grid](**arguments, **arithmetic_options(), **options)
     if _open.recording is not None:
-        _open.recording.started(compiled, grid, kernel.arg_names, arguments)
+        _open.recording.started(compiled, grid, argument_names(kernel), arguments)
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from optimum_qvlm.kernels.reference import transform_tokens
 from optimum_qvlm.kernels.triton import tiles
+from optimum_qvlm.kernels.triton.integers import nearest_integers
 from optimum_qvlm.kernels.triton.launching import empty, start
 from optimum_qvlm.kernels.weights import Rounding
 
@@ -114,10 +115,9 @@ def _write(
         tl.store(out + start + inside, values.to(out.dtype.element_ty), mask=mask)
     else:
         steps = tl.minimum(tl.maximum(tl.div_rn(values, scale), -QMAX), QMAX)
-        # Adding 1.5 * 2**23 leaves the integer nearest, halves to even, in the low bits.
-        codes = (steps + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
         # Flat, so that neighbouring channels are written at once.
-        tl.store(out + start + inside, tl.reshape(codes.to(tl.int8), (CHUNK,)), mask=mask)
+        codes = tl.reshape(nearest_integers(steps).to(tl.int8), (CHUNK,))
+        tl.store(out + start + inside, codes, mask=mask)
 
 
 @triton.jit

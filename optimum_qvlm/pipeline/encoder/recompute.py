@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from optimum_qvlm.compat.torch import flatten, unflatten
 from optimum_qvlm.pipeline.layer_streaming import resident, streamed, units
 
 
@@ -61,7 +61,7 @@ class _Recomputing:
         self.anchor = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, form = pytree.tree_flatten((args, kwargs))
+        leaves, form = flatten((args, kwargs))
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         learns = any(parameter.requires_grad for parameter in self.unit.parameters())
         if not torch.is_grad_enabled() or not (places or learns):
@@ -71,7 +71,7 @@ class _Recomputing:
             leaves[place] = None  # else they would stay on the device until the backward pass
         call = _Call(self.inner, leaves, form, places)
         outputs: Any = _Recomputed.apply(call, self.unit, self.device, self.anchor, *tensors)  # type: ignore[no-untyped-call]
-        return pytree.tree_unflatten(list(outputs), call.output_form)
+        return unflatten(list(outputs), call.output_form)
 
 
 class _Call:
@@ -86,8 +86,8 @@ class _Call:
         leaves = list(self.leaves)
         for place, tensor in zip(self.places, tensors, strict=True):
             leaves[place] = tensor
-        args, kwargs = pytree.tree_unflatten(leaves, self.form)
-        outputs, self.output_form = pytree.tree_flatten(self.inner(*args, **kwargs))
+        args, kwargs = unflatten(leaves, self.form)
+        outputs, self.output_form = flatten(self.inner(*args, **kwargs))
         return tuple(outputs)
 
 

@@ -27,13 +27,13 @@ from optimum_qvlm.pipeline.options import CalibrationOptions
 from optimum_qvlm.pipeline.tokens import seeded_order
 from optimum_qvlm.plan import ModuleRecord, PlannedLinear, QuantPlan
 from optimum_qvlm.search.encoder_loss import (
-    EncoderOptions,
     LossTerms,
     answer_loss,
     jacobian_weights,
     soft_dependency,
     weighted_entropy,
 )
+from optimum_qvlm.settings import EncoderOptions
 
 IGNORED = -100
 
@@ -363,6 +363,6 @@ def _require_finite(loss: float, number: int) -> float:
     if not math.isfinite(loss):
         raise CalibrationError(
             f"the loss of the encoder is {loss} in calibration batch {number}; load the model in a wider dtype, lower "
-            "encoder_lr, or turn the optimisation off with encoder_epochs=0"
+            "encoder.learning_rate, or turn the optimisation off with encoder.epochs=0"
         )
     return loss

@@ -21,6 +21,7 @@ from optimum_qvlm.hf.format.record import config_digest
 from optimum_qvlm.models.registry import adapter_for
 from optimum_qvlm.modules.qlinear import QuantLinear
 from optimum_qvlm.pipeline.planner import make_plan
+from tests.configs import make_config
 from tests.jobs import load, quantize
 from tests.tiny_models import tiny_llama, tiny_llava
 
@@ -230,7 +231,7 @@ def test_the_skeleton_is_as_large_as_the_real_result(llava_folder, scheme, symme
     real = packed(quantize(llava_folder, scheme, options={"dtype": dtype}, **settings))
     model = on_meta(tiny_llava(), dtype)
     names = {path: path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    plan = make_plan(adapter_for(model), QVLMConfig(scheme, **settings).options(), names)
+    plan = make_plan(adapter_for(model), make_config(scheme, **settings).options(), names)
 
     skeleton = quantized_skeleton(model, plan)
 

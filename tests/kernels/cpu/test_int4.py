@@ -9,6 +9,7 @@ from torch import Tensor
 from optimum_qvlm.errors import SpecError
 from optimum_qvlm.kernels import NOTHING, CodedWeight, Rounding, WeightGrid, dispatch, reference
 from optimum_qvlm.kernels.cpu import int4 as cpu_int4
+from optimum_qvlm.kernels.cpu import processor
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 CPU = torch.device("cpu")
@@ -102,7 +103,7 @@ def test_bytes_are_those_that_pytorch_packs():
 @pytest.mark.parametrize("fast", [False, True])
 def test_the_definition_is_computed_for_any_number_of_tokens(monkeypatch, zero_point, group, tokens, dtype, fast):
     """By the operator and by slices, on CPUs that multiply bf16 fast and on others."""
-    monkeypatch.setattr(cpu_int4, "_multiplies_bf16", lambda: fast)
+    monkeypatch.setattr(processor, "multiplies_bf16", lambda: fast)
     grid = grid_of(256, 100, group, zero_point=zero_point)
     weight, x, bias = make_weight(grid), random(tokens, 256, dtype=dtype), random(100, dtype=dtype, seed=2)
 
@@ -121,7 +122,7 @@ def test_sizes_need_not_be_whole_blocks(out_features, shape):
 
     found = cpu_int4.linear(x, cpu_int4.store(weight, grid), None, NOTHING, grid)
 
-    require_close(found, x, weight, None, NOTHING, rounded=cpu_int4._multiplies_bf16())
+    require_close(found, x, weight, None, NOTHING, rounded=processor.multiplies_bf16())
 
 
 @pytest.mark.parametrize("tokens", [2, 20])
@@ -132,7 +133,7 @@ def test_transposed_and_strided_activations_are_taken(tokens):
     for x in (random(256, tokens).T, random(tokens, 512)[:, ::2]):
         require_close(
             cpu_int4.linear(x, stored, None, NOTHING, grid), x, weight, None, NOTHING,
-            rounded=cpu_int4._multiplies_bf16(),
+            rounded=processor.multiplies_bf16(),
         )  # fmt: skip
 
 
@@ -155,7 +156,7 @@ def test_activations_are_transformed_and_rounded_as_the_definition_says(rounding
     found = cpu_int4.linear(x, cpu_int4.store(weight, grid), None, rounding, grid)
 
     require_close(
-        found, x, weight, None, rounding, rounded=rounding.bits == 16 and tokens > 16 and cpu_int4._multiplies_bf16()
+        found, x, weight, None, rounding, rounded=rounding.bits == 16 and tokens > 16 and processor.multiplies_bf16()
     )
 
 
@@ -175,7 +176,7 @@ def test_zero_points_lose_nothing_to_the_bf16_of_the_operator():
 @pytest.mark.parametrize("instructions", ["AVX512", "AVX2"])
 def test_it_is_chosen_where_it_is_fast_and_holds_the_weight_as_it_is(monkeypatch, instructions):
     """Rounding fp32 scales to bf16 would change the model; rounded activations would need slices for every token."""
-    monkeypatch.setattr(cpu_int4, "_capability", lambda: instructions)
+    monkeypatch.setattr(processor, "instructions", lambda: instructions)
     grid = grid_of()
     rounds = dataclasses.replace(grid, activation_bits=8)
 
@@ -199,8 +200,8 @@ def test_blocks_of_another_instruction_set_are_refused(monkeypatch):
     """A module that was pickled on another machine: the operator would take its bytes in the wrong order."""
     grid = grid_of()
     stored = cpu_int4.store(make_weight(grid), grid)
-    here, other = ("AVX512", "AVX2") if cpu_int4._capability() == "AVX512" else ("AVX2", "AVX512")
-    monkeypatch.setattr(cpu_int4, "_capability", lambda: other)
+    here, other = ("AVX512", "AVX2") if processor.instructions() == "AVX512" else ("AVX2", "AVX512")
+    monkeypatch.setattr(processor, "instructions", lambda: other)
 
     with pytest.raises(SpecError, match=f"blocks of {cpu_int4.BLOCKS[here]} output .* with {other}, .*load the checkp"):
         cpu_int4.linear(random(1, 256), stored, None, NOTHING, grid)
@@ -208,7 +209,7 @@ def test_blocks_of_another_instruction_set_are_refused(monkeypatch):
 
 def test_instructions_without_a_layout_are_named(monkeypatch):
     grid = grid_of()
-    monkeypatch.setattr(cpu_int4, "_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(processor, "instructions", lambda: "DEFAULT")
 
     assert not cpu_int4.accepts(grid, CPU) and dispatch.choose_layout(grid, CPU) == "table"
     with pytest.raises(SpecError, match="the layout 'int4' needs AVX512 or AVX2, PyTorch runs here with DEFAULT"):

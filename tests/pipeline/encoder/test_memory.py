@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from optimum_qvlm import QVLMConfig
 from optimum_qvlm.data.recipe import Recipe
 from optimum_qvlm.pipeline.calibrate import CalibrationData, calibrate
 from optimum_qvlm.pipeline.cost import LiveBytes
 from optimum_qvlm.pipeline.encoder.step import EncoderStep
+from tests.configs import make_config
 from tests.plans import CPU, plan_for
 from tests.tiny_models import llava_batch, tiny_llava
 
@@ -23,11 +23,11 @@ def peaks(batch_count, **settings):
     recipe = Recipe(source="", samples=8 * batch_count, seed=0, fingerprint="")
     data = CalibrationData(batches=batches, recipe=recipe, labels=labels)
     model, full = (tiny_llava(text=dict(TEXT), vision=dict(VISION)) for _ in range(2))
-    options, plan = QVLMConfig("w4a4", **settings).options(), plan_for(model, "w4a4", **settings)
+    options, plan = make_config("w4a4", **settings).options(), plan_for(model, "w4a4", **settings)
     search, step = LiveBytes(CPU), LiveBytes(CPU)
 
     with search:
-        result = calibrate(model, plan, QVLMConfig("w4a4", **settings | {"encoder_epochs": 0}).options(), data, CPU)
+        result = calibrate(model, plan, make_config("w4a4", **settings | {"encoder_epochs": 0}).options(), data, CPU)
     half = EncoderStep.of(full, plan, options, CPU)
     half.note(batches)
     full.model.vision_tower = model.model.vision_tower
