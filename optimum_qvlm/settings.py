@@ -5,6 +5,7 @@ imports nothing of ours at its top, since the command takes a copy of it without
 """
 
 from dataclasses import Field, dataclass, field, fields, replace
+from os import PathLike
 from typing import Any, Protocol
 
 LARGEST = 1e300
@@ -159,6 +160,18 @@ class Other:
     def problem(self, value: Any) -> str | None:
         """See `Kind`."""
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A folder, True for one of our choice, or None."""
+
+    shown: str = "str, Path, True, None"
+
+    def problem(self, value: Any) -> str | None:
+        """See `Kind`."""
+        named = isinstance(value, str | PathLike) and str(value) != ""
+        return None if value is None or value is True or named else "a folder, True or None"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -350,6 +363,12 @@ class Settings:
     )
     processor: Any = setting(
         None, Other("object, str, None"), "renders the samples; None is the model's own", saved=None
+    )
+    resume: Any = setting(
+        None,
+        Place(),
+        "folder that keeps finished blocks, so that a calibration that was killed goes on; True is one in the cache",
+        saved=None,
     )
     num_samples: int = setting(64, Whole(1), "samples to calibrate on")
     batch_size: int = setting(8, Whole(1), "samples at a time")

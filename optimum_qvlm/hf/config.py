@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from inspect import Parameter, Signature
-from typing import TYPE_CHECKING, Any, Self, cast
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -107,6 +108,7 @@ class QVLMConfig(QuantizationConfigMixin):
         servable: bool
         dataset: Any
         processor: Any
+        resume: str | PathLike[str] | Literal[True] | None
         num_samples: int
         batch_size: int
         max_length: int
@@ -341,9 +343,10 @@ class QVLMConfig(QuantizationConfigMixin):
         return getattr(vars(self)[argument], own)
 
     def drop_data(self) -> None:
-        """Forget dataset and processor objects; a preset's name stays, as a record."""
+        """Forget dataset and processor objects and the journal; a preset's name stays, as a record."""
         self.dataset = self.dataset if isinstance(self.dataset, str) else None
         self.processor = None
+        self.resume = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy that shares dataset and processor, which may be large or hold open files."""

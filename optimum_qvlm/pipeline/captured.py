@@ -10,6 +10,7 @@ from optimum_qvlm.pipeline import checks
 from optimum_qvlm.pipeline.capture import Run, Tracer, held_bytes
 from optimum_qvlm.pipeline.cost import Meter
 from optimum_qvlm.pipeline.hidden_chains import Chain
+from optimum_qvlm.pipeline.journal import Journal
 from optimum_qvlm.pipeline.options import CalibrationOptions
 from optimum_qvlm.pipeline.tokens import TokenSampler
 from optimum_qvlm.plan import PlannedPart, QuantPlan
@@ -26,12 +27,14 @@ class Bench:
         meter: what steps take is noted there.
         token_weights: what tokens count at each site, by its name and run by run, see
             `optimum_qvlm.pipeline.token_weights`; all the same where a site is missing.
+        journal: keeps what is finished, None to keep nothing.
     """
 
     model: nn.Module
     options: CalibrationOptions
     device: torch.device
     meter: Meter
+    journal: Journal | None = None
     token_weights: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
 
 

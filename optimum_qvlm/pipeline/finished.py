@@ -54,6 +54,14 @@ class FinishedBlock:
     folded: Mapping[str, str] = field(default_factory=dict)
     norms: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def install(self, model: nn.Module) -> None:
+        """Put its packed linears into the model, and give norms what they have taken up."""
+        for site in self.sites:
+            site.install(model)
+        with torch.no_grad():
+            for path, tensor in self.norms.items():
+                model.get_parameter(path).copy_(tensor)
+
 
 def finish_site(model: nn.Module, site: Site, choice: SiteChoice, error: SiteError | None = None) -> FinishedSite:
     """Pack the linears of a site, as chosen, and put them into the model."""
