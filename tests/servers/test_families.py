@@ -24,7 +24,7 @@ def pictures(count):
 def inputs_of(processor, question):
     content = [{"type": "image"}, {"type": "text", "text": question["question"]}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-    return processor(text=[text], images=[question["image"]], return_tensors="pt")
+    return processor(text=[text], images=[question["image"]], add_special_tokens=False, return_tensors="pt")
 
 
 def load(folder, **options):
