@@ -14,7 +14,7 @@ from optimum_qvlm.hf.config import FORMAT_VERSION
 from optimum_qvlm.hf.format.record import CalibrationRecord, config_digest, config_identity
 from optimum_qvlm.plan import ModuleRecord
 from optimum_qvlm.settings import NESTED, Settings, declaration, nested_names
-from optimum_qvlm.spec import Scheme
+from optimum_qvlm.spec import ActivationSpec, LinearFormat, Scheme, WeightSpec
 
 OVERRIDES = {"lm_head": "w8a8", "layers.0": None, "*.down_proj": {"scheme": "w4a16", "group_size": 32}}
 
@@ -25,13 +25,10 @@ def make_record(**changes) -> CalibrationRecord:
         in_features=64,
         out_features=32,
         bias=False,
-        weight_bits=4,
-        weight_group=32,
-        symmetric=True,
+        format=LinearFormat(
+            weight=WeightSpec(bits=4, group=32), activation=ActivationSpec(bits=8), activation_clip=0.95
+        ),
         scale_dtype="bfloat16",
-        activation_bits=8,
-        activation_group=None,
-        activation_clip=0.95,
         weight_clip=0.8125,
         site="layers.0.q_proj",
     )
@@ -141,13 +138,18 @@ def test_two_level_scales_are_refused_where_nothing_gains_by_them(settings, mess
     "settings", [{}, {"scheme": "w3a8"}, {"scheme": "w4a4", "search": {"activation_range": "static"}}], ids=str
 )
 def test_two_level_scales_reach_language_and_overrides_and_survive_json(settings):
-    config = through_json(QVLMConfig(two_level_scales=True, overrides=OVERRIDES, **settings))
+    overrides = OVERRIDES | {"*.up_proj": "w4a8", "*.gate_proj": {"group_size": 16, "symmetric": True}}
+    config = through_json(QVLMConfig(two_level_scales=True, overrides=overrides, **settings))
 
     options = config.options()
     assert config.two_level_scales is True
-    assert options.language.two_level and not options.vision.two_level
-    assert [pattern for pattern, choice in options.overrides if choice.two_level] == ["lm_head", "*.down_proj"]
-    assert not QVLMConfig().options().language.two_level
+    assert options.language.weight.two_level and not options.vision.weight.two_level
+    assert [name for name, choice in options.overrides if choice.weight is not None and choice.weight.two_level] == [
+        "*.down_proj",
+        "*.up_proj",
+        "*.gate_proj",
+    ]
+    assert not QVLMConfig().options().language.weight.two_level
 
 
 @pytest.mark.parametrize("value", ["gptq", "QVLM", None])
@@ -283,13 +285,13 @@ def test_options_carry_every_setting():
 
     assert (options.language.scheme, options.language.group_size) == (Scheme(4, 4), 16)
     assert (options.vision.scheme, options.vision.group_size) == (Scheme(6, 6), "auto")
-    assert not options.language.symmetric and not options.vision.symmetric
+    assert not options.language.weight.symmetric and not options.vision.weight.symmetric
     assert (options.keep, options.seed, options.method, options.search_tokens) == (("lm_head",), 3, "rtn", 7)
     assert [pattern for pattern, _ in options.overrides] == list(OVERRIDES)
     head, first, down = (choice for _, choice in options.overrides)
-    assert (head.scheme, head.group_size, head.symmetric) == (Scheme(8, 8), "auto", False)
+    assert (head.scheme, head.group_size, head.weight.symmetric) == (Scheme(8, 8), "auto", False)
     assert first.scheme is None
-    assert (down.scheme, down.group_size, down.symmetric) == (Scheme(4, None), 32, False)
+    assert (down.scheme, down.group_size, down.weight.symmetric) == (Scheme(4, None), 32, False)
 
 
 @pytest.mark.parametrize(
