@@ -163,8 +163,8 @@ def test_no_group_is_one_scale_per_row():
 def test_activations_below_eight_bits_have_the_groups_of_their_weights(scheme, bits):
     plan = plan_for(tiny_llama(), language=choice(scheme))
 
-    assert site_of(plan, "q_proj").activation == ActivationSpec(bits=bits, group=64)
-    assert site_of(plan, "down_proj").activation == ActivationSpec(bits=bits, group=32)
+    assert site_of(plan, "q_proj").activation == ActivationSpec(bits=bits, group=64, fitted=bits == 4)
+    assert site_of(plan, "down_proj").activation == ActivationSpec(bits=bits, group=32, fitted=bits == 4)
 
 
 def test_weight_only_schemes_leave_activations_alone():
