@@ -102,9 +102,9 @@ def _error(model: Any, full: Any, batches: list[dict[str, Tensor]]) -> float:
     squared = norm = 0.0
     for batch in batches:
         real = batch["attention_mask"].bool()
-        found, wanted = (_last_hidden(m, batch)[real] for m in (model, full))
-        squared += float((found - wanted).square().sum())
-        norm += float(wanted.square().sum())
+        actual, expected = (_last_hidden(m, batch)[real] for m in (model, full))
+        squared += float((actual - expected).square().sum())
+        norm += float(expected.square().sum())
     return squared / norm
 
 

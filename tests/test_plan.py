@@ -57,7 +57,7 @@ def test_sites_and_linears_come_in_execution_order():
     )
 
     assert [site.name for site in plan.sites()] == ["t.q", "a.q", "b.q", "b.o"]
-    assert [found.name for found in plan.linears()] == ["t.q", "t.k", "a.q", "b.q", "b.o"]
+    assert [actual.name for actual in plan.linears()] == ["t.q", "t.k", "a.q", "b.q", "b.o"]
 
 
 def test_a_layer_without_sites_is_passed_over():
@@ -85,16 +85,16 @@ def test_a_record_survives_json(changes):
 @pytest.mark.parametrize("bits, group", [(4, 32), (8, None), (2, 16)])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_record_gives_the_weight_grid_back(bits, group, symmetric):
-    found = record(weight_bits=bits, weight_group=group, symmetric=symmetric).weight
+    actual = record(weight_bits=bits, weight_group=group, symmetric=symmetric).weight
 
-    assert found == WeightSpec(bits=bits, group=group, symmetric=symmetric)
+    assert actual == WeightSpec(bits=bits, group=group, symmetric=symmetric)
 
 
 @pytest.mark.parametrize("bits, group", [(4, 32), (8, None)])
 def test_a_record_gives_the_activation_grid_back(bits, group):
-    found = record(activation_bits=bits, activation_group=group).activation
+    actual = record(activation_bits=bits, activation_group=group).activation
 
-    assert found == ActivationSpec(bits=bits, group=group)
+    assert actual == ActivationSpec(bits=bits, group=group)
 
 
 def test_no_activation_bits_are_no_grid():

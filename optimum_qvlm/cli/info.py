@@ -25,33 +25,33 @@ def main(args: Namespace) -> int:
     """Run the command; returns the exit code, see `finish`."""
 
     def work() -> None:
-        found = inspect_checkpoint(args.model, revision=args.revision, variant=args.variant)
+        checked = inspect_checkpoint(args.model, revision=args.revision, variant=args.variant)
         if args.json:
-            print_json(as_values(found))
+            print_json(as_values(checked))
         else:
-            say(as_text(found))
+            say(as_text(checked))
 
     return finish("optimum-cli qvlm info", work, as_json=args.json)
 
 
-def as_values(found: Inspection) -> dict[str, Any]:
+def as_values(checked: Inspection) -> dict[str, Any]:
     """Everything, as JSON values."""
-    record = found.config.record
+    record = checked.config.record
     assert record is not None and record.manifest is not None, "inspection refuses others"
     sizes = bytes_of_modules(record.manifest)
     return {
-        "name": found.name,
-        "commit": found.commit,
-        "architecture": found.architecture,
-        "format_version": found.values.get("format_version"),
-        "settings": {name: value for name, value in found.values.items() if name not in LONG_RECORDS},
-        "files": dict(found.files),
-        "bytes": {"tensors": sum(map(tensor_bytes, record.manifest.values())), "files": sum(found.files.values())},
-        "parts": [row.to_dict() for row in found.rows],
+        "name": checked.name,
+        "commit": checked.commit,
+        "architecture": checked.architecture,
+        "format_version": checked.values.get("format_version"),
+        "settings": {name: value for name, value in checked.values.items() if name not in LONG_RECORDS},
+        "files": dict(checked.files),
+        "bytes": {"tensors": sum(map(tensor_bytes, record.manifest.values())), "files": sum(checked.files.values())},
+        "parts": [row.to_dict() for row in checked.rows],
         "blocks": record.blocks,
-        "fidelity": fidelity_figures(found.report),
-        "states": state_figures(found.report),
-        "generation": generation_figures(found.report),
+        "fidelity": fidelity_figures(checked.report),
+        "states": state_figures(checked.report),
+        "generation": generation_figures(checked.report),
         "modules": {
             name: module.to_dict() | {"scheme": scheme_of(module), "bytes": sizes.get(name, 0)}
             for name, module in record.modules.items()
@@ -59,15 +59,15 @@ def as_values(found: Inspection) -> dict[str, Any]:
     }
 
 
-def as_text(found: Inspection) -> str:
+def as_text(checked: Inspection) -> str:
     """For people: the summary, a table of parts, one of modules in which equal layers share a line."""
-    record = found.config.record
+    record = checked.config.record
     assert record is not None and record.manifest is not None, "inspection refuses others"
     sizes = bytes_of_modules(record.manifest)
     parts = [
         ["part", "linears", "precision", "weight scale per", "activation scale per", "weights", "on disk", "error"]
     ]
-    for row in found.rows:
+    for row in checked.rows:
         error = "" if row.error is None else f"{row.error:.2e}"
         shown = [
             row.part,
@@ -81,12 +81,20 @@ def as_text(found: Inspection) -> str:
     rest = sum(map(tensor_bytes, record.manifest.values())) - sum(sizes.get(name, 0) for name in record.modules)
     parts.append(["everything else", "", "as it was", "", "", "", readable_bytes(rest), ""])
     return "\n".join(
-        [*_summary(found), "", *_table(parts), "", _blocks(record.blocks), "", *_table(_modules(record.modules, sizes))]
+        [
+            *_summary(checked),
+            "",
+            *_table(parts),
+            "",
+            _blocks(record.blocks),
+            "",
+            *_table(_modules(record.modules, sizes)),
+        ]
     )
 
 
-def _summary(found: Inspection) -> list[str]:
-    calibration = found.values.get("calibration", {})
+def _summary(checked: Inspection) -> list[str]:
+    calibration = checked.values.get("calibration", {})
     versions = ", ".join(f"{name} {version}" for name, version in _items(calibration.get("versions")))
     data = "without data"
     if "fingerprint" in calibration:
@@ -95,25 +103,25 @@ def _summary(found: Inspection) -> list[str]:
             f"fingerprint {str(calibration['fingerprint'])[:12]}"
         )
     lines = [
-        f"{found.name}{'' if found.commit is None else f' at {found.commit[:12]}'}: {found.architecture}",
-        f"format      qvlm {found.values.get('format_version')}; configuration, record and tensors fit together",
+        f"{checked.name}{'' if checked.commit is None else f' at {checked.commit[:12]}'}: {checked.architecture}",
+        f"format      qvlm {checked.values.get('format_version')}; configuration, record and tensors fit together",
         f"calibrated  {calibration.get('method')} {data}",
         f"versions    {versions}",
-        f"size        {readable_bytes(sum(found.files.values()))} in {len(found.files)} safetensors file(s)",
+        f"size        {readable_bytes(sum(checked.files.values()))} in {len(checked.files)} safetensors file(s)",
     ]
     if "base_model" in calibration:
         lines.insert(1, f"base        {calibration['base_model']} at {str(calibration.get('base_revision'))[:12]}")
-    if folded := len(folded_norms(found.report)):
+    if folded := len(folded_norms(checked.report)):
         lines.append(f"norms       {folded} differ from the source: they scale what the linears behind them read")
-    for name, figures in fidelity_figures(found.report).items():
+    for name, figures in fidelity_figures(checked.report).items():
         shown = ", ".join(f"{LABELS[key]} {value:.4g}" for key, value in figures.items())
         lines.append(f"fidelity    on {name}: {shown}")
-    if states := state_figures(found.report):
+    if states := state_figures(checked.report):
         lines.append(
             f"fidelity    on hidden states of {states['tokens']} tokens: relative squared error "
             f"{states['relative_error']:.4g}"
         )
-    if generated := generation_figures(found.report):
+    if generated := generation_figures(checked.report):
         agreed = "" if generated["exact_match"] == 1 else f"first difference after {generated['agreed_tokens']:.4g} of "
         lines.append(
             f"generation  {100 * generated['exact_match']:.4g} % of {generated['answers']} greedy answers the same, "

@@ -64,9 +64,9 @@ def require_full_precision(model: str, config: Any) -> None:
     Raises:
         QVLMError: the model is quantized.
     """
-    found = getattr(config, "quantization_config", None)
-    if found is not None:
-        method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         raise QVLMError(f"model {model} is quantized already, with {str(method)!r}; name the full-precision model")
 
 

@@ -60,15 +60,15 @@ def read_dataset(
     if len(records) == 0:
         raise DataError("the calibration dataset is empty; pass at least one sample, or None for the packaged set")
     places = draw(len(records), options.num_samples, options.seed)
-    found = _read(records, places, options, options.num_samples, image_tokens)
-    samples = [sample for sample in found if isinstance(sample, Sample)]
+    read = _read(records, places, options, options.num_samples, image_tokens)
+    samples = [sample for sample in read if isinstance(sample, Sample)]
     _tell_of_answers(samples)
     if samples and wants_images and not any(sample.has_image for sample in samples):
         raise DataError(
             f"none of the {len(samples)} calibration samples has an image, but the model has a vision tower; "
             'give the records an "image", or pass dataset=None for the packaged set'
         )
-    return source, found
+    return source, read
 
 
 def read_held_out(

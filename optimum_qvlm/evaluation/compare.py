@@ -73,15 +73,15 @@ def observe(
     return seen
 
 
-def fidelity_report(reference: Observation, found: Observation) -> dict[str, Any]:
+def fidelity_report(reference: Observation, observed: Observation) -> dict[str, Any]:
     """`fidelity` of the report: figures of `prefill`, and of `decode` and `generate`, None where a model cannot; of
     `states` in their place where it predicts no tokens."""
     if reference.states:
-        states = asdict(compare_states(reference.states, found.states))
+        states = asdict(compare_states(reference.states, observed.states))
         return {"prefill": None, "decode": None, "generate": None, "states": states}
     decodes = bool(reference.decode)
     return {
-        "prefill": asdict(compare(reference.prefill, found.prefill)),
-        "decode": asdict(compare(reference.decode, found.decode)) if decodes else None,
-        "generate": asdict(compare_answers(reference.answers, found.answers)) if decodes else None,
+        "prefill": asdict(compare(reference.prefill, observed.prefill)),
+        "decode": asdict(compare(reference.decode, observed.decode)) if decodes else None,
+        "generate": asdict(compare_answers(reference.answers, observed.answers)) if decodes else None,
     }

@@ -43,20 +43,20 @@ def continuation_of(batch: Mapping[str, Tensor], image_tokens: Sequence[int], pa
     images = stands_for_image(ids, image_tokens)
     first = real.argmax(1)
     earliest = torch.maximum(first, torch.where(images, places + 1, -1).amax(1))
-    wanted = (labels != IGNORED) & (places > earliest[:, None])
-    if not bool(wanted.any()):
+    predicted = (labels != IGNORED) & (places > earliest[:, None])
+    if not bool(predicted.any()):
         return None
     length = (real * (places + 1)).amax(1)
-    start = torch.where(wanted.any(1), wanted.int().argmax(1), length)
-    end = torch.where(wanted.any(1), (wanted * (places + 1)).amax(1), length)
+    start = torch.where(predicted.any(1), predicted.int().argmax(1), length)
+    end = torch.where(predicted.any(1), (predicted * (places + 1)).amax(1), length)
     after = start[:, None] + torch.arange(int((end - start).max()), device=ids.device)
     inside = after < end[:, None]
     after = after.clamp(max=ids.shape[1] - 1)
     return Continuation(
         prompt=_prompt(batch, real, first, start, pad),
         tokens=ids.gather(1, after).masked_fill(~inside, pad),
-        counted=wanted.gather(1, after) & inside,
-        labelled=wanted[:, 1:][labels[:, 1:] != IGNORED],
+        counted=predicted.gather(1, after) & inside,
+        labelled=predicted[:, 1:][labels[:, 1:] != IGNORED],
     )
 
 

@@ -33,20 +33,20 @@ def greedy_answers(model: Any, continuation: Continuation, device: torch.device)
 
     Of the model's generation settings only the end tokens are used.
     """
-    found = getattr(model.generation_config, "eos_token_id", None)
-    ends = [found] if isinstance(found, int) else list(found or ())
+    identifier = getattr(model.generation_config, "eos_token_id", None)
+    ends = [identifier] if isinstance(identifier, int) else list(identifier or ())
     output = _generate(model, continuation.prompt, device, ANSWER_TOKENS, ends=ends or None)
     rows = output.sequences[:, continuation.prompt["input_ids"].shape[1] :].tolist()
     answered = continuation.counted.any(dim=1).tolist()
-    return [_up_to_end(row, ends) for row, wanted in zip(rows, answered, strict=True) if wanted]
+    return [_up_to_end(row, ends) for row, counts in zip(rows, answered, strict=True) if counts]
 
 
 def pad_token_of(model: Any) -> int:
     """What prompts are padded with: masked out, so it matters only that it stands for no image."""
     for holder in (model.generation_config, model.config.get_text_config()):
-        found = getattr(holder, "pad_token_id", None)
-        if isinstance(found, int) and found >= 0:
-            return found
+        identifier = getattr(holder, "pad_token_id", None)
+        if isinstance(identifier, int) and identifier >= 0:
+            return identifier
     return 0
 
 

@@ -112,43 +112,43 @@ def right_answers(logits: Sequence[Tensor], batches: Sequence[Mapping[str, Tenso
     That is the case exactly where greedy generation gives the answer. `logits` are those of `answer_logits`.
     """
     right: list[bool] = []
-    for found, batch in zip(logits, batches, strict=True):
+    for measured, batch in zip(logits, batches, strict=True):
         labels = batch["labels"][:, 1:].cpu()
-        wanted = labels != IGNORED
-        agrees = torch.ones_like(wanted)
-        agrees[wanted] = found.argmax(-1) == labels[wanted]
+        expected = labels != IGNORED
+        agrees = torch.ones_like(expected)
+        agrees[expected] = measured.argmax(-1) == labels[expected]
         right += agrees.all(dim=1).tolist()
     return right
 
 
-def compare(reference: Sequence[Tensor], found: Sequence[Tensor]) -> Fidelity:
-    """Fidelity of `found` to `reference`, both as `answer_logits` returns them."""
+def compare(reference: Sequence[Tensor], measured: Sequence[Tensor]) -> Fidelity:
+    """Fidelity of `measured` to `reference`, both as `answer_logits` returns them."""
     kl = agreed = tokens = 0.0
-    for wanted, got in zip(reference, found, strict=True):
-        log_wanted, log_got = F.log_softmax(wanted.double(), dim=-1), F.log_softmax(got.double(), dim=-1)
+    for expected, got in zip(reference, measured, strict=True):
+        log_wanted, log_got = F.log_softmax(expected.double(), dim=-1), F.log_softmax(got.double(), dim=-1)
         kl += float(F.kl_div(log_got, log_wanted, reduction="sum", log_target=True))
-        agreed += float((wanted.argmax(-1) == got.argmax(-1)).sum())
-        tokens += wanted.shape[0]
+        agreed += float((expected.argmax(-1) == got.argmax(-1)).sum())
+        tokens += expected.shape[0]
     return Fidelity(tokens=int(tokens), mean_kl=kl / tokens, top1_agreement=agreed / tokens)
 
 
-def compare_states(reference: Sequence[Tensor], found: Sequence[Tensor]) -> StateFidelity:
-    """Fidelity of `found` to `reference`, both as `answer_states` returns them."""
+def compare_states(reference: Sequence[Tensor], measured: Sequence[Tensor]) -> StateFidelity:
+    """Fidelity of `measured` to `reference`, both as `answer_states` returns them."""
     error = square = 0.0
-    for target, got in zip(reference, found, strict=True):
+    for target, got in zip(reference, measured, strict=True):
         error += float((got.double() - target.double()).square().sum())
         square += float(target.double().square().sum())
     tokens = sum(len(target) for target in reference)
     return StateFidelity(tokens=tokens, relative_error=error / square if square > 0 else error)
 
 
-def compare_answers(reference: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> Agreement:
+def compare_answers(reference: Sequence[Sequence[int]], measured: Sequence[Sequence[int]]) -> Agreement:
     """How far greedy answers, as token ids, follow those of the reference; there must be one at least."""
-    pairs = list(zip(reference, found, strict=True))
+    pairs = list(zip(reference, measured, strict=True))
     agreed = [next((n for n, (a, b) in enumerate(zip(*p, strict=False)) if a != b), min(map(len, p))) for p in pairs]
     return Agreement(
         answers=len(pairs),
-        tokens=sum(len(wanted) for wanted, _ in pairs) / len(pairs),
+        tokens=sum(len(expected) for expected, _ in pairs) / len(pairs),
         agreed_tokens=sum(agreed) / len(pairs),
-        exact_match=sum(list(wanted) == list(got) for wanted, got in pairs) / len(pairs),
+        exact_match=sum(list(expected) == list(got) for expected, got in pairs) / len(pairs),
     )

@@ -224,10 +224,10 @@ def _held_out(loaded: _Loaded, plan: QuantPlan, device: torch.device) -> list[Ba
 
 def _some_labels(labels: torch.Tensor, *, last: bool = False) -> torch.Tensor:
     """The first or last labels of each row; the first token of a row is predicted by nothing."""
-    wanted = labels[:, 1:]
-    counts = (wanted != IGNORED).long()
+    targets = labels[:, 1:]
+    counts = (targets != IGNORED).long()
     number = counts.flip(1).cumsum(1).flip(1) if last else counts.cumsum(1)
-    kept = torch.where(number <= LABELS_PER_SAMPLE, wanted, IGNORED)
+    kept = torch.where(number <= LABELS_PER_SAMPLE, targets, IGNORED)
     return torch.nn.functional.pad(kept, (1, 0), value=IGNORED)
 
 

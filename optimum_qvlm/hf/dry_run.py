@@ -117,8 +117,8 @@ def _save_and_reload(model: Any, loader: Any, folder: str | Path | None, options
         size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
         kept = {name: options[name] for name in RELOAD_OPTIONS if name in options}
         reloaded = loader.from_pretrained(target, **kept)
-        wanted, found = model.state_dict(), reloaded.state_dict()
-        for name in sorted(wanted.keys() | found.keys()):
-            if name not in wanted or name not in found or not torch.equal(wanted[name].cpu(), found[name].cpu()):
+        written, reread = model.state_dict(), reloaded.state_dict()
+        for name in sorted(written.keys() | reread.keys()):
+            if name not in written or name not in reread or not torch.equal(written[name].cpu(), reread[name].cpu()):
                 raise CheckpointError(f"{name} is not the same after saving and reloading; please report this model")
     return size

@@ -186,11 +186,11 @@ class QVLMQuantizer(QuantizerBase):
                 f"{offloaded} is offloaded, and dequantizing needs all weights in memory; load with a device_map that "
                 "keeps them there"
             )
-        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        target = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for path, module in quantized_modules(model).items():
-            replace_module(model, path, module.to_linear(module.grid.scale_dtype if wanted is None else wanted))
-        if wanted is not None and wanted != model.dtype:
-            torch.nn.Module.to(model, wanted)
+            replace_module(model, path, module.to_linear(module.grid.scale_dtype if target is None else target))
+        if target is not None and target != model.dtype:
+            torch.nn.Module.to(model, target)
         unwrap_saving(model)
         unwrap_methods(model)
         return model
@@ -294,10 +294,10 @@ class QVLMQuantizer(QuantizerBase):
         the stored one for every key that it renames."""
         kept = kept_in_float32(model)
         for name, parameter in model.named_parameters():
-            wanted = self._dtypes.get(name, parameter.dtype)
-            if parameter.is_meta or parameter.dtype == wanted or kept.intersection(name.split(".")):
+            target = self._dtypes.get(name, parameter.dtype)
+            if parameter.is_meta or parameter.dtype == target or kept.intersection(name.split(".")):
                 continue
-            parameter.data = parameter.data.to(wanted)
+            parameter.data = parameter.data.to(target)
 
     def _note_reference(self, model: Any, held_out: Any, device: torch.device) -> None:
         """What full precision says of held-out samples, where the dataset has more than are calibrated on."""
@@ -316,8 +316,8 @@ class QVLMQuantizer(QuantizerBase):
         from optimum_qvlm.evaluation.compare import fidelity_report, observe
 
         assert self.report is not None
-        batches, images, wanted = self._reference
-        self.report["fidelity"] = fidelity_report(wanted, observe(model, batches, images, quantized=True))
+        batches, images, target = self._reference
+        self.report["fidelity"] = fidelity_report(target, observe(model, batches, images, quantized=True))
         self._reference = None
 
     def _keep_processor(self, processor: Any) -> None:

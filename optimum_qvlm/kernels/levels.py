@@ -32,5 +32,5 @@ def common_step(scale: Tensor) -> Tensor:
             f"scales of row {int(missing[0, 0])} are not multiples of one step, from 1 to {LARGEST_MULTIPLE}, as "
             "two-level scales are; the checkpoint is damaged, or was written for other scales"
         )
-    found: Tensor = step.squeeze(1).to(scale.dtype)
-    return found
+    stored: Tensor = step.squeeze(1).to(scale.dtype)
+    return stored

@@ -137,8 +137,8 @@ class Adapter:
             UnsupportedModelError: there is none, or two are equally long.
         """
         path = self.located(path)
-        found = {name: len(self.model.get_submodule(name)) for name in layer_lists(self.model, path)}  # type: ignore[arg-type]
-        longest = [name for name, length in found.items() if length == max(found.values())]
+        lengths = {name: len(self.model.get_submodule(name)) for name in layer_lists(self.model, path)}  # type: ignore[arg-type]
+        longest = [name for name, length in lengths.items() if length == max(lengths.values())]
         if len(longest) != 1:
             shown = f"the lists {', '.join(longest)}" if longest else "no list of layers"
             raise UnsupportedModelError(f"{path} of {type(self.model).__name__} holds {shown}, where one was expected")

@@ -49,19 +49,19 @@ class DiscoveredAdapter(LlavaAdapter):
 
     def _tower(self) -> str | None:
         """Path of the vision tower as transformers finds it, None where there is none."""
-        found = self.model.get_encoder(modality="image")  # type: ignore[operator]
-        path = self._path(found)
+        towers = self.model.get_encoder(modality="image")  # type: ignore[operator]
+        path = self._path(towers)
         return None if _holds(path, self.decoder) else path
 
     def _projectors(self) -> list[str]:
         """Outermost modules with linears that are named for leading from tower to decoder; of lists, the entries."""
         layers = self.layer_list(self.tower)
-        found: list[str] = []
+        towers: list[str] = []
         for path, module in self.model.named_modules():
-            inside = any(_holds(outer, path) for outer in (self.decoder, layers, *found))
+            inside = any(_holds(outer, path) for outer in (self.decoder, layers, *towers))
             if not inside and PROJECTOR_NAMES.search(path.rpartition(".")[2]) and holds_linear(module):
-                found += self.numbered(path) if isinstance(module, nn.ModuleList) else [path]
-        return found
+                towers += self.numbered(path) if isinstance(module, nn.ModuleList) else [path]
+        return towers
 
     def _path(self, module: nn.Module) -> str:
         paths = (path for path, candidate in self.model.named_modules() if candidate is module)

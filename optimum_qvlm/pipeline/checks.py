@@ -131,15 +131,15 @@ def require_unused(
         return
     reached = Counter(run.batch for runs in captured.values() for run in runs)
     batch = batches[max(reached, key=lambda number: (reached[number], -number))]
-    wanted = tracer.output(batch)
+    target = tracer.output(batch)
     for layer in unused:
         handle = tracer.model.get_submodule(layer.path).register_forward_hook(_zeroed)
         try:
-            found = tracer.output(batch)
+            repeated = tracer.output(batch)
         finally:
             handle.remove()
-        difference = _relative_difference(found, wanted)
-        if not difference <= _limit(wanted.dtype):
+        difference = _relative_difference(repeated, target)
+        if not difference <= _limit(target.dtype):
             raise UnsupportedModelError(
                 f"the model's output depends on {layer.name} (it changes by {difference:.2g} without), which the "
                 "adapter calls unused"
@@ -152,9 +152,9 @@ def _zeroed(_module: nn.Module, _args: object, output: object) -> object:
     return torch.zeros_like(first_tensor(output))
 
 
-def _relative_difference(found: Tensor, wanted: Tensor) -> float:
-    wanted = wanted.float()
-    return float((found.float() - wanted).norm() / wanted.norm().clamp(min=1e-30))
+def _relative_difference(repeated: Tensor, target: Tensor) -> float:
+    target = target.float()
+    return float((repeated.float() - target).norm() / target.norm().clamp(min=1e-30))
 
 
 def _limit(dtype: torch.dtype) -> float:

@@ -69,8 +69,8 @@ def folding_norms(model: nn.Module, layer: PlannedLayer, run: Callable[[], Tenso
         run: one forward of the layer.
     """
     module = model.get_submodule(layer.path)
-    made, read, wanted = _trace(module, run)
-    found = {}
+    made, read, reference = _trace(module, run)
+    norms = {}
     for site in layer.sites:
         linears = {linear.path.removeprefix(f"{layer.path}.") for linear in site.linears}
         if not linears <= read.keys():
@@ -85,9 +85,9 @@ def folding_norms(model: nn.Module, layer: PlannedLayer, run: Callable[[], Tenso
         if offset is None or _shared(model, norm):
             continue
         candidate = FoldingNorm(maker, norm, offset)
-        if _leaves_output(model, site, candidate, run, wanted):
-            found[site.name] = candidate
-    return found
+        if _leaves_output(model, site, candidate, run, reference):
+            norms[site.name] = candidate
+    return norms
 
 
 def _trace(layer: nn.Module, run: Callable[[], Tensor]) -> tuple[dict[str, Tensor], dict[str, list[Tensor]], Tensor]:
@@ -128,7 +128,9 @@ def _offset(norm: nn.Module, channels: int) -> float | None:
     return None
 
 
-def _leaves_output(model: nn.Module, site: Site, norm: FoldingNorm, run: Callable[[], Tensor], wanted: Tensor) -> bool:
+def _leaves_output(
+    model: nn.Module, site: Site, norm: FoldingNorm, run: Callable[[], Tensor], reference: Tensor
+) -> bool:
     """Whether the layer returns what it did, with the norm scaled and the linears scaled back."""
     weights: list[Tensor] = [model.get_submodule(linear.path).weight for linear in site.linears]  # type: ignore[misc]
     factor = _powers(weights[0].shape[1]).to(weights[0].device)
@@ -137,7 +139,7 @@ def _leaves_output(model: nn.Module, site: Site, norm: FoldingNorm, run: Callabl
         try:
             for weight in weights:
                 weight.data.copy_(weight.data / factor)
-            return _close(run().float(), wanted.float(), weights[0].dtype)
+            return _close(run().float(), reference.float(), weights[0].dtype)
         finally:
             for weight, before in zip(weights, kept, strict=True):
                 weight.data.copy_(before)
@@ -167,6 +169,6 @@ def _powers(channels: int) -> Tensor:
     return torch.exp2(bits.float().mul(2).sub(1))
 
 
-def _close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
+def _close(output: Tensor, reference: Tensor, dtype: torch.dtype) -> bool:
     limit = CLOSE if dtype == torch.float32 else CLOSE_IN_HALF
-    return float((found - wanted).norm()) <= limit * float(wanted.norm())
+    return float((output - reference).norm()) <= limit * float(reference.norm())

@@ -40,8 +40,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for parameter, wanted in before:
-            parameter.requires_grad_(wanted)
+        for parameter, required in before:
+            parameter.requires_grad_(required)
 
 
 def _restore(unit: nn.Module, forward: Any) -> None:

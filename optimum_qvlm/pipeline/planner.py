@@ -73,16 +73,16 @@ class _Planner:
 
     def parts(self) -> tuple[tuple[PlannedPart, ...], tuple[PlannedLayer, ...]]:
         """The parts, and the layers that nothing reads."""
-        found = self.adapter.parts()
-        for part in found:
+        chains = self.adapter.parts()
+        for part in chains:
             require_no_experts(self.model, (*part.layers, *part.unused))
         head = self._head()
         if head is not None:
-            found = (*found, head)
+            chains = (*chains, head)
         require_matches(self.options.keep, self.names.values(), "modules_to_not_convert", keeps)
         require_matches((pattern for pattern, _ in self.options.overrides), self.names.values(), "overrides")
-        unused = tuple(self._layer(path, part) for part in found for path in part.unused)
-        return tuple(self._part(part) for part in found), unused
+        unused = tuple(self._layer(path, part) for part in chains for path in part.unused)
+        return tuple(self._part(part) for part in chains), unused
 
     def _head(self) -> Part | None:
         """The output embedding as a part of its own, where an override asks for it."""

@@ -53,10 +53,10 @@ class TokenSampler:
         order = seeded_order(len(candidates), self._seed, number)[: self._share]
         return flat[candidates[order.sort().values].to(flat.device)]
 
-    def relative_error(self, number: int, found: Tensor, wanted: Tensor) -> tuple[float, float]:
+    def relative_error(self, number: int, actual: Tensor, target: Tensor) -> tuple[float, float]:
         """Squared difference and squared norm of the real tokens of a run, both [rows, tokens, channels]."""
-        mask = self.valid(number, *wanted.shape[:2]) if wanted.dim() == 3 else None
-        found, wanted = (x.reshape(-1, x.shape[-1]).float() for x in (found, wanted))
+        mask = self.valid(number, *target.shape[:2]) if target.dim() == 3 else None
+        actual, target = (x.reshape(-1, x.shape[-1]).float() for x in (actual, target))
         if mask is not None:
-            found, wanted = found[mask.to(found.device)], wanted[mask.to(wanted.device)]
-        return float((found - wanted).square().sum()), float(wanted.square().sum())
+            actual, target = actual[mask.to(actual.device)], target[mask.to(target.device)]
+        return float((actual - target).square().sum()), float(target.square().sum())

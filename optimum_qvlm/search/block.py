@@ -61,8 +61,8 @@ def search_block(
 
     def error(choice: Choice) -> float:
         if choice not in known:
-            found = evaluate(choice)
-            known[choice] = math.inf if math.isnan(found) else found
+            measured = evaluate(choice)
+            known[choice] = math.inf if math.isnan(measured) else measured
         return known[choice]
 
     start: Choice = (0,) * len(counts)

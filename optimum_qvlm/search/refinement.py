@@ -98,16 +98,16 @@ class _Descent:
         """Take the best scale of the group for its codes, where it is better as stored: change of the values."""
         codes, scale = self.codes[here], self.scale[group]
         toward, curve = (codes * self.slope[here]).sum(0), (codes * (own @ codes)).sum(0)
-        wanted = scale + toward / curve.clamp(min=1e-30)
+        better_scale = scale + toward / curve.clamp(min=1e-30)
         if self.step is None:
-            wanted = nearest_scale(wanted, self.spec, self.stored).float()
-            usable = (wanted.abs() >= torch.finfo(self.stored).tiny) & (wanted * scale > 0)
+            better_scale = nearest_scale(better_scale, self.spec, self.stored).float()
+            usable = (better_scale.abs() >= torch.finfo(self.stored).tiny) & (better_scale * scale > 0)
         else:
-            usable = wanted * scale > 0
-            wanted = to_multiples(wanted, self.step, self.stored).float()
-        move = wanted - scale
+            usable = better_scale * scale > 0
+            better_scale = to_multiples(better_scale, self.step, self.stored).float()
+        move = better_scale - scale
         gains = usable & (move * (2 * toward - move * curve) > 0)
-        self.scale[group] = torch.where(gains, wanted, scale)
+        self.scale[group] = torch.where(gains, better_scale, scale)
         return codes * torch.where(gains, move, 0.0)
 
     def _missing(self) -> Tensor:

@@ -72,8 +72,8 @@ def search_site(problem: SiteProblem, options: SiteOptions) -> SiteChoice:
         damping = None if options.feedback is None else options.feedback.damping
         transform = choose_transform(problem, options.transforms, damping=damping)
     clip = search_activation_clip(problem, options.clips, transform, margin=options.activation_margin)
-    found = round_site(problem, options, activation_clip=clip, transform=transform)
-    best = found if found.error <= nearest.error else nearest
+    searched = round_site(problem, options, activation_clip=clip, transform=transform)
+    best = searched if searched.error <= nearest.error else nearest
     return replace(best, nearest_error=nearest.error)
 
 
@@ -165,7 +165,7 @@ def _measured(problem: SiteProblem, choice: SiteChoice, rounding: SiteRounding) 
     rounded = rounding(problem.inputs)
     error = norm = 0.0
     for name in problem.weights:
-        wanted = problem.wanted(name)
-        error += float((wanted - rounded @ dequantize_weight(choice.weights[name]).T).square().sum())
-        norm += float(wanted.square().sum())
+        target = problem.wanted(name)
+        error += float((target - rounded @ dequantize_weight(choice.weights[name]).T).square().sum())
+        norm += float(target.square().sum())
     return replace(choice, error=error / max(norm, 1e-30), input_scale=rounding.grid.scale)

@@ -22,10 +22,10 @@ def test_the_mean_lies_in_its_interval_and_more_items_narrow_it():
 def test_the_interval_of_a_mean_is_about_two_standard_errors():
     """The bootstrap must not be too narrow, or noise looks like a gain."""
     values = noise(400)
-    found = of_mean(values)
+    actual = of_mean(values)
 
     error = float(values.std()) / math.sqrt(400)
-    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert actual.high - actual.low == pytest.approx(2 * 1.96 * error, rel=0.1)
 
 
 def test_a_constant_has_no_spread():
@@ -37,9 +37,9 @@ def test_a_constant_has_no_spread():
 def test_a_line_correlates_fully(ranks, sign):
     x = noise(30)
 
-    found = of_correlation(x, sign * 3 * x + 1, ranks=ranks)
+    actual = of_correlation(x, sign * 3 * x + 1, ranks=ranks)
 
-    assert (found.value, found.low, found.high) == pytest.approx((sign, sign, sign))
+    assert (actual.value, actual.low, actual.high) == pytest.approx((sign, sign, sign))
 
 
 def test_spearman_sees_order_alone():
@@ -51,21 +51,21 @@ def test_spearman_sees_order_alone():
 
 def test_ties_share_their_rank():
     """By hand: ranks 0.5, 0.5, 2 against 0, 1, 2."""
-    found = of_correlation(torch.tensor([1.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 3.0]), ranks=True)
+    actual = of_correlation(torch.tensor([1.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 3.0]), ranks=True)
 
-    assert found.value == pytest.approx(1.5 / math.sqrt(1.5 * 2))
+    assert actual.value == pytest.approx(1.5 / math.sqrt(1.5 * 2))
 
 
 def test_independent_items_have_zero_in_their_interval():
-    found = of_correlation(noise(200), noise(200, seed=1), ranks=False)
+    actual = of_correlation(noise(200), noise(200, seed=1), ranks=False)
 
-    assert found.low < 0 < found.high
+    assert actual.low < 0 < actual.high
 
 
 def test_a_constant_side_has_no_correlation():
-    found = of_correlation(torch.ones(5), noise(5), ranks=False)
+    actual = of_correlation(torch.ones(5), noise(5), ranks=False)
 
-    assert math.isnan(found.value) and math.isnan(found.low)
+    assert math.isnan(actual.value) and math.isnan(actual.low)
 
 
 def test_the_same_seed_gives_the_same_interval():
@@ -80,10 +80,10 @@ def test_an_interval_is_printed_with_signs():
 
 
 def test_a_ratio_weighs_items_by_what_they_hold():
-    found = of_ratio(torch.tensor([1.0, 9.0]), torch.tensor([1.0, 3.0]))
+    actual = of_ratio(torch.tensor([1.0, 9.0]), torch.tensor([1.0, 3.0]))
 
-    assert found.value == 2.5
-    assert (found.low, found.high) == (1.0, 3.0)
+    assert actual.value == 2.5
+    assert (actual.low, actual.high) == (1.0, 3.0)
 
 
 def test_a_row_that_comes_again_is_no_news():

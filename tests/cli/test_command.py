@@ -93,8 +93,8 @@ def test_options_of_other_exporters_are_known(parser, task):
 
     args = parser.parse_args(["export", "qvlm", *given])
 
-    found = (args.model, args.cache_dir, args.variant, args.subfolder, args.task)
-    assert found == ("some/model", "c", "fp16", "s", task)
+    actual = (args.model, args.cache_dir, args.variant, args.subfolder, args.task)
+    assert actual == ("some/model", "c", "fp16", "s", task)
 
 
 def test_every_setting_of_the_configuration_has_an_option():
@@ -158,8 +158,8 @@ def test_options_become_the_arguments_of_the_configuration(parser):
         "processor": "some/processor",
     }
 
-    found = config_arguments(args)
-    assert {name: found[name] for name in expected} == expected
+    actual = config_arguments(args)
+    assert {name: actual[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("text, value", [("auto", "auto"), ("none", None), ("32", 32)])

@@ -67,15 +67,15 @@ def test_equal_modules_of_all_layers_share_a_line(run, saved):
 def test_json_has_every_module_and_the_bytes_that_are_on_disk(run, saved):
     code, text, _ = run(saved, "--json")
 
-    found = json.loads(text)
+    actual = json.loads(text)
     config = json.loads((saved / "config.json").read_text())["quantization_config"]
     assert code == 0
-    assert found["modules"].keys() == config["modules"].keys()
-    assert found["modules"][FIRST]["scheme"] == "w4a8"
-    assert found["files"] == {"model.safetensors": (saved / "model.safetensors").stat().st_size}
-    assert 0 < found["files"]["model.safetensors"] - found["bytes"]["tensors"] < 50_000, "the header is the rest"
-    assert sum(part["linears"] for part in found["parts"]) == len(config["modules"])
-    assert found["format_version"] == 1
+    assert actual["modules"].keys() == config["modules"].keys()
+    assert actual["modules"][FIRST]["scheme"] == "w4a8"
+    assert actual["files"] == {"model.safetensors": (saved / "model.safetensors").stat().st_size}
+    assert 0 < actual["files"]["model.safetensors"] - actual["bytes"]["tensors"] < 50_000, "the header is the rest"
+    assert sum(part["linears"] for part in actual["parts"]) == len(config["modules"])
+    assert actual["format_version"] == 1
 
 
 def test_a_sharded_model_and_a_variant_are_found(run, saved, tmp_path):

@@ -278,8 +278,8 @@ def test_an_image_is_turned_as_its_file_says_and_has_three_channels(tmp_path):
     Image.new("L", (4, 2)).save(tmp_path / "image.jpg", exif=exif)
 
     for given in (str(tmp_path / "image.jpg"), Image.open(tmp_path / "image.jpg")):
-        found = compat.upright_image(given)
-        assert (found.size, found.mode) == ((2, 4), "RGB")
+        actual = compat.upright_image(given)
+        assert (actual.size, actual.mode) == ((2, 4), "RGB")
 
 
 @contract(compat.watch_options, "transformers.PreTrainedModel.adjust_generation_fn")

@@ -200,33 +200,33 @@ class TestModelInputs:
         """A batch of text alone is the user's decision."""
         batches = [llava_batch(rows=2), llava_batch(rows=3, seed=1)]
 
-        source, found = read_dataset(batches, make_options(), wants_images=wants_images)
+        source, actual = read_dataset(batches, make_options(), wants_images=wants_images)
 
         assert source == "user"
-        for given, batch in zip(batches, found, strict=True):
+        for given, batch in zip(batches, actual, strict=True):
             assert batch.keys() == given.keys()
             assert all(torch.equal(batch[name], given[name]) for name in given)
 
     @pytest.mark.parametrize("num_samples, batches", [(1, 1), (2, 1), (3, 2), (4, 2), (6, 3), (50, 3)])
     def test_reading_ends_with_enough_rows(self, num_samples, batches):
-        found = read_dataset([llama_batch(rows=2)] * 3, make_options(num_samples), wants_images=False)[1]
+        actual = read_dataset([llama_batch(rows=2)] * 3, make_options(num_samples), wants_images=False)[1]
 
-        assert len(found) == min(batches, num_samples)
+        assert len(actual) == min(batches, num_samples)
 
     def test_what_a_processor_returns_is_accepted(self):
         """Mappings that are no dicts."""
-        _, found = read_dataset([BatchFeature(llama_batch())], make_options(), wants_images=False)
+        _, actual = read_dataset([BatchFeature(llama_batch())], make_options(), wants_images=False)
 
-        assert found[0].keys() == {"input_ids", "attention_mask"}
+        assert actual[0].keys() == {"input_ids", "attention_mask"}
 
     def test_labels_and_what_is_no_tensor_are_left_out(self):
         """With labels the model would compute a loss; lists cannot be moved to a device."""
         batch: dict[str, Any] = llama_batch()
         batch |= {"labels": batch["input_ids"], "id": "a", "sizes": [1, 2]}
 
-        _, found = read_dataset([batch], make_options(), wants_images=False)
+        _, actual = read_dataset([batch], make_options(), wants_images=False)
 
-        assert found[0].keys() == {"input_ids", "attention_mask"}
+        assert actual[0].keys() == {"input_ids", "attention_mask"}
 
     @pytest.mark.parametrize(
         "second",

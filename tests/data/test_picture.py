@@ -59,9 +59,9 @@ def test_photographs_stand_upright(photograph, form):
         "column path": {"bytes": None, "path": str(path)},
     }[form]
 
-    found = open_image(source, "sample")
+    actual = open_image(source, "sample")
 
-    assert found.tobytes() == upright.tobytes() == load_image(str(path)).tobytes()
+    assert actual.tobytes() == upright.tobytes() == load_image(str(path)).tobytes()
 
 
 def test_the_processor_sees_photographs_upright(photograph, processor):
@@ -133,7 +133,7 @@ def test_image_columns_are_read_decoded_or_not(photograph, decode, nested):
 
     _, (sample,) = read_dataset(rows, options, wants_images=True)
 
-    assert [found.open().tobytes() for found in sample.images] == [photograph[1].tobytes()]
+    assert [actual.open().tobytes() for actual in sample.images] == [photograph[1].tobytes()]
 
 
 def test_large_images_make_small_batches(processor, monkeypatch):

@@ -189,17 +189,17 @@ def test_images_of_every_mode_become_rgb(tmp_path, mode, stored):
         image.save(tmp_path / "image.tiff")
         image = tmp_path / "image.tiff"
 
-    found = open_image(image, "dataset[0]")
+    actual = open_image(image, "dataset[0]")
 
-    assert (found.mode, found.size) == ("RGB", (3, 2))
+    assert (actual.mode, actual.size) == ("RGB", (3, 2))
 
 
 def test_files_are_closed_and_decoded_at_once(path):
     """Otherwise hundreds of open files, and a corrupt one is found in the middle of a calibration."""
-    found = open_image(path, "dataset[0]")
+    actual = open_image(path, "dataset[0]")
     path.unlink()
 
-    assert found.getpixel((0, 0)) == (255, 0, 0)
+    assert actual.getpixel((0, 0)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "text", "truncated", "folder"])

@@ -32,8 +32,8 @@ def named(page: Path) -> str:
 def python_blocks(page: Path) -> list[tuple[int, str]]:
     """Python blocks of a page with the number of their first line."""
     text = page.read_text(encoding="utf-8")
-    found = re.finditer(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-    return [(text.count("\n", 0, match.start(1)) + 1, match[1]) for match in found]
+    actual = re.finditer(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [(text.count("\n", 0, match.start(1)) + 1, match[1]) for match in actual]
 
 
 def running_script(page: Path) -> str:

@@ -16,15 +16,15 @@ CAUSAL = pytest.mark.parametrize("name", [name for name in FAMILIES if name != "
 
 def batches_of(family, last=3):
     """Two batches with padding, labels on the last tokens of each row."""
-    found = []
+    actual = []
     for seed in (3, 4):
         batch = family.batch(seed=seed, padding=1)
         batch["input_ids"][batch["input_ids"] == VIDEO_TOKEN] = 5
         length = batch["attention_mask"].sum(1, keepdim=True)
         places = torch.arange(batch["input_ids"].shape[1])
-        wanted = (places < length) & (places >= length - last)
-        found.append({**batch, "labels": torch.where(wanted, batch["input_ids"], IGNORED)})
-    return found
+        expected = (places < length) & (places >= length - last)
+        actual.append({**batch, "labels": torch.where(expected, batch["input_ids"], IGNORED)})
+    return actual
 
 
 @pytest.fixture(scope="module")
@@ -49,32 +49,32 @@ def figures(name, model):
 @CAUSAL
 def test_with_exact_decode_both_ways_agree(name, quantized):
     """The arithmetic is the same then, so that more than rounding between them would be a mistake of ours."""
-    found = figures(name, quantized(name, decode_tokens=0))
+    actual = figures(name, quantized(name, decode_tokens=0))
 
-    assert found["decode"]["tokens"] == found["prefill"]["tokens"] == 12
-    assert found["decode"]["mean_kl"] == pytest.approx(found["prefill"]["mean_kl"], rel=1e-4)
-    assert found["decode"]["top1_agreement"] == found["prefill"]["top1_agreement"]
+    assert actual["decode"]["tokens"] == actual["prefill"]["tokens"] == 12
+    assert actual["decode"]["mean_kl"] == pytest.approx(actual["prefill"]["mean_kl"], rel=1e-4)
+    assert actual["decode"]["top1_agreement"] == actual["prefill"]["top1_agreement"]
 
 
 @CAUSAL
 def test_without_it_decoding_is_what_differs(name, quantized):
     """Two rows of one token are below `decode_tokens`, and the whole batch is above: activations are rounded there."""
-    found = figures(name, quantized(name))
+    actual = figures(name, quantized(name))
 
-    assert found["decode"]["tokens"] == found["prefill"]["tokens"]
-    assert abs(found["decode"]["mean_kl"] / found["prefill"]["mean_kl"] - 1) > 0.02
+    assert actual["decode"]["tokens"] == actual["prefill"]["tokens"]
+    assert abs(actual["decode"]["mean_kl"] / actual["prefill"]["mean_kl"] - 1) > 0.02
 
 
 @EVERY
 def test_full_precision_is_no_distance_from_itself(name):
     """Also where prompts see what follows them: there both models decode, and nothing is compared with one pass."""
-    found = figures(name, FAMILIES[name].build())
+    actual = figures(name, FAMILIES[name].build())
 
-    assert found["prefill"]["mean_kl"] == pytest.approx(0, abs=1e-9)
-    assert found["decode"]["mean_kl"] == pytest.approx(0, abs=1e-9)
-    assert found["decode"]["top1_agreement"] == found["generate"]["exact_match"] == 1.0
-    assert found["generate"]["agreed_tokens"] == found["generate"]["tokens"] > 0
-    assert found["generate"]["answers"] == 4
+    assert actual["prefill"]["mean_kl"] == pytest.approx(0, abs=1e-9)
+    assert actual["decode"]["mean_kl"] == pytest.approx(0, abs=1e-9)
+    assert actual["decode"]["top1_agreement"] == actual["generate"]["exact_match"] == 1.0
+    assert actual["generate"]["agreed_tokens"] == actual["generate"]["tokens"] > 0
+    assert actual["generate"]["answers"] == 4
 
 
 def test_full_precision_takes_one_pass_where_that_says_all():
@@ -98,9 +98,9 @@ def test_a_model_that_cannot_generate_has_no_figures_of_it(monkeypatch):
 
     seen = observe(model, batches, [], quantized=True)
 
-    found = fidelity_report(seen, seen)
-    assert found["prefill"]["mean_kl"] == 0.0
-    assert found["decode"] is None and found["generate"] is None
+    actual = fidelity_report(seen, seen)
+    assert actual["prefill"]["mean_kl"] == 0.0
+    assert actual["decode"] is None and actual["generate"] is None
 
 
 def test_labels_that_decoding_does_not_reach_count_at_once_only():

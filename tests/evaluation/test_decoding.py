@@ -18,10 +18,10 @@ def labelled(batch, last=4):
     """The batch with labels on the last real tokens of each row, one fewer in the first row."""
     ids, length = batch["input_ids"], batch["attention_mask"].sum(1, keepdim=True)
     places = torch.arange(ids.shape[1])
-    wanted = (places < length) & (places >= length - last)
-    wanted[0, int(length[0]) - last] = False
-    ids[(ids == VIDEO_TOKEN) | (ids == IMAGE_TOKEN) & wanted] = 5
-    return {**batch, "labels": torch.where(wanted, ids, IGNORED)}
+    expected = (places < length) & (places >= length - last)
+    expected[0, int(length[0]) - last] = False
+    ids[(ids == VIDEO_TOKEN) | (ids == IMAGE_TOKEN) & expected] = 5
+    return {**batch, "labels": torch.where(expected, ids, IGNORED)}
 
 
 def cut(batch):
@@ -34,12 +34,12 @@ def test_full_precision_says_the_same_at_once_and_by_steps(name, padding):
     """Every family in every form of prompt: images in the first step alone, rows of different lengths."""
     model, batch = FAMILIES[name].build(), labelled(FAMILIES[name].batch(rows=3, seed=5, padding=padding), last=3)
 
-    found = decoded_logits(model, cut(batch), CPU)
+    actual = decoded_logits(model, cut(batch), CPU)
 
-    (wanted,) = answer_logits(model, [batch])
-    assert found.shape == wanted.shape == (8, wanted.shape[1])
-    assert torch.allclose(found, wanted, atol=2e-6)
-    assert found.dtype == torch.float32
+    (expected,) = answer_logits(model, [batch])
+    assert actual.shape == expected.shape == (8, expected.shape[1])
+    assert torch.allclose(actual, expected, atol=2e-6)
+    assert actual.dtype == torch.float32
 
 
 def test_each_token_but_the_first_has_a_step_of_its_own():
@@ -57,21 +57,21 @@ def test_an_end_token_in_the_answer_ends_nothing():
     batch["input_ids"][0, -3] = model.generation_config.eos_token_id
     batch = labelled(batch)
 
-    found = decoded_logits(model, cut(batch), CPU)
+    actual = decoded_logits(model, cut(batch), CPU)
 
-    assert torch.allclose(found, answer_logits(model, [batch])[0], atol=2e-6)
+    assert torch.allclose(actual, answer_logits(model, [batch])[0], atol=2e-6)
 
 
 def test_greedy_answers_are_those_of_generate():
     model, batch = tiny_llama(), labelled(llama_batch(padding=3))
     prompt = cut(batch).prompt
 
-    found = greedy_answers(model, cut(batch), CPU)
+    actual = greedy_answers(model, cut(batch), CPU)
 
     output = model.generate(**prompt, do_sample=False, max_new_tokens=ANSWER_TOKENS, eos_token_id=None)
     width = prompt["input_ids"].shape[1]
-    assert found == output[:, width:].tolist()
-    assert all(len(row) == ANSWER_TOKENS for row in found)
+    assert actual == output[:, width:].tolist()
+    assert all(len(row) == ANSWER_TOKENS for row in actual)
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
@@ -81,10 +81,10 @@ def test_an_answer_ends_with_its_end_token(several):
     end = long[0][2]
     model.generation_config.eos_token_id = [end, 1] if several else end
 
-    found = greedy_answers(model, cut(batch), CPU)
+    actual = greedy_answers(model, cut(batch), CPU)
 
-    assert found[0] == long[0][: long[0].index(end) + 1]
-    assert found[1][: len(found[1])] == long[1][: len(found[1])]
+    assert actual[0] == long[0][: long[0].index(end) + 1]
+    assert actual[1][: len(actual[1])] == long[1][: len(actual[1])]
 
 
 def test_rows_without_an_answer_are_not_asked():

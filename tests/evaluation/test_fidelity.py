@@ -27,18 +27,18 @@ def labelled(answer, **shape):
 def test_a_model_is_no_distance_from_itself():
     logits = [random_logits(5, 50), random_logits(1, 50, seed=1)]
 
-    found = compare(logits, logits)
+    actual = compare(logits, logits)
 
-    assert (found.tokens, found.mean_kl, found.top1_agreement) == (6, 0.0, 1.0)
+    assert (actual.tokens, actual.mean_kl, actual.top1_agreement) == (6, 0.0, 1.0)
 
 
 def test_divergence_and_agreement_by_hand():
     """Reference (1/2, 1/2, 0+) against (1/4, 3/4, 0+): KL = ln 2 - ln(3) / 2. Second token: equal."""
     tiny = -60.0
-    wanted = torch.tensor([[math.log(0.5) + 1e-9, math.log(0.5), tiny], [0.0, tiny, tiny]])
-    found = torch.tensor([[math.log(0.25), math.log(0.75), tiny], [0.0, tiny, tiny]])
+    expected = torch.tensor([[math.log(0.5) + 1e-9, math.log(0.5), tiny], [0.0, tiny, tiny]])
+    actual = torch.tensor([[math.log(0.25), math.log(0.75), tiny], [0.0, tiny, tiny]])
 
-    fidelity = compare([wanted.double()], [found.double()])
+    fidelity = compare([expected.double()], [actual.double()])
 
     assert fidelity.tokens == 2
     assert fidelity.mean_kl == pytest.approx((LOG2 - math.log(3) / 2) / 2, rel=1e-6)
@@ -64,9 +64,9 @@ def test_shifting_all_logits_changes_nothing():
 
 
 def test_tokens_count_the_same_whatever_batch_they_are_in():
-    wanted, found = random_logits(6, 10), random_logits(6, 10, seed=1)
+    expected, actual = random_logits(6, 10), random_logits(6, 10, seed=1)
 
-    whole, split = compare([wanted], [found]), compare(wanted.split([1, 5]), found.split([1, 5]))
+    whole, split = compare([expected], [actual]), compare(expected.split([1, 5]), actual.split([1, 5]))
 
     assert split.tokens == whole.tokens
     assert split.mean_kl == pytest.approx(whole.mean_kl, rel=1e-12)
@@ -82,12 +82,12 @@ def test_logits_are_those_that_predict_the_answer():
     """The token before each labelled one predicts it."""
     model, batch = tiny_llama(), labelled(slice(8, 11))
 
-    found = answer_logits(model, [batch])
+    actual = answer_logits(model, [batch])
 
     with torch.no_grad():
         whole = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    assert torch.allclose(found[0], whole[:, 7:10].reshape(6, -1), atol=1e-6)
-    assert found[0].dtype == torch.float32
+    assert torch.allclose(actual[0], whole[:, 7:10].reshape(6, -1), atol=1e-6)
+    assert actual[0].dtype == torch.float32
 
 
 def test_a_label_on_the_first_token_predicts_nothing():
@@ -112,10 +112,10 @@ def test_labels_stay_in_the_batch():
 
 def test_greedy_answers_by_hand():
     """The same; another third token; cut off early; an end where the reference goes on."""
-    wanted = [[5, 6, 7], [5, 6, 7, 8], [5, 6], [5, 6, 7, 8]]
-    found = [[5, 6, 7], [5, 6, 9, 8], [5, 6, 7], [5]]
+    expected = [[5, 6, 7], [5, 6, 7, 8], [5, 6], [5, 6, 7, 8]]
+    actual = [[5, 6, 7], [5, 6, 9, 8], [5, 6, 7], [5]]
 
-    agreement = compare_answers(wanted, found)
+    agreement = compare_answers(expected, actual)
 
     assert agreement == Agreement(answers=4, tokens=13 / 4, agreed_tokens=(3 + 2 + 2 + 1) / 4, exact_match=0.25)
 

@@ -115,11 +115,11 @@ def test_names_are_those_that_servers_know(llava, tmp_path):
     shards = sorted(name for name in names if name.endswith(".safetensors"))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(shards) > 1 and sorted(set(index["weight_map"].values())) == shards
-    found = {name: shard for shard in shards for name in load_file(tmp_path / "out" / shard)}
-    assert found == index["weight_map"]
-    tower = [name for name in found if "vision_tower" in name]
+    actual = {name: shard for shard in shards for name in load_file(tmp_path / "out" / shard)}
+    assert actual == index["weight_map"]
+    tower = [name for name in actual if "vision_tower" in name]
     assert tower and all("vision_tower.vision_model." in name for name in tower)
-    assert not any("optimum" in name for name in found)
+    assert not any("optimum" in name for name in actual)
     assert "preprocessor_config.json" in names and "README.md" not in names
 
 

@@ -90,17 +90,17 @@ def test_folders_without_a_lock_stay(target, owner):
 
 def test_threads_get_folders_while_others_sweep(target):
     """A sweep that comes between the making of a folder and its lock takes it away; then another one is made."""
-    found: list[Path] = []
+    actual: list[Path] = []
 
     def work(_: int) -> None:
         with work_folder(target) as folder:
             (folder / "x").write_text("x")
-            found.append(folder)
+            actual.append(folder)
 
     with ThreadPoolExecutor(6) as threads:
         list(threads.map(work, range(600)))
 
-    assert len(set(found)) == 600
+    assert len(set(actual)) == 600
     assert [path.name for path in target.parent.iterdir()] == ["out"]
 
 

@@ -146,9 +146,9 @@ class _Worker:
         assert self.mutant is not None
         try:
             if self.pipe.poll(0.01):
-                found: Outcome = self.pipe.recv()
+                actual: Outcome = self.pipe.recv()
                 self.mutant = None
-                return found
+                return actual
         except EOFError:
             return self._lost("CRASH")
         return self._lost("HANG") if time.perf_counter() - self.started > SECONDS else None
@@ -214,13 +214,13 @@ class _Loaded:
 
 def _judge(folder: Path, base: Path, whole: _Loaded, *, forged: bool) -> tuple[str, str]:
     try:
-        found = _Loaded.of(folder, base)
+        actual = _Loaded.of(folder, base)
     except QVLMError as error:
         return REFUSED, f"{type(error).__name__}: {error}"
     except BaseException as error:
         return _judge_error(error)
-    if torch.equal(found.logits, whole.logits):
-        return SAME if found.config.replace(str(folder), str(base)) == whole.config else HARMLESS, ""
+    if torch.equal(actual.logits, whole.logits):
+        return SAME if actual.config.replace(str(folder), str(base)) == whole.config else HARMLESS, ""
     return (OTHER if forged else "OTHER LOGITS"), ""
 
 

@@ -583,7 +583,7 @@ def test_numbers_beyond_reason_are_refused(name, value):
     ],
 )
 def test_settings_without_effect_are_named(settings, sentence):
-    assert any(found.startswith(sentence) for found in QVLMConfig(**dotted(settings)).idle_settings())
+    assert any(actual.startswith(sentence) for actual in QVLMConfig(**dotted(settings)).idle_settings())
 
 
 @pytest.mark.parametrize(

@@ -103,13 +103,13 @@ def test_values_are_plain_json(llava_folder):
     ids=["group", "pattern", "preset", "no image", "no image token", "disk", "memory"],
 )
 def test_what_a_real_run_refuses_is_refused_with_the_same_words(llava_folder, changes, error, message):
-    with pytest.raises(error, match=message) as wanted:
+    with pytest.raises(error, match=message) as expected:
         quantize(llava_folder, **changes)
 
-    with pytest.raises(error, match=message) as found:
+    with pytest.raises(error, match=message) as actual:
         tried(llava_folder, **changes)
 
-    assert str(found.value) == str(wanted.value)
+    assert str(actual.value) == str(expected.value)
 
 
 def test_weights_and_samples_that_mean_nothing_are_refused(tmp_path, llava_folder):

@@ -76,7 +76,7 @@ def test_adapters_that_replace_no_linear_are_refused(model, name, value):
 
 def test_adapters_that_are_added_to_a_fused_model_compute_what_they_do_elsewhere(model, quantized_llava):
     """A wrapper calls the linear with the same tensor; gradients reach its parameters."""
-    alone, fused, found = copy.deepcopy(quantized_llava), model, []
+    alone, fused, actual = copy.deepcopy(quantized_llava), model, []
     fuse_linears(fused)
     for one in (alone, fused):
         adapters = [Adapter(one.get_submodule(path)) for path in (ATTENTION[0], ATTENTION[2])]
@@ -84,10 +84,12 @@ def test_adapters_that_are_added_to_a_fused_model_compute_what_they_do_elsewhere
         replace_module(one, ATTENTION[2], adapters[1])
         values = one(**llava_batch(rows=2, seed=9)).logits
         values.square().mean().backward()
-        found.append((values.detach(), *[parameter.grad for adapter in adapters for parameter in adapter.parameters()]))
+        actual.append(
+            (values.detach(), *[parameter.grad for adapter in adapters for parameter in adapter.parameters()])
+        )
 
-    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-5)
-    for one, other in zip(found[1][1:], found[0][1:], strict=True):
+    torch.testing.assert_close(actual[1][0], actual[0][0], rtol=1e-5, atol=1e-5)
+    for one, other in zip(actual[1][1:], actual[0][1:], strict=True):
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)

@@ -106,10 +106,10 @@ def test_a_download_that_broke_off_goes_on_in_the_same_call(hub, model, llava_fo
     size = len(hub.files(REPO)["model.safetensors"])
     hub.fail("GET", "resolve/.*/model.safetensors", drop_after=40_000, times=2)
 
-    found = pull()
+    actual = pull()
 
     batch = make_batch(llava_folder)
-    assert torch.equal(logits(found, batch), logits(model, batch))
+    assert torch.equal(logits(actual, batch), logits(model, batch))
     assert hub.ranges == ["bytes=40000-", "bytes=80000-"]
     assert hub.sent["model.safetensors"] == size, "no byte twice"
 
@@ -124,10 +124,10 @@ def test_a_download_that_was_given_up_keeps_the_shards_that_came(hub, model, lla
     hub.faults.clear()
     assert hub.sent[last] == 0
 
-    found = pull()
+    actual = pull()
 
     batch = make_batch(llava_folder)
-    assert torch.equal(logits(found, batch), logits(model, batch))
+    assert torch.equal(logits(actual, batch), logits(model, batch))
     assert {name: hub.sent[name] for name in whole} == {name: len(hub.files(REPO)[name]) for name in whole}
 
 

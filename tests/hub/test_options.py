@@ -47,9 +47,9 @@ def test_a_private_quantized_model_is_loaded_and_saved_with_the_token_alone(hub,
     """Also by a deep copy, which is another model."""
     model.save_pretrained(tmp_path / "first")
     hub.add(REPO, files | contents(tmp_path / "first"), private=True)
-    found = AutoModelForImageTextToText.from_pretrained(REPO, token="hf_owner")
+    actual = AutoModelForImageTextToText.from_pretrained(REPO, token="hf_owner")
 
-    copy.deepcopy(found).save_pretrained(tmp_path / "out")
+    copy.deepcopy(actual).save_pretrained(tmp_path / "out")
 
     assert set(contents(tmp_path / "out")) >= PROCESSOR
 
@@ -117,10 +117,10 @@ def test_a_save_without_a_token_that_works_says_how_to_log_in(hub, model, strang
     logging.enable_propagation()
     model.save_pretrained(tmp_path / "first")
     hub.add(REPO, files | contents(tmp_path / "first"), private=True)
-    found = AutoModelForImageTextToText.from_pretrained(REPO, token="hf_owner")
+    actual = AutoModelForImageTextToText.from_pretrained(REPO, token="hf_owner")
     del hub.tokens["hf_owner"]
 
-    found.save_pretrained(tmp_path / "out")
+    actual.save_pretrained(tmp_path / "out")
 
     assert "processor files of me/tiny could not be fetched" in caplog.text
     assert "for a private model log in with `hf auth login` or set HF_TOKEN" in caplog.text

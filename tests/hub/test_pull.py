@@ -118,10 +118,10 @@ def test_offline_the_cache_is_enough(hub, model, same, monkeypatch):
 def test_saving_offline_still_saves(hub, model, same, tmp_path, monkeypatch):
     """A download that is not possible any more must not lose the model."""
     model.push_to_hub(REPO)
-    found = pull()
+    actual = pull()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
-    found.save_pretrained(tmp_path / "out")
+    actual.save_pretrained(tmp_path / "out")
 
     assert {"config.json", "model.safetensors"} <= set(contents(tmp_path / "out"))
 

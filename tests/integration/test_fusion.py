@@ -137,25 +137,25 @@ def test_a_fused_model_is_dequantized_like_any_other(saved):
     model, fused, batch = load(saved("llama")), load(saved("llama")), make_batch(saved("llama"))
     fuse_linears(fused)
 
-    found, expected = fused.dequantize(), model.dequantize()
+    actual, expected = fused.dequantize(), model.dequantize()
 
-    assert not any(isinstance(module, QuantLinear) for module in found.modules())
-    assert not any("joint" in name for name, _ in found.named_modules())
-    assert torch.equal(logits(found, batch), logits(expected, batch))
+    assert not any(isinstance(module, QuantLinear) for module in actual.modules())
+    assert not any("joint" in name for name, _ in actual.named_modules())
+    assert torch.equal(logits(actual, batch), logits(expected, batch))
 
 
 def test_gradients_reach_what_lies_before_a_fused_model(saved):
     """Prompts, adapters and the encoder step train through it."""
     models = [load(saved("llama")) for _ in range(2)]
     fuse_linears(models[1])
-    found = []
+    actual = []
     for model in models:
         x = torch.randn(1, 5, model.config.hidden_size, generator=torch.Generator().manual_seed(0)).requires_grad_()
         model.train()
         model(inputs_embeds=x, use_cache=False).logits.square().mean().backward()
-        found.append(x.grad)
+        actual.append(x.grad)
 
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*actual, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])

@@ -125,8 +125,8 @@ def test_the_effective_precision_of_every_linear_is_in_the_configuration(job, fa
     weight, activation = bits_of(scheme)
     for name, entry in modules.items():
         vision = "vision_tower" in name or "projector" in name
-        wanted = (8, 8) if vision else (weight, activation)
-        assert (entry["weight_bits"], entry["activation_bits"], entry["symmetric"]) == (*wanted, symmetric), name
+        expected = (8, 8) if vision else (weight, activation)
+        assert (entry["weight_bits"], entry["activation_bits"], entry["symmetric"]) == (*expected, symmetric), name
         assert entry["weight_group"] == (None if entry["weight_bits"] == 8 else {64: 64, 96: 32}[entry["in_features"]])
     counts = {"llava": 34, "llama": 14}
     assert len(modules) == counts[family] == len(quantized_modules(done.model))
@@ -159,10 +159,10 @@ def test_scales_keep_their_dtype_whatever_the_model_is_loaded_in(job, family, sa
 
     again = load(done.folder, dtype=loaded)
 
-    wanted = quantized_modules(done.model)
+    expected = quantized_modules(done.model)
     for path, module in quantized_modules(again).items():
         assert module.weight_scale.dtype == saved
-        assert torch.equal(module.weight_scale, wanted[path].weight_scale)
+        assert torch.equal(module.weight_scale, expected[path].weight_scale)
     assert logits(again, done.batch).dtype == loaded
     assert (logits(again, done.batch).float() - done.logits.float()).abs().max() < 0.1
 
@@ -190,32 +190,32 @@ def test_fidelity_is_measured_on_what_was_left_out(llava_folder):
 
     model = quantize(llava_folder, "w4a4", dataset=data, num_samples=4, decode_tokens=0)
 
-    found = model.hf_quantizer.report["fidelity"]
+    actual = model.hf_quantizer.report["fidelity"]
     taken = random.Random(0).sample(range(6), 4)
     left = [data[place] for place in range(6) if place not in taken]
     labels = [{**b, "labels": torch.where(b["input_ids"] == IMAGE_TOKEN, -100, b["input_ids"])} for b in left]
-    wanted = compare(answer_logits(load(llava_folder), labels), answer_logits(model, labels))
-    prefill, decode = found["prefill"], found["decode"]
-    assert prefill == pytest.approx(asdict(wanted), rel=1e-5)
+    expected = compare(answer_logits(load(llava_folder), labels), answer_logits(model, labels))
+    prefill, decode = actual["prefill"], actual["decode"]
+    assert prefill == pytest.approx(asdict(expected), rel=1e-5)
     assert 0 < prefill["mean_kl"] and prefill["tokens"] == sum(int((b["labels"][:, 1:] != -100).sum()) for b in labels)
     assert decode["tokens"] == prefill["tokens"] - 2, "what follows an image at once is no step of decoding"
-    assert 0 < decode["mean_kl"] and found["generate"]["answers"] == 2
+    assert 0 < decode["mean_kl"] and actual["generate"]["answers"] == 2
     assert quantize(llava_folder, "w4a4", dataset=data).hf_quantizer.report["fidelity"] is None
 
 
 def test_decoding_without_rounded_activations_is_closer_and_said_to_be(bundled_folder):
     """What a report says of decoding must be what `decode_tokens` does: `w4a4` rounds there only if it is exact."""
     answer = "left, red and 3 or 5 on the square, not blue, is it?"
-    data, found = [record(number) | {"answer": answer} for number in range(24)], {}
+    data, actual = [record(number) | {"answer": answer} for number in range(24)], {}
     for exact in (False, True):
         config = QVLMConfig("w4a4", dataset=data, num_samples=16, exact_decode=exact, effort="fast")
         model = load(bundled_folder, quantization_config=config)
-        found[exact] = model.hf_quantizer.report["fidelity"]
+        actual[exact] = model.hf_quantizer.report["fidelity"]
 
-    assert all(entry["decode"]["tokens"] == entry["prefill"]["tokens"] for entry in found.values())
-    assert found[True]["decode"]["mean_kl"] == pytest.approx(found[True]["prefill"]["mean_kl"], rel=1e-3)
-    assert found[False]["decode"]["mean_kl"] < 0.9 * found[False]["prefill"]["mean_kl"]
-    assert 0 <= found[False]["generate"]["exact_match"] <= 1 and found[False]["generate"]["answers"] == 8
+    assert all(entry["decode"]["tokens"] == entry["prefill"]["tokens"] for entry in actual.values())
+    assert actual[True]["decode"]["mean_kl"] == pytest.approx(actual[True]["prefill"]["mean_kl"], rel=1e-3)
+    assert actual[False]["decode"]["mean_kl"] < 0.9 * actual[False]["prefill"]["mean_kl"]
+    assert 0 <= actual[False]["generate"]["exact_match"] <= 1 and actual[False]["generate"]["answers"] == 8
 
 
 def test_the_folder_of_a_whole_model_is_whole(bundled, bundled_folder):

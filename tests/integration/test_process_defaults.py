@@ -47,8 +47,8 @@ for name, settings in cases.items():
 def outcome(source, data, batch, settings):
     """A model quantized with the settings, and every tensor of it with what it answers."""
     model = quantize(source, dataset=data, options={"dtype": torch.float32}, **settings)
-    found = stored_state(model, "00" * 32, {}) | {"logits": logits(model, batch)}
-    return model, {name: tensor.clone() for name, tensor in found.items()}
+    actual = stored_state(model, "00" * 32, {}) | {"logits": logits(model, batch)}
+    return model, {name: tensor.clone() for name, tensor in actual.items()}
 
 
 def calibrated(name):
@@ -77,9 +77,9 @@ def test_results_do_not_depend_on_the_default_dtype(llava_folder, tmp_path):
     for name, settings in CASES.items():
         _, expected = outcome(llava_folder, data, make_batch(llava_folder), settings)
         expected["later"] = expected["logits"]
-        found = load_file(tmp_path / name)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], value) for key, value in expected.items()), name
+        actual = load_file(tmp_path / name)
+        assert actual.keys() == expected.keys()
+        assert all(torch.equal(actual[key], value) for key, value in expected.items()), name
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -52,8 +52,8 @@ def quantized_linears(model: nn.Module) -> dict[str, QuantLinear]:
 
 
 def kind_of(module: QuantLinear) -> str:
-    found = (module.format.equalized, module.format.rotation is not None)
-    return {(False, False): "off", (True, False): "equalize", (False, True): "rotate", (True, True): "both"}[found]
+    actual = (module.format.equalized, module.format.rotation is not None)
+    return {(False, False): "off", (True, False): "equalize", (False, True): "rotate", (True, True): "both"}[actual]
 
 
 def change(found: Tensor, wanted: Tensor) -> float:
@@ -105,7 +105,7 @@ def test_linears_of_a_site_get_one_transform(folder):
     recorded: dict[str, set[Any]] = {}
     for record in model.config.quantization_config.record.modules.values():
         recorded.setdefault(record.site, set()).add((record.format.equalized, record.format.rotation))
-    assert all(len(found) == 1 for found in recorded.values())
+    assert all(len(actual) == 1 for actual in recorded.values())
     for site in plan_for(load(folder), "w4a4").sites():
         first, *others = [model.get_submodule(linear.path) for linear in site.linears]
         for other in others:
@@ -165,10 +165,10 @@ def test_norms_take_up_what_outliers_need(tmp_path):
                     linear.weight[:, ::9] /= 40
     full.save_pretrained(tmp_path / "full")
     batch = make_batch(tmp_path / "full")
-    wanted = logits(full, batch)
+    expected = logits(full, batch)
 
     servable = quantize(tmp_path / "full", "w4a4", servable=True)
     plain = quantize(tmp_path / "full", "w4a4", transforms="off")
 
     assert len(servable.hf_quantizer.report["folded_into_norms"]) == 2 * len(full.model.layers)
-    assert change(logits(servable, batch), wanted) < 0.5 * change(logits(plain, batch), wanted)
+    assert change(logits(servable, batch), expected) < 0.5 * change(logits(plain, batch), expected)

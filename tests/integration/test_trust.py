@@ -92,11 +92,11 @@ def peak_megabytes() -> int:
 
 def paths_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Every place in a JSON value, the root left out."""
-    found = [path] if path else []
+    actual = [path] if path else []
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
-        found += paths_in(inner, (*path, key))
-    return found
+        actual += paths_in(inner, (*path, key))
+    return actual
 
 
 def mutated(value: Any, seed: int) -> Any:
@@ -155,8 +155,8 @@ def outcome(folder: Path, batch: Any, expected: Any) -> str:
     saved = json.loads((folder / "config.json").read_text())["quantization_config"]
     modules = quantized_modules(model)
     assert len(modules) == len(saved["modules"]), "a linear was left as it was initialised"
-    found = logits(model, batch)
-    if torch.equal(found, expected):
+    actual = logits(model, batch)
+    if torch.equal(actual, expected):
         return "loaded the same"
     record = model.config.quantization_config.record.modules
     formats = sorted((m.format.weight.bits, m.format.activation_clip) for m in modules.values())
@@ -167,9 +167,9 @@ def outcome(folder: Path, batch: Any, expected: Any) -> str:
 def inspected(folder: Path) -> str:
     """What `info` does, text and JSON included: it raises nothing but ours."""
     try:
-        found = inspect_checkpoint(str(folder))
-        assert as_text(found).startswith(str(folder))
-        json.dumps(as_values(found))
+        actual = inspect_checkpoint(str(folder))
+        assert as_text(actual).startswith(str(folder))
+        json.dumps(as_values(actual))
     except QVLMError:
         return "info refused"
     return "info accepted"
@@ -290,10 +290,10 @@ def test_a_changed_report_is_no_obstacle(original, tmp_path, tally, examples):
     def run(seed):
         folder = fresh(source, tmp_path / "copy")
         (folder / REPORT_FILE).write_text(json.dumps(mutated(report, seed)))
-        found = inspected(folder)
+        actual = inspected(folder)
         model.hf_quantizer.source = Source(folder=folder)
         model.save_pretrained(tmp_path / "out")
-        tally.setdefault("the report, info and save", Counter()).update([found])
+        tally.setdefault("the report, info and save", Counter()).update([actual])
 
     run()
     assert torch.equal(logits(load(tmp_path / "out"), batch), expected)
@@ -322,12 +322,12 @@ def test_commands_say_of_a_changed_index_what_is_wrong(sharded, llava_folder, tm
         try:
             state = load_model(args, **options).state_dict()
         except QVLMError:
-            found = "refused"
+            actual = "refused"
         else:
-            found = "loaded the same"
+            actual = "loaded the same"
             assert state.keys() == expected.keys()
             assert all(torch.equal(state[name], expected[name]) for name in expected)
-        tally.setdefault(f"the index, {command}", Counter()).update([found])
+        tally.setdefault(f"the index, {command}", Counter()).update([actual])
 
     run()
 

@@ -62,11 +62,11 @@ def read_resources(compiled: Any) -> Resources:
         binary.write_bytes(compiled.asm["cubin"])
         usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", binary], capture_output=True, text=True, check=True)
         listing = subprocess.run([TOOLS / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True).stdout
-    found = usage.stdout + usage.stderr
+    actual = usage.stdout + usage.stderr
     body = _longest_loop(listing)
     return Resources(
-        registers=int(re.search(r"REG:(\d+)", found)[1]),
-        stack_bytes=int(re.search(r"STACK:(\d+)", found)[1]),
+        registers=int(re.search(r"REG:(\d+)", actual)[1]),
+        stack_bytes=int(re.search(r"STACK:(\d+)", actual)[1]),
         shared_bytes=compiled.metadata.shared,
         tensor_columns=compiled.metadata.tmem_size or 0,
         matrix=Counter(MATRIX.findall(listing)),
@@ -78,15 +78,15 @@ def read_resources(compiled: Any) -> Resources:
 
 def _open_products(code: str) -> int:
     """Of all loops of a kernel in Triton's representation for GPUs."""
-    found = started = 0
+    actual = started = 0
     for line in code.splitlines():
         if "warp_group_dot " in line and "dot_op<{opIdx = 0" in line:
             started += 1
         elif (wait := re.search(r"warp_group_dot_wait .*pendings = (\d+)", line)) is not None:
             started = min(started, int(wait[1]))
         elif "scf.yield" in line:
-            found, started = found + started, 0
-    return found
+            actual, started = actual + started, 0
+    return actual
 
 
 def _longest_loop(listing: str) -> list[str]:
@@ -99,10 +99,10 @@ def _longest_loop(listing: str) -> list[str]:
         if label is not None:
             labels[label[1]] = len(instructions)
             continue
-        found = INSTRUCTION.match(line)
-        if found is None:
+        actual = INSTRUCTION.match(line)
+        if actual is None:
             continue
-        instructions.append(found[1])
+        instructions.append(actual[1])
         target = re.search(r"\bBRA\b.*?(\.L_x?_?\w+)", line)
         if target is not None and target[1] in labels and len(instructions) - labels[target[1]] > len(best):
             if labels[target[1]] < len(instructions) - 1:

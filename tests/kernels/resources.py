@@ -377,7 +377,7 @@ def checked_cases(architecture: int) -> list[Case]:
 
 def all_cases(architecture: int) -> list[Case]:
     """Every shipped tile, with the weights that use it."""
-    found = [
+    actual = [
         *[digits_case(architecture, *size) for size in itertools.product((1, 4), (1024, MANY_ROWS))],
         digits_case(architecture, 1, ROWS, "fp16", 13824),
         split_case(architecture, 128),
@@ -388,16 +388,16 @@ def all_cases(architecture: int) -> list[Case]:
         quantize_case(architecture, None, 128, "bf16", rounds=False),
         *[dequantize_case(architecture, bits) for bits in (4, 6, 8)],
     ]
-    found += [written_case(architecture, 128), written_case(architecture, 32)]
+    actual += [written_case(architecture, 128), written_case(architecture, 32)]
     if architecture >= tiles.BULK_COPIES:
-        found += [bytes_case(architecture, 600, 1024), bytes_case(architecture, 2048, MANY_ROWS)]
-        found += [levels_case(architecture, *size) for size in ((300, 1024), (600, 5120), (1024, MANY_ROWS))]
-        found.append(levels_case(architecture, 600, ROWS, 64))
+        actual += [bytes_case(architecture, 600, 1024), bytes_case(architecture, 2048, MANY_ROWS)]
+        actual += [levels_case(architecture, *size) for size in ((300, 1024), (600, 5120), (1024, MANY_ROWS))]
+        actual.append(levels_case(architecture, 600, ROWS, 64))
         sizes = ((64, 5120), (64, MANY_ROWS), (200, 5120), (600, 5120))
-        found += [floats_case(architecture, *size, dtype=dtype) for size in sizes for dtype in ("bf16", "fp16")]
-        found += [floats_case(architecture, *size, 64) for size in sizes]
-    found.append(sums_case(architecture, 3))
-    return list({(case.name, *case.constants.items()): case for case in found}.values())
+        actual += [floats_case(architecture, *size, dtype=dtype) for size in sizes for dtype in ("bf16", "fp16")]
+        actual += [floats_case(architecture, *size, 64) for size in sizes]
+    actual.append(sums_case(architecture, 3))
+    return list({(case.name, *case.constants.items()): case for case in actual}.values())
 
 
 def _decode_cases(architecture: int) -> Iterator[Case]:
@@ -462,15 +462,15 @@ def row(place: tuple[int, int], *, quick: bool, match: str) -> tuple[str, bool]:
     """A row of the table by its architecture and number, with its faults, and whether it has any."""
     architecture, number = place
     case = cases(architecture, quick=quick, match=match)[number]
-    found = case.resources()
-    faults = case.faults(found)
-    return line(case, found) + ("  FAULT " + ", ".join(faults) if faults else ""), bool(faults)
+    actual = case.resources()
+    faults = case.faults(actual)
+    return line(case, actual) + ("  FAULT " + ", ".join(faults) if faults else ""), bool(faults)
 
 
 def cases(architecture: int, *, quick: bool, match: str = "") -> list[Case]:
     """What the table has of one architecture, of the names that hold `match`."""
-    found = checked_cases(architecture) if quick else all_cases(architecture)
-    return [case for case in found if match in case.name]
+    actual = checked_cases(architecture) if quick else all_cases(architecture)
+    return [case for case in actual if match in case.name]
 
 
 def main() -> None:

@@ -32,11 +32,11 @@ def test_every_scale_is_a_whole_multiple_of_what_is_found(dtype, exponent, multi
 
     step = common_step(scale)
 
-    found = scale.double() / step.double().unsqueeze(1)
+    actual = scale.double() / step.double().unsqueeze(1)
     assert step.dtype == dtype and step.shape == (5,)
-    assert torch.equal(found, found.round())
-    assert float(found.abs().max()) <= LARGEST_MULTIPLE
-    assert bool((found.abs() * math.gcd(*multiples) == torch.tensor(multiples)).all())
+    assert torch.equal(actual, actual.round())
+    assert float(actual.abs().max()) <= LARGEST_MULTIPLE
+    assert bool((actual.abs() * math.gcd(*multiples) == torch.tensor(multiples)).all())
 
 
 def test_the_largest_step_is_found():

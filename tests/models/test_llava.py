@@ -52,7 +52,7 @@ def test_all_linears_but_the_head_lie_in_a_site():
     model = tiny_llava()
     adapter = LlavaAdapter(model)
 
-    found = [
+    actual = [
         path
         for part in adapter.parts()
         for layer in (*part.layers, *part.unused)
@@ -61,8 +61,8 @@ def test_all_linears_but_the_head_lie_in_a_site():
     ]
 
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    assert len(found) == len(set(found))
-    assert {*found, "lm_head"} == set(linears)
+    assert len(actual) == len(set(actual))
+    assert {*actual, "lm_head"} == set(linears)
 
 
 def test_members_of_a_site_read_the_same_tensor():

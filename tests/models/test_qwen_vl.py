@@ -47,12 +47,12 @@ def test_all_linears_but_the_head_lie_in_a_part():
     model = FAMILIES["qwen3_vl"].build()
     adapter = Qwen3VLAdapter(model)
 
-    found = {
+    actual = {
         path for part in adapter.parts() for layer in part.layers for site in adapter.sites(layer) for path in site
     }
 
     linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert linears - found == {"lm_head"}
+    assert linears - actual == {"lm_head"}
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -61,12 +61,12 @@ def test_deepstack_features_are_added_to_image_tokens_alone(number):
     hidden, arguments = hidden_and_arguments()
     model = FAMILIES["qwen3_vl"].build()
     features = arguments["deepstack_visual_embeds"][number - 1]
-    wanted = model.model.language_model._deepstack_process(hidden, arguments["visual_pos_masks"], features)
+    expected = model.model.language_model._deepstack_process(hidden, arguments["visual_pos_masks"], features)
 
-    found = add_deepstack(number, hidden, arguments)
+    actual = add_deepstack(number, hidden, arguments)
 
-    assert torch.equal(found, wanted)
-    assert torch.equal(found[:, [0, 2]], hidden[:, [0, 2]])
+    assert torch.equal(actual, expected)
+    assert torch.equal(actual[:, [0, 2]], hidden[:, [0, 2]])
 
 
 @pytest.mark.parametrize("arguments", [{}, {"deepstack_visual_embeds": None, "visual_pos_masks": None}])

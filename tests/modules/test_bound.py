@@ -206,9 +206,9 @@ def test_compiling_sees_one_node():
 
     with torch.no_grad():
         expected = linear(x)
-        found = torch.compile(linear, backend=backend, fullgraph=True)(x)
+        actual = torch.compile(linear, backend=backend, fullgraph=True)(x)
 
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
     called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert called == ["optimum_qvlm.linear.default"]
 
@@ -231,9 +231,9 @@ def test_functional_transforms_see_the_operation():
     linear, x = make_linear(), inputs()
     with torch.no_grad():
         expected = linear(x)
-        found = torch.func.vmap(linear)(x)
+        actual = torch.func.vmap(linear)(x)
 
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_what_does_not_fit_is_refused_at_every_call():

@@ -59,8 +59,8 @@ def test_every_repetition_is_the_operation(scheme, rotation, tokens):
     for seed in range(4):
         x = inputs(tokens, seed=seed)
         with torch.no_grad():
-            found = linear(x)
-        assert torch.equal(found, torch.ops.optimum_qvlm.linear.default(*arguments_of(linear, x)))
+            actual = linear(x)
+        assert torch.equal(actual, torch.ops.optimum_qvlm.linear.default(*arguments_of(linear, x)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -97,9 +97,9 @@ def test_any_shape_and_place_of_the_activation():
     ]
     with torch.no_grad():
         for x in cases * 2:
-            found = linear(x)
-            assert found.shape == (*x.shape[:-1], ROWS)
-            assert torch.equal(found, torch.ops.optimum_qvlm.linear.default(*arguments_of(linear, x)))
+            actual = linear(x)
+            assert actual.shape == (*x.shape[:-1], ROWS)
+            assert torch.equal(actual, torch.ops.optimum_qvlm.linear.default(*arguments_of(linear, x)))
 
 
 def test_results_do_not_share_memory():

@@ -77,9 +77,9 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Te
 
 def products_of(site: Site) -> list[int]:
     """Grows by one with each product that is computed."""
-    found: list[int] = []
-    site.first.joint.register_forward_hook(lambda *_: found.append(1))
-    return found
+    actual: list[int] = []
+    site.first.joint.register_forward_hook(lambda *_: actual.append(1))
+    return actual
 
 
 def require_equal(found, expected) -> None:
@@ -95,11 +95,11 @@ def test_tables_give_the_same_bits(bits, symmetric, shape):
     alone, fused = make_sites(bits=bits, symmetric=symmetric)
     x = inputs(*shape) if shape else inputs(1)[0]
     with torch.no_grad():
-        found = fused(x)
+        actual = fused(x)
 
-        require_equal(found, alone(x))
+        require_equal(actual, alone(x))
     assert fused.first.joint.layout == alone.first.layout == "table"
-    assert [tuple(y.shape) for y in found] == [(*x.shape[:-1], rows) for rows in ROWS]
+    assert [tuple(y.shape) for y in actual] == [(*x.shape[:-1], rows) for rows in ROWS]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -140,8 +140,8 @@ def test_the_definition_gives_the_same_but_for_the_order_of_sums(bits):
     assert fused.first.joint.layout == PACKED
 
     with torch.no_grad():
-        for found, expected in zip(fused(inputs(40)), alone(inputs(40)), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+        for actual, expected in zip(fused(inputs(40)), alone(inputs(40)), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)], ids=str)
@@ -253,8 +253,8 @@ def test_gradients_are_those_of_linears_alone(run):
     """Adapters train through them. The sum over the group is one product too, in another order."""
     alone, fused = make_sites()
 
-    for found, expected in zip(gradients(fused, run), gradients(alone, run), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
+    for actual, expected in zip(gradients(fused, run), gradients(alone, run), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-3)
 
 
 def test_outputs_may_be_changed_in_place_under_gradients():
@@ -294,9 +294,9 @@ def test_compiled_gradients_are_the_same():
     alone, fused = make_sites()
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
 
-    found = gradients(fused, lambda _, x: [y.clone() for y in compiled(x)])
+    actual = gradients(fused, lambda _, x: [y.clone() for y in compiled(x)])
 
-    for one, other in zip(found, gradients(alone, lambda site, x: site(x)), strict=True):
+    for one, other in zip(actual, gradients(alone, lambda site, x: site(x)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-3)
 
 
@@ -405,9 +405,9 @@ def test_a_state_of_something_else_is_no_fault_of_the_fused():
     _, fused = make_sites()
     before = {name: tensor.clone() for name, tensor in fused.state_dict().items()}
 
-    found = fused.load_state_dict({"adapter": torch.zeros(1)}, strict=False)
+    actual = fused.load_state_dict({"adapter": torch.zeros(1)}, strict=False)
 
-    assert found.unexpected_keys == ["adapter"] and set(found.missing_keys) == set(before)
+    assert actual.unexpected_keys == ["adapter"] and set(actual.missing_keys) == set(before)
     require_equal(fused.state_dict().values(), before.values())
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "first.weight_packed"'):
         fused.load_state_dict({})
@@ -455,8 +455,8 @@ def test_memory_holds_the_weight_once():
 def test_each_is_a_linear_to_other_code_and_what_they_share_is_none():
     """Adapters and reports look for `nn.Linear`, and read sizes, bias and weight."""
     alone, fused = make_sites(symmetric=False)
-    found = [name for name, module in fused.named_modules() if isinstance(module, nn.Linear)]
-    assert found == list(NAMES)
+    actual = [name for name, module in fused.named_modules() if isinstance(module, nn.Linear)]
+    assert actual == list(NAMES)
 
     for name in NAMES:
         one, other = getattr(fused, name), getattr(alone, name)

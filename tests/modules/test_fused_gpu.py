@@ -79,12 +79,12 @@ def test_kernels_give_the_same_but_for_the_order_of_sums(scheme, dtype, tokens, 
     assert fused.query.joint.layout == triton_linear.LAYOUT
     x = inputs(tokens, dtype)
     with torch.inference_mode():
-        found, expected = fused(x), alone(x)
+        actual, expected = fused(x), alone(x)
 
     print(
-        f"{scheme} {dtype} {tokens} tokens: equal {[torch.equal(*pair) for pair in zip(found, expected, strict=True)]}"
+        f"{scheme} {dtype} {tokens} tokens: equal {[torch.equal(*pair) for pair in zip(actual, expected, strict=True)]}"
     )
-    require_close(found, expected)
+    require_close(actual, expected)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -112,14 +112,14 @@ def test_compiled_whole_and_captured_gives_the_same(scheme, tokens):
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "w8a8"])
 def test_gradients_are_those_of_linears_alone(scheme):
     alone, fused = make_sites(scheme, torch.float16)
-    found = []
+    actual = []
     for site in (alone, fused):
         x = inputs(5, torch.float16).requires_grad_()
         sum(y.float().square().mean() for y in site(x)).backward()
-        found.append(x.grad)
+        actual.append(x.grad)
 
     step = EXACT[torch.float16]
-    torch.testing.assert_close(*found, rtol=step, atol=step * float(found[1].abs().max()))
+    torch.testing.assert_close(*actual, rtol=step, atol=step * float(actual[1].abs().max()))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -162,8 +162,8 @@ def test_a_whole_model_computes_generates_and_saves_the_same(llava_folder, tmp_p
         torch.cuda.synchronize()
         assert outcome.groups and not outcome.apart
         assert torch.cuda.memory_allocated() <= before + 2**20
-        found = model(**batch).logits
-        assert float((found - expected).norm()) < 0.01 * float(expected.norm())
+        actual = model(**batch).logits
+        assert float((actual - expected).norm()) < 0.01 * float(expected.norm())
         assert model.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape[1] >= 4
     model.save_pretrained(tmp_path / "fused")
     files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("alone", "fused")]

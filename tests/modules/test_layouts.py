@@ -75,9 +75,9 @@ def test_what_was_packed_comes_back_bit_for_bit(bits, symmetric, sizes, dtype):
 )
 def test_widths_with_tables_get_them(bits, layout):
     """Eight bits may get rows instead, where the CPU multiplies bytes."""
-    found = make_module(bits).prepare().layout
+    actual = make_module(bits).prepare().layout
 
-    assert found == layout
+    assert actual == layout
 
 
 @pytest.mark.parametrize("bits", [2, 4, 6, 8])
@@ -107,9 +107,9 @@ def test_a_worker_process_takes_a_prepared_module():
     module, x = make_module().prepare(), inputs()
 
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = pool.apply(_run, (module, x))
+        actual = pool.apply(_run, (module, x))
 
-    assert torch.equal(found, module(x))
+    assert torch.equal(actual, module(x))
 
 
 def _run(module: QuantLinear, x: Tensor) -> Tensor:
@@ -238,12 +238,12 @@ def make_int4(*, symmetric: bool = True, activation_bits: int | None = None) -> 
 def test_int4_computes_what_the_packed_form_does(symmetric, activation_bits, tokens):
     """On both sides of the threshold above which activations are rounded."""
     module = make_int4(symmetric=symmetric, activation_bits=activation_bits)
-    x, found = inputs(tokens, torch.bfloat16), module(inputs(tokens, torch.bfloat16))
+    x, actual = inputs(tokens, torch.bfloat16), module(inputs(tokens, torch.bfloat16))
 
     expected = module.pack()(x)
 
     assert module.layout == PACKED
-    torch.testing.assert_close(found, expected, rtol=2e-2, atol=0.2)
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=0.2)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -97,14 +97,14 @@ def test_codes_come_out_as_they_went_in(bits, symmetric, rows, columns, group):
     format = make_format(bits, group, symmetric=symmetric)
     quantized = quantize_weight(make_linear(columns, rows).weight.detach(), format.weight, signed=True)
 
-    found = QuantLinear.from_quantized(quantized, None, format).quantized()
+    actual = QuantLinear.from_quantized(quantized, None, format).quantized()
 
-    assert torch.equal(found.codes, quantized.codes)
-    assert torch.equal(found.scale, quantized.scale)
+    assert torch.equal(actual.codes, quantized.codes)
+    assert torch.equal(actual.scale, quantized.scale)
     if symmetric:
-        assert found.zero_point is None
+        assert actual.zero_point is None
     else:
-        assert torch.equal(found.zero_point, quantized.zero_point)
+        assert torch.equal(actual.zero_point, quantized.zero_point)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -117,7 +117,7 @@ def test_parameters_take_no_more_bytes_than_the_codes_need(bits, in_features, ou
 
     module = make_module(make_format(bits, group, symmetric=symmetric), linear)
 
-    found = {name: p.numel() * p.element_size() for name, p in module.named_parameters()}
+    actual = {name: p.numel() * p.element_size() for name, p in module.named_parameters()}
     expected = {
         "weight_packed": -(-in_features * bits // 32) * 4 * out_features,
         "weight_scale": 2 * out_features * groups,
@@ -125,7 +125,7 @@ def test_parameters_take_no_more_bytes_than_the_codes_need(bits, in_features, ou
     }
     if not symmetric:
         expected["weight_zero_point"] = -(-out_features * bits // 32) * 4 * groups
-    assert found == expected
+    assert actual == expected
 
 
 def test_it_passes_for_a_linear():

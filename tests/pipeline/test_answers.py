@@ -67,9 +67,9 @@ def test_answers_are_those_that_the_model_generates(model, processor):
         add_generation_prompt=True,
     )
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=ANSWER_TOKENS)
-    wanted = processor.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    expected = processor.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
-    assert fill(model, [sample], processor)[0].answer == wanted.strip()
+    assert fill(model, [sample], processor)[0].answer == expected.strip()
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])

@@ -123,9 +123,9 @@ def test_the_reported_error_is_that_of_the_real_model(batches):
 
     squared = norm = 0.0
     for batch in batches:
-        found, wanted = (last_hidden(m, batch)[batch["attention_mask"].bool()] for m in (model, full))
-        squared += float((found - wanted).square().sum())
-        norm += float(wanted.square().sum())
+        actual, expected = (last_hidden(m, batch)[batch["attention_mask"].bool()] for m in (model, full))
+        squared += float((actual - expected).square().sum())
+        norm += float(expected.square().sum())
     assert result.layers[-1].error == pytest.approx(squared / norm, rel=1e-3)
 
 
@@ -235,9 +235,9 @@ def test_rounding_to_nearest_is_within_half_a_step():
 
     run(model, None, "w8a16", method="rtn")
 
-    found, wanted = (m.model.layers[0].mlp.up_proj.weight for m in (model, full))
-    step = wanted.abs().amax(dim=1, keepdim=True) / 127
-    assert bool(((found - wanted).abs() <= 0.5001 * step).all())
+    actual, expected = (m.model.layers[0].mlp.up_proj.weight for m in (model, full))
+    step = expected.abs().amax(dim=1, keepdim=True) / 127
+    assert bool(((actual - expected).abs() <= 0.5001 * step).all())
 
 
 def test_the_output_embedding_is_quantized_where_asked_for():

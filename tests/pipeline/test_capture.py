@@ -75,14 +75,14 @@ def test_layers_run_alone_give_what_the_forward_gave(case):
     captured = tracer.capture(batches)
 
     for part in tracer.parts:
-        wanted = real_outputs(model, [layer.path for layer in part.layers], batches)
+        expected = real_outputs(model, [layer.path for layer in part.layers], batches)
         assert len(captured[part.name]) == len(batches)
         for number, run in enumerate(captured[part.name]):
             hidden = run.hidden
             for layer, call in zip(part.layers, run.calls, strict=True):
                 with torch.no_grad():
                     hidden = call(model.get_submodule(layer.path), hidden, CPU)
-                assert torch.equal(hidden, wanted[layer.path][number])
+                assert torch.equal(hidden, expected[layer.path][number])
 
 
 def test_the_first_run_holds_the_real_output(case):
@@ -115,12 +115,12 @@ def test_masks_that_differ_between_batches_are_replayed_each():
 
     runs = tracer.capture([plain, padded, plain])["language"]
 
-    wanted = real_outputs(model, ["model.layers.0"], [plain, padded, plain])["model.layers.0"]
+    expected = real_outputs(model, ["model.layers.0"], [plain, padded, plain])["model.layers.0"]
     with torch.no_grad():
-        found = [run.calls[0](model.model.layers[0], run.hidden, CPU) for run in runs]
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    assert not torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+        actual = [run.calls[0](model.model.layers[0], run.hidden, CPU) for run in runs]
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert not torch.equal(actual[0], actual[1])
+    assert torch.equal(actual[0], actual[2])
 
 
 def test_samples_without_image_skip_the_tower():
@@ -152,8 +152,8 @@ def test_inputs_of_an_unchanged_model_are_those_captured(case):
     captured = tracer.capture(batches)
 
     for part in tracer.parts:
-        found = [run.hidden for run in tracer.enter(part, batches, captured[part.name])]
-        assert all(torch.equal(a, run.hidden) for a, run in zip(found, captured[part.name], strict=True))
+        actual = [run.hidden for run in tracer.enter(part, batches, captured[part.name])]
+        assert all(torch.equal(a, run.hidden) for a, run in zip(actual, captured[part.name], strict=True))
 
 
 def test_inputs_follow_changes_of_earlier_parts():
@@ -164,9 +164,9 @@ def test_inputs_follow_changes_of_earlier_parts():
     with torch.no_grad():
         model.model.multi_modal_projector.linear_2.weight.mul_(2)
 
-    found = [run.hidden for run in tracer.enter(tracer.parts[2], batches, captured["language"])]
+    actual = [run.hidden for run in tracer.enter(tracer.parts[2], batches, captured["language"])]
 
-    assert not any(torch.equal(a, run.hidden) for a, run in zip(found, captured["language"], strict=True))
+    assert not any(torch.equal(a, run.hidden) for a, run in zip(actual, captured["language"], strict=True))
 
 
 def test_inputs_of_mixed_batches_match_their_runs():
@@ -176,8 +176,8 @@ def test_inputs_of_mixed_batches_match_their_runs():
     captured = tracer.capture(batches)
 
     for part in tracer.parts:
-        found = [run.hidden for run in tracer.enter(part, batches, captured[part.name])]
-        assert all(torch.equal(a, run.hidden) for a, run in zip(found, captured[part.name], strict=True))
+        actual = [run.hidden for run in tracer.enter(part, batches, captured[part.name])]
+        assert all(torch.equal(a, run.hidden) for a, run in zip(actual, captured[part.name], strict=True))
 
 
 def test_layers_in_the_wrong_order_are_refused():
@@ -278,9 +278,9 @@ def test_what_is_added_between_layers_is_added_to_the_chain():
 
     part = tracer.parts[-1]
     last = part.layers[-1].path
-    wanted = real_outputs(model, [last], batches)[last]
+    expected = real_outputs(model, [last], batches)[last]
     for number, run in enumerate(captured["language"]):
-        assert torch.equal(chained(model, part, run), wanted[number])
+        assert torch.equal(chained(model, part, run), expected[number])
         assert [call.mixing is None for call in run.calls] == [True, False]
 
 

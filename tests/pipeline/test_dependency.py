@@ -27,14 +27,14 @@ def entropies(found):
 
 
 def test_every_pair_of_layers_is_measured():
-    found = measure(tiny_llama(**MANY_LAYERS), [llama_batch()])
+    actual = measure(tiny_llama(**MANY_LAYERS), [llama_batch()])
 
-    assert [(entry.part, entry.layer, entry.marginal) for entry in found] == [
+    assert [(entry.part, entry.layer, entry.marginal) for entry in actual] == [
         ("language", 0, False),
         ("language", 1, False),
         ("language", 2, False),
     ]
-    assert all(entry.entropy > 0 for entry in found)
+    assert all(entry.entropy > 0 for entry in actual)
 
 
 @pytest.mark.parametrize("make_model, batch", [(tiny_llama, llama_batch()), (tiny_llava, llava_batch())])
@@ -89,12 +89,12 @@ def test_scaling_an_activation_leaves_its_dependency(factor, static):
 @pytest.mark.parametrize("first, second", [((40, 64), (40, 96)), ((40, 64), (10, 64))], ids=["width", "tokens"])
 def test_unequal_shapes_give_the_marginal_entropy_and_say_so(first, second):
     """There is no pair of elements to count; the bound does not depend on what came before."""
-    found = dependency(normal(*first), normal(*second, seed=1), OPTIONS)
+    actual = dependency(normal(*first), normal(*second, seed=1), OPTIONS)
 
-    assert found == dependency(normal(*first, seed=5), normal(*second, seed=1), OPTIONS)
-    assert found[1] is True
+    assert actual == dependency(normal(*first, seed=5), normal(*second, seed=1), OPTIONS)
+    assert actual[1] is True
     same = dependency(normal(*second, seed=5), normal(*second, seed=1), OPTIONS)
-    assert same[1] is False and same[0] <= found[0]
+    assert same[1] is False and same[0] <= actual[0]
 
 
 def test_a_sample_of_channels_stands_for_all(monkeypatch):
@@ -108,9 +108,9 @@ def test_a_sample_of_channels_stands_for_all(monkeypatch):
 
 @pytest.mark.parametrize("value", [0.0, 2.0])
 def test_constant_outputs_are_measured(value):
-    found, marginal = dependency(torch.full((8, 64), value), torch.full((8, 64), value), OPTIONS)
+    actual, marginal = dependency(torch.full((8, 64), value), torch.full((8, 64), value), OPTIONS)
 
-    assert 0.0 < found < 1.2 and marginal is False
+    assert 0.0 < actual < 1.2 and marginal is False
 
 
 @pytest.mark.parametrize(

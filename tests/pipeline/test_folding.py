@@ -28,10 +28,10 @@ class Layer(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         normed = self.norm(hidden)
         read = normed + 1 if self.shift else normed
-        found = self.first(read) * self.second(read)
+        actual = self.first(read) * self.second(read)
         if self.router is not None:
-            found = found + self.router(read)
-        return found + normed[..., :16] if self.residual else found
+            actual = actual + self.router(read)
+        return actual + normed[..., :16] if self.residual else actual
 
 
 class Model(nn.Module):
@@ -95,15 +95,15 @@ def test_a_norm_takes_up_an_equalizer(norm: Callable[[], nn.Module], offset: flo
     model = Model(Layer(moved(norm()))).to(dtype)
     before = copy.deepcopy(model.state_dict())
 
-    found = find(model, dtype)["layer.first"]
+    actual = find(model, dtype)["layer.first"]
 
-    assert found.offset == offset
+    assert actual.offset == offset
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     tokens = torch.randn(5, CHANNELS).to(dtype)
-    equalizer = found.snap(torch.rand(CHANNELS) * 4 + 0.1)
+    equalizer = actual.snap(torch.rand(CHANNELS) * 4 + 0.1)
     with torch.no_grad():
         plain = model.layer.norm(tokens).float()
-        found.take_up(equalizer)
+        actual.take_up(equalizer)
         scaled = model.layer.norm(tokens).float()
     torch.testing.assert_close(scaled, plain * equalizer, rtol=8 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
 
@@ -112,10 +112,10 @@ def test_a_snapped_equalizer_is_what_the_norm_can_hold():
     """So weights are folded with what the norm really does, not with what it was asked to do."""
     norm = moved(nn.RMSNorm(CHANNELS)).to(torch.bfloat16)
     before = norm.weight.detach().float()
-    found = FoldingNorm("norm", norm, 0.0)
+    actual = FoldingNorm("norm", norm, 0.0)
 
-    equalizer = found.snap(torch.rand(CHANNELS) + 0.5)
-    found.take_up(equalizer)
+    equalizer = actual.snap(torch.rand(CHANNELS) + 0.5)
+    actual.take_up(equalizer)
 
     torch.testing.assert_close(norm.weight.detach().float(), before * equalizer, rtol=1e-6, atol=0)
 

@@ -45,38 +45,38 @@ def test_gradients_are_those_of_an_ordinary_backward_pass(case):
     model, batch = case
     names = weights_of(model)
     with frozen(model):
-        wanted = learn(model, batch, names)
+        expected = learn(model, batch, names)
 
     with frozen(model), recomputed(model, layers_of(model), CPU):
-        found = learn(model, batch, names)
+        actual = learn(model, batch, names)
 
-    assert all(torch.equal(found[name], wanted[name]) for name in names)
-    assert all(bool(gradient.abs().sum() > 0) for gradient in found.values())
+    assert all(torch.equal(actual[name], expected[name]) for name in names)
+    assert all(bool(gradient.abs().sum() > 0) for gradient in actual.values())
 
 
 def test_only_the_first_layer_learns_and_all_later_ones_pass_its_gradient(case):
     model, batch = case
     name = weights_of(model)[0]
     with frozen(model):
-        wanted = learn(model, batch, [name])[name]
+        expected = learn(model, batch, [name])[name]
 
     with frozen(model), recomputed(model, layers_of(model), CPU):
-        found = learn(model, batch, [name])[name]
+        actual = learn(model, batch, [name])[name]
         others = [n for n, parameter in model.named_parameters() if parameter.grad is not None and n != name]
 
-    assert torch.equal(found, wanted)
+    assert torch.equal(actual, expected)
     assert others == []
 
 
 def test_outputs_do_not_change(case):
     model, batch = case
-    wanted = model(**batch, use_cache=False).logits
+    expected = model(**batch, use_cache=False).logits
 
     with frozen(model), recomputed(model, layers_of(model), CPU):
         model.get_parameter(weights_of(model)[0]).requires_grad_(True)
-        found = model(**batch, use_cache=False).logits
+        actual = model(**batch, use_cache=False).logits
 
-    assert found.requires_grad and torch.equal(found, wanted)
+    assert actual.requires_grad and torch.equal(actual, expected)
 
 
 def test_no_layer_keeps_what_it_computes_inside(case):

@@ -101,9 +101,9 @@ def test_hidden_states_without_rows_are_all_real():
 
 @pytest.mark.parametrize("side, sum_of_places", [("right", sum(real_places("right"))), (None, sum(range(30)))])
 def test_errors_do_not_count_padding(side, sum_of_places):
-    wanted = numbered().abs().sqrt()
+    expected = numbered().abs().sqrt()
 
-    error, norm = make_sampler(1, side=side).relative_error(0, wanted + 1, wanted)
+    error, norm = make_sampler(1, side=side).relative_error(0, expected + 1, expected)
 
     assert error == pytest.approx(2 * len(real_places(side)), rel=1e-5)
     assert norm == pytest.approx(2 * sum_of_places, rel=1e-5)
@@ -112,8 +112,8 @@ def test_errors_do_not_count_padding(side, sum_of_places):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_errors_of_half_precision_are_summed_in_single(dtype):
     """Squares of large activations overflow float16."""
-    wanted = torch.full((ROWS, TOKENS, 2), 1000.0, dtype=dtype)
+    expected = torch.full((ROWS, TOKENS, 2), 1000.0, dtype=dtype)
 
-    error, norm = make_sampler(1, side=None).relative_error(0, torch.zeros_like(wanted), wanted)
+    error, norm = make_sampler(1, side=None).relative_error(0, torch.zeros_like(expected), expected)
 
     assert error == norm == 6e7

@@ -43,16 +43,16 @@ def test_scales_and_zero_points_are_those_of_compressed_tensors(bits, group, sym
     """
     weight = random_weight()[2:] + shift
 
-    found = quantize_weight(weight, WeightSpec(bits=bits, group=group, symmetric=symmetric))
+    actual = quantize_weight(weight, WeightSpec(bits=bits, group=group, symmetric=symmetric))
 
     grouped = split_groups(weight, WeightSpec(bits=bits, group=group))
     args = QuantizationArgs(num_bits=bits, symmetric=symmetric, strategy="channel")
     scale, zero_point = calculate_qparams(grouped.amin(dim=-1), grouped.amax(dim=-1), args)
-    torch.testing.assert_close(found.scale, scale, rtol=1e-6, atol=0)
+    torch.testing.assert_close(actual.scale, scale, rtol=1e-6, atol=0)
     if symmetric:
-        assert found.zero_point is None
+        assert actual.zero_point is None
     else:
-        assert torch.equal(found.zero_point, zero_point.to(torch.int8))
+        assert torch.equal(actual.zero_point, zero_point.to(torch.int8))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -71,15 +71,15 @@ def test_codes_and_scales_have_the_promised_form(bits, symmetric, rows, columns,
     weight = random_weight(rows, columns)
     groups = 1 if group is None else columns // group
 
-    found = quantize_weight(weight, WeightSpec(bits=bits, group=group, symmetric=symmetric))
+    actual = quantize_weight(weight, WeightSpec(bits=bits, group=group, symmetric=symmetric))
 
-    assert found.codes.dtype == torch.int8 and found.codes.shape == (rows, columns)
-    assert found.scale.dtype == torch.float32 and found.scale.shape == (rows, groups)
+    assert actual.codes.dtype == torch.int8 and actual.codes.shape == (rows, columns)
+    assert actual.scale.dtype == torch.float32 and actual.scale.shape == (rows, groups)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    assert int(found.codes.min()) >= low and int(found.codes.max()) <= high
+    assert int(actual.codes.min()) >= low and int(actual.codes.max()) <= high
     if not symmetric:
-        assert found.zero_point.dtype == torch.int8 and found.zero_point.shape == (rows, groups)
-        assert int(found.zero_point.min()) >= low and int(found.zero_point.max()) <= high
+        assert actual.zero_point.dtype == torch.int8 and actual.zero_point.shape == (rows, groups)
+        assert int(actual.zero_point.min()) >= low and int(actual.zero_point.max()) <= high
 
 
 @given(
@@ -95,14 +95,14 @@ def test_error_inside_the_grid_is_at_most_half_a_step(bits, group, symmetric, sc
     weight = random_weight(4, 24, seed=seed) * 2.0**exponent
     spec = WeightSpec(bits=bits, group=group, symmetric=symmetric)
 
-    found = quantize_weight(weight, spec, scale_dtype=scale_dtype)
+    actual = quantize_weight(weight, spec, scale_dtype=scale_dtype)
 
-    step = per_channel(found.scale, 24)
-    zero = 0.0 if symmetric else per_channel(found.zero_point, 24)
+    step = per_channel(actual.scale, 24)
+    zero = 0.0 if symmetric else per_channel(actual.zero_point, 24)
     low = (-(2 ** (bits - 1)) - zero) * step
     high = (2 ** (bits - 1) - 1 - zero) * step
     inside = (weight >= low) & (weight <= high)
-    error = (dequantize_weight(found) - weight).abs()
+    error = (dequantize_weight(actual) - weight).abs()
     assert bool((error[inside] <= HALF_STEP * step[inside]).all())
     if scale_dtype == torch.float32:
         assert bool((error <= (1.0 if not symmetric else HALF_STEP) * step).all())
@@ -114,11 +114,11 @@ def test_powers_of_two_change_scales_and_not_codes(bits, symmetric, exponent, se
     weight = random_weight(4, 32, seed=seed)
     spec = WeightSpec(bits=bits, group=16, symmetric=symmetric)
 
-    found, scaled = quantize_weight(weight, spec), quantize_weight(weight * 2.0**exponent, spec)
+    actual, scaled = quantize_weight(weight, spec), quantize_weight(weight * 2.0**exponent, spec)
 
-    assert torch.equal(scaled.codes, found.codes)
+    assert torch.equal(scaled.codes, actual.codes)
     rows = weight.any(dim=1)
-    assert torch.equal(scaled.scale[rows], found.scale[rows] * 2.0**exponent)
+    assert torch.equal(scaled.scale[rows], actual.scale[rows] * 2.0**exponent)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -129,15 +129,15 @@ def test_codes_are_chosen_for_the_stored_scales(bits, symmetric, scale_dtype):
     weight = random_weight()
     spec = WeightSpec(bits=bits, group=32, symmetric=symmetric)
 
-    found = quantize_weight(weight, spec, scale_dtype=scale_dtype)
+    actual = quantize_weight(weight, spec, scale_dtype=scale_dtype)
 
-    assert found.scale.dtype == scale_dtype
-    step = per_channel(found.scale, 96)
-    zero = 0 if symmetric else per_channel(found.zero_point, 96)
+    assert actual.scale.dtype == scale_dtype
+    step = per_channel(actual.scale, 96)
+    zero = 0 if symmetric else per_channel(actual.zero_point, 96)
     best = (torch.round(weight / step) + zero).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    assert torch.equal(found.codes, best.to(torch.int8))
-    stored = QuantizedWeight(found.codes, found.scale.clone(), found.zero_point)
-    assert torch.equal(dequantize_weight(stored), dequantize_weight(found))
+    assert torch.equal(actual.codes, best.to(torch.int8))
+    stored = QuantizedWeight(actual.codes, actual.scale.clone(), actual.zero_point)
+    assert torch.equal(dequantize_weight(stored), dequantize_weight(actual))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -157,10 +157,10 @@ def test_zeros_get_scale_one_and_stay_zero(symmetric, bits, dtype):
     """Pruned rows must not become NaN."""
     weight = torch.zeros(3, 32, dtype=dtype)
 
-    found = quantize_weight(weight, WeightSpec(bits=bits, group=16, symmetric=symmetric))
+    actual = quantize_weight(weight, WeightSpec(bits=bits, group=16, symmetric=symmetric))
 
-    assert torch.equal(found.scale, torch.ones(3, 2, dtype=dtype))
-    assert torch.equal(dequantize_weight(found), torch.zeros(3, 32))
+    assert torch.equal(actual.scale, torch.ones(3, 2, dtype=dtype))
+    assert torch.equal(dequantize_weight(actual), torch.zeros(3, 32))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -171,9 +171,9 @@ def test_an_asymmetric_grid_holds_zero_exactly(bits, shift, clip):
     weight = random_weight()[2:] + shift
     weight[:, ::7] = 0
 
-    found = quantize_weight(weight, WeightSpec(bits=bits, group=32, symmetric=False), clip=clip)
+    actual = quantize_weight(weight, WeightSpec(bits=bits, group=32, symmetric=False), clip=clip)
 
-    assert bool((dequantize_weight(found)[:, ::7] == 0).all())
+    assert bool((dequantize_weight(actual)[:, ::7] == 0).all())
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -183,9 +183,9 @@ def test_an_asymmetric_grid_gives_its_own_points_back(bits, offset):
     codes = torch.arange(2**bits).repeat(2)
     weight = (codes - 2 ** (bits - 1) + offset).float().unsqueeze(0) / 8
 
-    found = quantize_weight(weight, WeightSpec(bits=bits, symmetric=False))
+    actual = quantize_weight(weight, WeightSpec(bits=bits, symmetric=False))
 
-    assert torch.equal(dequantize_weight(found), weight)
+    assert torch.equal(dequantize_weight(actual), weight)
 
 
 @pytest.mark.parametrize("low", [0, -4, -5, -15])
@@ -193,10 +193,10 @@ def test_halves_round_to_even_steps_whatever_the_zero_point(low):
     """An odd zero point added before rounding would turn ties to the other side."""
     weight = torch.arange(2 * low, 2 * (low + 15) + 1).unsqueeze(0) / 2
 
-    found = quantize_weight(weight, WeightSpec(bits=4, symmetric=False))
+    actual = quantize_weight(weight, WeightSpec(bits=4, symmetric=False))
 
-    assert (found.scale.item(), found.zero_point.item()) == (1.0, -8 - low)
-    assert torch.equal(dequantize_weight(found), torch.round(weight))
+    assert (actual.scale.item(), actual.zero_point.item()) == (1.0, -8 - low)
+    assert torch.equal(dequantize_weight(actual), torch.round(weight))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -208,12 +208,12 @@ def test_a_clip_per_group_is_a_clip_of_that_group(bits, symmetric, group):
     spec = WeightSpec(bits=bits, group=group, symmetric=symmetric)
     ratios = torch.tensor([1.0, 0.9, 0.75, 0.6, 0.5]).unsqueeze(1).expand(5, spec.groups(32))
 
-    found = quantize_weight(weight, spec, clip=ratios)
+    actual = quantize_weight(weight, spec, clip=ratios)
 
     for row, ratio in enumerate([1.0, 0.9, 0.75, 0.6, 0.5]):
         alone = quantize_weight(weight[row : row + 1], spec, clip=ratio)
-        assert torch.equal(found.codes[row], alone.codes[0])
-        assert torch.equal(found.scale[row], alone.scale[0])
+        assert torch.equal(actual.codes[row], alone.codes[0])
+        assert torch.equal(actual.scale[row], alone.scale[0])
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -242,30 +242,30 @@ def test_a_signed_scale_puts_the_peak_on_the_lowest_code(bits, group, clip, scal
     weight, spec = random_weight(4, 24, seed=seed), WeightSpec(bits=bits, group=group)
 
     plain = quantize_weight(weight, spec, clip=clip, scale_dtype=scale_dtype)
-    found = quantize_weight(weight, spec, clip=clip, scale_dtype=scale_dtype, signed=True)
+    actual = quantize_weight(weight, spec, clip=clip, scale_dtype=scale_dtype, signed=True)
 
-    grouped, codes = split_groups(weight, spec), split_groups(found.codes, spec)
+    grouped, codes = split_groups(weight, spec), split_groups(actual.codes, spec)
     place = grouped.abs().argmax(-1, keepdim=True)
     peak = grouped.gather(-1, place)
     rows = peak != 0
     expected = (-clip * peak / 2 ** (bits - 1)).squeeze(-1)
-    torch.testing.assert_close(found.scale.float()[rows[..., 0]], expected[rows[..., 0]], rtol=2**-7, atol=0)
+    torch.testing.assert_close(actual.scale.float()[rows[..., 0]], expected[rows[..., 0]], rtol=2**-7, atol=0)
     assert bool((codes.gather(-1, place)[rows] == -(2 ** (bits - 1))).all())
-    assert bool((found.scale.abs() <= plain.scale).all())
-    step = found.scale.float().unsqueeze(-1)
+    assert bool((actual.scale.abs() <= plain.scale).all())
+    step = actual.scale.float().unsqueeze(-1)
     inside = (grouped / step <= 2 ** (bits - 1) - 0.5) & (grouped / step >= -(2 ** (bits - 1)) - 0.5)
-    error = split_groups(dequantize_weight(found) - weight, spec).abs()
+    error = split_groups(dequantize_weight(actual) - weight, spec).abs()
     assert bool((error <= HALF_STEP * step.abs())[inside].all())
 
 
 def test_signs_follow_the_peak_of_each_group():
     weight = torch.tensor([[3.0, -1.0, 1.0, -3.0, 2.0, -2.0, 0.0, 0.0]])
 
-    found = quantize_weight(weight, WeightSpec(bits=4, group=2), signed=True)
+    actual = quantize_weight(weight, WeightSpec(bits=4, group=2), signed=True)
 
-    assert found.scale.sign().tolist() == [[-1.0, 1.0, 1.0, 1.0]]
-    assert found.scale.tolist() == [[-0.375, 0.375, 0.25, 1.0]]
-    assert dequantize_weight(found)[0, [0, 3, 4]].tolist() == [3.0, -3.0, 1.75]
+    assert actual.scale.sign().tolist() == [[-1.0, 1.0, 1.0, 1.0]]
+    assert actual.scale.tolist() == [[-0.375, 0.375, 0.25, 1.0]]
+    assert dequantize_weight(actual)[0, [0, 3, 4]].tolist() == [3.0, -3.0, 1.75]
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -273,9 +273,9 @@ def test_zero_points_need_no_signs(bits):
     """A grid with a zero point lies where the weights are already."""
     weight, spec = random_weight(), WeightSpec(bits=bits, group=32, symmetric=False)
 
-    plain, found = quantize_weight(weight, spec), quantize_weight(weight, spec, signed=True)
+    plain, actual = quantize_weight(weight, spec), quantize_weight(weight, spec, signed=True)
 
-    assert torch.equal(found.codes, plain.codes) and torch.equal(found.scale, plain.scale)
+    assert torch.equal(actual.codes, plain.codes) and torch.equal(actual.scale, plain.scale)
 
 
 def test_a_whole_number_is_a_clip_too():
@@ -293,11 +293,11 @@ def test_scales_that_underflow_are_the_smallest_normal(symmetric, dtype, magnitu
     """A subnormal scale may be flushed to zero by a kernel; a zero scale would lose the row or divide by zero."""
     weight = random_weight()[2:].to(dtype) * magnitude
 
-    found = quantize_weight(weight, WeightSpec(bits=8, symmetric=symmetric))
+    actual = quantize_weight(weight, WeightSpec(bits=8, symmetric=symmetric))
 
     tiny = torch.finfo(dtype).tiny
-    assert bool((found.scale >= tiny).all())
-    restored = dequantize_weight(found)
+    assert bool((actual.scale >= tiny).all())
+    restored = dequantize_weight(actual)
     assert bool(torch.isfinite(restored).all())
     assert float((restored - weight.float()).abs().max()) <= tiny
 
@@ -309,10 +309,10 @@ def test_the_largest_values_of_a_dtype_stay_finite(symmetric, dtype, bits):
     top = torch.finfo(dtype).max / 4
     weight = torch.tensor([[top, -top, 0.0, top / 2]], dtype=dtype)
 
-    found = quantize_weight(weight, WeightSpec(bits=bits, symmetric=symmetric))
+    actual = quantize_weight(weight, WeightSpec(bits=bits, symmetric=symmetric))
 
-    error = (dequantize_weight(found) - weight.float()).abs()
-    assert bool((error <= found.scale.float()).all())
+    error = (dequantize_weight(actual) - weight.float()).abs()
+    assert bool((error <= actual.scale.float()).all())
 
 
 @pytest.mark.parametrize("group, columns", [(64, 96), (2, 1), (128, 64)])
@@ -334,12 +334,12 @@ def test_groups_are_consecutive_channels(group, shape):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [None, 32])
 def test_dequantize_undoes_scale_and_zero_point(symmetric, group):
-    found = quantize_weight(random_weight(), WeightSpec(bits=5, group=group, symmetric=symmetric))
+    actual = quantize_weight(random_weight(), WeightSpec(bits=5, group=group, symmetric=symmetric))
 
-    zero = 0 if symmetric else per_channel(found.zero_point, 96)
-    expected = (found.codes.float() - zero) * per_channel(found.scale, 96)
-    assert dequantize_weight(found).dtype == torch.float32
-    assert torch.equal(dequantize_weight(found), expected)
+    zero = 0 if symmetric else per_channel(actual.zero_point, 96)
+    expected = (actual.codes.float() - zero) * per_channel(actual.scale, 96)
+    assert dequantize_weight(actual).dtype == torch.float32
+    assert torch.equal(dequantize_weight(actual), expected)
 
 
 def test_dequantize_does_not_wrap_around():

@@ -97,9 +97,9 @@ def test_conditional_entropy_lies_between_zero_and_the_marginal(seed, bits, grou
     second = 0.5 * first + normal(12, 8, seed=seed + 1)
     places = [grid_positions(x, bits, group) for x in (first, second)]
 
-    found = conditional_entropy(joint_table(*places))
+    actual = conditional_entropy(joint_table(*places))
 
-    assert 0.0 <= found <= marginal_entropy(places[1]) * (1 + FP32_SUM)
+    assert 0.0 <= actual <= marginal_entropy(places[1]) * (1 + FP32_SUM)
     assert marginal_entropy(places[1]) <= math.log(2**bits - 1) + FP32_SUM
 
 
@@ -119,9 +119,9 @@ def test_the_unit_of_an_activation_does_not_matter(factor, static):
 def test_dividing_by_the_step_depends_on_the_unit():
     """As printed in the paper; that is why it is not the default."""
     x = normal(50, 16)
-    found = [marginal_entropy(grid_positions(x * factor, 4, static=True), "step") for factor in (0.05, 1.0, 20.0)]
+    actual = [marginal_entropy(grid_positions(x * factor, 4, static=True), "step") for factor in (0.05, 1.0, 20.0)]
 
-    assert found[0] > found[1] + 0.1 > found[2] + 0.2
+    assert actual[0] > actual[1] + 0.1 > actual[2] + 0.2
 
 
 @pytest.mark.parametrize("softness", SOFTNESS)
@@ -136,8 +136,8 @@ def test_a_constant_activation_has_a_defined_result(value, softness):
 
     assert marginal_entropy(places, softness) == pytest.approx(alone, rel=1e-4)
     assert conditional_entropy(joint_table(other, places, softness)) == pytest.approx(alone, rel=1e-4)
-    found = conditional_entropy(joint_table(places, other, softness))
-    assert found == pytest.approx(marginal_entropy(other, softness), rel=1e-4)
+    actual = conditional_entropy(joint_table(places, other, softness))
+    assert actual == pytest.approx(marginal_entropy(other, softness), rel=1e-4)
 
 
 def test_independent_activations_are_as_uncertain_as_alone():

@@ -32,14 +32,14 @@ def test_multiples_are_exact_whatever_is_wanted(dtype, exponent, groups, spread,
     scale = wanted(7, groups, spread=spread, seed=seed) * 2.0**exponent
 
     step = fit_steps(scale, dtype)
-    found = to_multiples(scale, step, dtype)
+    actual = to_multiples(scale, step, dtype)
 
-    multiples = found.double() / step.double()
-    assert found.dtype == dtype and step.shape == (7, 1)
+    multiples = actual.double() / step.double()
+    assert actual.dtype == dtype and step.shape == (7, 1)
     assert torch.equal(multiples, multiples.round())
     assert bool(((multiples.abs() >= 1) & (multiples.abs() <= LARGEST_MULTIPLE)).all())
-    assert torch.equal(found < 0, scale < 0)
-    assert bool((common_step(found).double() >= step.squeeze(1).double()).all())
+    assert torch.equal(actual < 0, scale < 0)
+    assert bool((common_step(actual).double() >= step.squeeze(1).double()).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -48,9 +48,9 @@ def test_scales_that_are_multiples_are_kept(dtype):
     step = torch.tensor([[11 / 16], [1.0], [9 / 8]]) / 256
     scale = (step * torch.tensor([[15, -8, 13], [11, 14, 9], [-12, 15, 8]])).to(dtype)
 
-    found = to_multiples(scale, fit_steps(scale, dtype), dtype)
+    actual = to_multiples(scale, fit_steps(scale, dtype), dtype)
 
-    assert torch.equal(found, scale)
+    assert torch.equal(actual, scale)
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 0.04), (torch.float16, 0.04), (torch.bfloat16, 0.06)])
@@ -58,9 +58,9 @@ def test_scales_of_one_size_are_hit_within_some_percent(dtype, bound):
     """Half a step of eight to fifteen, and less where the step fits."""
     scale = wanted(200, 16, spread=0.15)
 
-    found = to_multiples(scale, fit_steps(scale, dtype), dtype).float()
+    actual = to_multiples(scale, fit_steps(scale, dtype), dtype).float()
 
-    assert float((found / scale - 1).abs().mean()) < bound
+    assert float((actual / scale - 1).abs().mean()) < bound
 
 
 def test_what_matters_is_fitted_best():
@@ -81,11 +81,11 @@ def test_zeros_take_the_step_of_their_row_or_one():
     """No scale is zero, which kernels and formats would divide by."""
     scale = torch.tensor([[0.0, 0.0], [0.0, 0.75]])
 
-    found = to_multiples(scale, fit_steps(scale, torch.bfloat16), torch.bfloat16)
+    actual = to_multiples(scale, fit_steps(scale, torch.bfloat16), torch.bfloat16)
 
-    assert found[0].tolist() == [1.0, 1.0]
-    assert 0 < float(found[1, 0]) <= 0.1
-    assert abs(float(found[1, 1]) - 0.75) < 0.02
+    assert actual[0].tolist() == [1.0, 1.0]
+    assert 0 < float(actual[1, 0]) <= 0.1
+    assert abs(float(actual[1, 1]) - 0.75) < 0.02
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

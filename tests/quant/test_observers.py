@@ -21,20 +21,20 @@ def test_a_quantile_is_the_smallest_magnitude_that_covers_its_share(seed, count,
     x = normal(count, seed=seed)
     ordered = sorted(abs(value) for value in x.tolist())
 
-    found = float(magnitude_quantiles(x, [share]))
+    actual = float(magnitude_quantiles(x, [share]))
 
-    assert found == ordered[max(math.ceil(share * count - 1e-6), 1) - 1]
+    assert actual == ordered[max(math.ceil(share * count - 1e-6), 1) - 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_several_shares_are_read_in_their_order(dtype):
     x = (normal(10, 50) * 3).to(dtype)
 
-    found = magnitude_quantiles(x, [0.98, 1.0, 0.99])
+    actual = magnitude_quantiles(x, [0.98, 1.0, 0.99])
 
-    assert found.dtype == torch.float32
-    assert found[1] == x.abs().max().float()
-    assert found[0] <= found[2] <= found[1]
+    assert actual.dtype == torch.float32
+    assert actual[1] == x.abs().max().float()
+    assert actual[0] <= actual[2] <= actual[1]
 
 
 def test_signs_do_not_matter():

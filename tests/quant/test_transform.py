@@ -27,9 +27,9 @@ def test_the_product_is_the_same(transform):
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(7, 96, generator=generator), torch.randn(5, 96, generator=generator)
 
-    found = transform.tokens(x) @ transform.fold(weight).T
+    actual = transform.tokens(x) @ transform.fold(weight).T
 
-    assert torch.allclose(found, x @ weight.T, rtol=1e-5, atol=1e-4)
+    assert torch.allclose(actual, x @ weight.T, rtol=1e-5, atol=1e-4)
     assert torch.allclose(transform.unfold(transform.fold(weight)), weight, rtol=1e-5, atol=1e-5)
 
 
@@ -48,10 +48,10 @@ def test_a_rotation_spreads_an_outlier_over_its_block():
     x = torch.zeros(1, 64)
     x[0, 3] = 8.0
 
-    found = SiteTransform(None, 16).tokens(x)
+    actual = SiteTransform(None, 16).tokens(x)
 
-    assert torch.allclose(found[0, :16].abs(), torch.full((16,), 2.0))
-    assert torch.equal(found[0, 16:], torch.zeros(48))
+    assert torch.allclose(actual[0, :16].abs(), torch.full((16,), 2.0))
+    assert torch.equal(actual[0, 16:], torch.zeros(48))
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,9 @@ def test_the_import_comes_before_everything_else():
 def test_metadata_is_what_the_hub_reads():
     inherited = {"license": "llama2", "language": ["en"], "tags": ["theirs"], "base_model": "wrong"}
 
-    found = read_metadata(render_card(facts(inherited=inherited, tags=("mine", "qvlm"))))
+    actual = read_metadata(render_card(facts(inherited=inherited, tags=("mine", "qvlm"))))
 
-    assert found == {
+    assert actual == {
         "license": "llama2",
         "language": ["en"],
         "base_model": "org/base",

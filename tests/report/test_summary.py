@@ -20,13 +20,13 @@ RECIPE = Recipe(source="user", samples=2, seed=0, fingerprint="ab")
 @pytest.fixture(scope="module")
 def results():
     """A searched and a rounded calibration, with their settings."""
-    found = {}
+    actual = {}
     for method in ("qvlm", "rtn"):
         config = QVLMConfig("w4a4", method=method, dataset=[{"question": "secret"}])
         data = None if method == "rtn" else CalibrationData(batches=[llava_batch()], recipe=RECIPE)
         model = tiny_llava()
-        found[method] = calibrate(model, plan_for(model, "w4a4"), config.options(), data, CPU), config.to_dict()
-    return found
+        actual[method] = calibrate(model, plan_for(model, "w4a4"), config.options(), data, CPU), config.to_dict()
+    return actual
 
 
 def summary_of(results, method="qvlm"):

@@ -35,20 +35,20 @@ def test_the_error_is_never_above_the_layer_wise_one(counts, seed, few):
     """The invariant of the search; and the errors are those of the choices."""
     landscape = Landscape(counts, seed)
 
-    found = search_block(counts, landscape, exhaustive_up_to=few)
+    actual = search_block(counts, landscape, exhaustive_up_to=few)
 
-    assert found.after <= found.before == landscape.errors[(0,) * len(counts)]
-    assert found.after == landscape.errors[found.choice]
+    assert actual.after <= actual.before == landscape.errors[(0,) * len(counts)]
+    assert actual.after == landscape.errors[actual.choice]
 
 
 @given(counts=counts_of_sites, seed=st.integers(0, 1000))
 def test_few_combinations_are_all_tried(counts, seed):
     landscape = Landscape(counts, seed)
 
-    found = search_block(counts, landscape, exhaustive_up_to=len(landscape.errors), min_gain=0.0)
+    actual = search_block(counts, landscape, exhaustive_up_to=len(landscape.errors), min_gain=0.0)
 
-    assert found.after == min(landscape.errors.values())
-    assert found.forwards == len(landscape.errors)
+    assert actual.after == min(landscape.errors.values())
+    assert actual.forwards == len(landscape.errors)
 
 
 @given(
@@ -59,22 +59,22 @@ def test_few_combinations_are_all_tried(counts, seed):
 def test_descent_ends_where_no_site_alone_gains_enough(counts, seed, gain):
     landscape = Landscape(counts, seed)
 
-    found = search_block(counts, landscape, exhaustive_up_to=0, max_sweeps=1000, min_gain=gain)
+    actual = search_block(counts, landscape, exhaustive_up_to=0, max_sweeps=1000, min_gain=gain)
 
     for site, count in enumerate(counts):
         for other in range(count):
-            moved = (*found.choice[:site], other, *found.choice[site + 1 :])
-            assert landscape.errors[moved] >= (1 - gain) * found.after
+            moved = (*actual.choice[:site], other, *actual.choice[site + 1 :])
+            assert landscape.errors[moved] >= (1 - gain) * actual.after
 
 
 @given(counts=counts_of_sites, seed=st.integers(0, 1000), sweeps=st.integers(1, 3))
 def test_nothing_is_run_twice_and_sweeps_bound_the_cost(counts, seed, sweeps):
     landscape = Landscape(counts, seed)
 
-    found = search_block(counts, landscape, exhaustive_up_to=0, max_sweeps=sweeps)
+    actual = search_block(counts, landscape, exhaustive_up_to=0, max_sweeps=sweeps)
 
-    assert len(landscape.asked) == len(set(landscape.asked)) == found.forwards
-    assert found.forwards <= 1 + sweeps * sum(count - 1 for count in counts)
+    assert len(landscape.asked) == len(set(landscape.asked)) == actual.forwards
+    assert actual.forwards <= 1 + sweeps * sum(count - 1 for count in counts)
 
 
 def test_sites_that_only_gain_together_are_found_where_all_are_tried():
@@ -88,30 +88,30 @@ def test_sites_that_only_gain_together_are_found_where_all_are_tried():
 @pytest.mark.parametrize("better, choice", [(0.985, (0,)), (0.9, (1,))])
 def test_a_step_has_to_gain_its_share(few, better, choice):
     """What is within the noise of the data is not worth leaving the layer-wise optimum for."""
-    found = search_block([2], lambda choice: [1.0, better][choice[0]], exhaustive_up_to=few, min_gain=0.02)
+    actual = search_block([2], lambda choice: [1.0, better][choice[0]], exhaustive_up_to=few, min_gain=0.02)
 
-    assert found.choice == choice
+    assert actual.choice == choice
 
 
 @pytest.mark.parametrize("few", [0, 32])
 def test_equal_errors_leave_the_layer_wise_choice(few):
-    found = search_block([3, 3, 3], lambda choice: 0.5, exhaustive_up_to=few)
+    actual = search_block([3, 3, 3], lambda choice: 0.5, exhaustive_up_to=few)
 
-    assert found.choice == (0, 0, 0)
+    assert actual.choice == (0, 0, 0)
 
 
 @pytest.mark.parametrize("few", [0, 32])
 def test_a_choice_without_a_finite_error_is_not_taken(few):
     """A candidate may overflow where the layer-wise optimum does not."""
-    found = search_block([3], lambda choice: [0.5, math.nan, math.inf][choice[0]], exhaustive_up_to=few)
+    actual = search_block([3], lambda choice: [0.5, math.nan, math.inf][choice[0]], exhaustive_up_to=few)
 
-    assert found.choice == (0,)
+    assert actual.choice == (0,)
 
 
 def test_a_block_without_choices_is_run_once():
-    found = search_block([], lambda choice: 0.25)
+    actual = search_block([], lambda choice: 0.25)
 
-    assert (found.choice, found.before, found.after, found.forwards) == ((), 0.25, 0.25, 1)
+    assert (actual.choice, actual.before, actual.after, actual.forwards) == ((), 0.25, 0.25, 1)
 
 
 @pytest.mark.parametrize(

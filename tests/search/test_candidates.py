@@ -37,9 +37,11 @@ def test_static_bounds_are_quantiles_of_the_inputs(bits, seed):
     rounded = fake_quantize_static(problem.inputs, bits, choice.input_scale)
     change = norm = 0.0
     for name, weight in problem.weights.items():
-        wanted = problem.inputs.double() @ weight.double().T
-        change += float((rounded.double() @ dequantize_weight(choice.weights[name]).double().T - wanted).square().sum())
-        norm += float(wanted.square().sum())
+        expected = problem.inputs.double() @ weight.double().T
+        change += float(
+            (rounded.double() @ dequantize_weight(choice.weights[name]).double().T - expected).square().sum()
+        )
+        norm += float(expected.square().sum())
     assert choice.error == pytest.approx(change / norm, rel=ROUNDING_NOISE)
 
 
@@ -91,6 +93,6 @@ def test_a_transform_is_folded_into_the_weights():
     assert rotated.transform is transform
     assert rotated.error < 0.7 * plain.error
     x = fake_quantize_tokens(transform.tokens(inputs), 4, None, 1.0)
-    wanted = inputs @ problem.weights["q"].T
-    found = x @ dequantize_weight(rotated.weights["q"]).T
-    assert float((found - wanted).square().sum() / wanted.square().sum()) == pytest.approx(rotated.error, rel=0.3)
+    expected = inputs @ problem.weights["q"].T
+    actual = x @ dequantize_weight(rotated.weights["q"]).T
+    assert float((actual - expected).square().sum() / expected.square().sum()) == pytest.approx(rotated.error, rel=0.3)

@@ -41,13 +41,13 @@ def noise(*shape, seed=0):
 
 def slope(function, at, step=1e-3):
     """Central finite difference of a scalar function of a tensor, element by element."""
-    found = torch.zeros_like(at)
+    actual = torch.zeros_like(at)
     for place in range(at.numel()):
         change = torch.zeros_like(at).flatten()
         change[place] = step
         change = change.reshape(at.shape)
-        found.view(-1)[place] = (function(at + change) - function(at - change)) / (2 * step)
-    return found
+        actual.view(-1)[place] = (function(at + change) - function(at - change)) / (2 * step)
+    return actual
 
 
 def gradient(function, at):
@@ -62,29 +62,29 @@ def gradient(function, at):
 def test_weights_start_at_what_the_search_found_bit_for_bit(spec, dtype, signed):
     """Else the step would undo the search before it begins."""
     weight = noise(6, 32).to(dtype)
-    found = quantize_weight(weight, spec, clip=0.8, signed=signed)
-    start = WeightStart.of(found, weight.float(), spec)
-    none = torch.zeros(found.scale.shape)
+    actual = quantize_weight(weight, spec, clip=0.8, signed=signed)
+    start = WeightStart.of(actual, weight.float(), spec)
+    none = torch.zeros(actual.scale.shape)
 
     again = start.rounded(weight.float(), none)
 
     assert start.offset is None
-    assert torch.equal(again.codes, found.codes) and torch.equal(again.scale, found.scale)
-    assert torch.equal(start.value(weight.float(), none), dequantize_weight(found))
+    assert torch.equal(again.codes, actual.codes) and torch.equal(again.scale, actual.scale)
+    assert torch.equal(start.value(weight.float(), none), dequantize_weight(actual))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=SPEC_NAMES)
 def test_codes_that_are_not_the_nearest_are_kept(spec):
     """Error feedback chooses such codes, and they carry its gain."""
     weight = noise(6, 32)
-    found = quantize_weight(weight, spec)
-    flipped = torch.where(found.codes > 0, found.codes - 1, found.codes + 1)
-    found = QuantizedWeight(flipped, found.scale, found.zero_point)
+    actual = quantize_weight(weight, spec)
+    flipped = torch.where(actual.codes > 0, actual.codes - 1, actual.codes + 1)
+    actual = QuantizedWeight(flipped, actual.scale, actual.zero_point)
 
-    start = WeightStart.of(found, weight, spec)
+    start = WeightStart.of(actual, weight, spec)
 
     assert start.offset is not None
-    assert torch.equal(start.rounded(weight, torch.zeros(found.scale.shape)).codes, flipped)
+    assert torch.equal(start.rounded(weight, torch.zeros(actual.scale.shape)).codes, flipped)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=SPEC_NAMES)
@@ -105,12 +105,12 @@ def test_what_is_packed_is_what_was_learned_on(spec, dtype):
 
 def test_a_larger_scale_rounds_to_nearest_on_its_own_grid():
     weight, spec = noise(4, 16), WeightSpec(bits=4)
-    found = quantize_weight(weight, spec)
+    actual = quantize_weight(weight, spec)
 
-    rounded = WeightStart.of(found, weight, spec).rounded(weight, torch.full((4, 1), math.log(1.25)))
+    rounded = WeightStart.of(actual, weight, spec).rounded(weight, torch.full((4, 1), math.log(1.25)))
 
     expected = torch.round(weight / rounded.scale).clamp(-8, 7).to(torch.int8)
-    assert torch.allclose(rounded.scale, found.scale * 1.25)
+    assert torch.allclose(rounded.scale, actual.scale * 1.25)
     assert torch.equal(rounded.codes, expected)
 
 
@@ -118,8 +118,8 @@ def test_a_larger_scale_rounds_to_nearest_on_its_own_grid():
 def test_the_gradient_of_a_scale_agrees_with_finite_differences(spec):
     """Rounding makes the error a staircase of the scale: over many weights, wide steps see its slope."""
     weight = noise(1, 40_000)
-    found = quantize_weight(weight, spec)
-    start = WeightStart.of(found, weight, spec)
+    actual = quantize_weight(weight, spec)
+    start = WeightStart.of(actual, weight, spec)
 
     def error(change):
         return (start.value(weight, change.float()) - weight).square().sum()
@@ -161,18 +161,18 @@ def test_activations_are_rounded_as_at_run_time(shape, group, dtype, fitted):
     x[0] = 0
     log_clip = torch.tensor([-0.2], requires_grad=True)
 
-    found = learned_tokens(x, ActivationSpec(bits=4, group=group, fitted=fitted), log_clip, 0.9)
+    actual = learned_tokens(x, ActivationSpec(bits=4, group=group, fitted=fitted), log_clip, 0.9)
 
-    assert found.dtype == dtype
-    assert torch.equal(found, fake_quantize_tokens(x, 4, group, learned_clip(log_clip, 0.9), fitted=fitted))
+    assert actual.dtype == dtype
+    assert torch.equal(actual, fake_quantize_tokens(x, 4, group, learned_clip(log_clip, 0.9), fitted=fitted))
 
 
 def test_static_activations_are_rounded_as_at_run_time():
     x, log_scale = noise(3, 8), torch.tensor([0.1], requires_grad=True)
 
-    found = learned_static(x, ActivationSpec(bits=4, static=True), log_scale, torch.tensor([0.3]))
+    actual = learned_static(x, ActivationSpec(bits=4, static=True), log_scale, torch.tensor([0.3]))
 
-    assert torch.equal(found, fake_quantize_static(x, 4, 0.3 * torch.tensor([0.1]).exp()))
+    assert torch.equal(actual, fake_quantize_static(x, 4, 0.3 * torch.tensor([0.1]).exp()))
 
 
 def test_clipped_activations_pass_no_gradient_and_others_all():
@@ -272,7 +272,7 @@ def test_the_gradient_of_the_whole_loss_agrees_with_finite_differences():
     x, head, labels = noise(12, 8), noise(8, 5, seed=1), torch.arange(12) % 5
     first, second = noise(8, 8, seed=2) / 3, noise(8, 8, seed=3) / 3
     options = EncoderOptions(entropy_weight=0.7, error_weight=0.9, final_share=0.5)
-    wanted = x @ first, torch.tanh(x @ first) @ second
+    expected = x @ first, torch.tanh(x @ first) @ second
 
     def loss(equalizer):
         vision = transformed(x, equalizer, 4) @ transformed(first.T, None, 4).T
@@ -281,8 +281,8 @@ def test_the_gradient_of_the_whole_loss_agrees_with_finite_differences():
         terms = LossTerms(
             answer=answer_loss(final @ head, labels),
             entropy=weighted_entropy([entropy], [0.6]),
-            vision=relative_error(vision, wanted[0]),
-            final=relative_error(final, wanted[1]),
+            vision=relative_error(vision, expected[0]),
+            final=relative_error(final, expected[1]),
         )
         return terms.total(options)
 
@@ -292,9 +292,9 @@ def test_the_gradient_of_the_whole_loss_agrees_with_finite_differences():
 
 def test_errors_are_relative():
     """Units must cancel, or the factors would mean something else on every model."""
-    found, wanted = noise(4, 3), noise(4, 3, seed=1)
+    actual, expected = noise(4, 3), noise(4, 3, seed=1)
 
-    assert float(relative_error(7 * found, 7 * wanted)) == pytest.approx(float(relative_error(found, wanted)))
+    assert float(relative_error(7 * actual, 7 * expected)) == pytest.approx(float(relative_error(actual, expected)))
     assert float(relative_error(torch.zeros(2), torch.ones(2))) == 1.0
     assert float(relative_error(torch.zeros(2), torch.zeros(2))) == 0.0
 

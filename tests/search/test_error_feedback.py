@@ -78,19 +78,19 @@ def test_codes_are_those_of_the_slow_definition(group, symmetric, bits):
     hessian = inputs.T @ inputs
     spec = WeightSpec(bits=bits, group=group, symmetric=symmetric)
 
-    found, _ = rounded(target, hessian, spec)
+    actual, _ = rounded(target, hessian, spec)
 
-    assert torch.equal(found.codes, slow_codes(target, hessian, spec, FeedbackOptions().damping))
+    assert torch.equal(actual.codes, slow_codes(target, hessian, spec, FeedbackOptions().damping))
 
 
 def test_independent_channels_are_rounded_to_nearest():
     """Where no channel can make good what another did, there is nothing to feed back."""
     target, spec = normal(5, 64), WeightSpec(bits=4, group=16)
 
-    found, ratio = rounded(target, torch.eye(64), spec)
+    actual, ratio = rounded(target, torch.eye(64), spec)
 
     expected = quantize_weight(target, spec, signed=True)
-    assert torch.equal(found.codes, expected.codes) and torch.equal(found.scale, expected.scale)
+    assert torch.equal(actual.codes, expected.codes) and torch.equal(actual.scale, expected.scale)
     assert torch.equal(ratio, torch.ones(5, 4))
 
 
@@ -102,13 +102,13 @@ def test_the_output_error_falls(group, bits, symmetric, ordered):
     inputs, target = correlated(2000, 256), normal(24, 256, seed=1)
     hessian, spec, clips = inputs.T @ inputs, WeightSpec(bits=bits, group=group, symmetric=symmetric), (1.0, 0.9, 0.8)
 
-    found, _ = rounded(target, hessian, spec, clips=clips, options=FeedbackOptions(ordered=ordered))
+    actual, _ = rounded(target, hessian, spec, clips=clips, options=FeedbackOptions(ordered=ordered))
 
     width = group or 256
     blocks = torch.stack([hessian[s : s + width, s : s + width] for s in range(0, 256, width)])
     ratio = feedback.clip_by_moment(target, spec, blocks, torch.float32, clips)
     plain = quantize_weight(target, spec, clip=ratio)
-    errors = [float((inputs @ (dequantize_weight(q) - target).T).square().sum()) for q in (found, plain)]
+    errors = [float((inputs @ (dequantize_weight(q) - target).T).square().sum()) for q in (actual, plain)]
     assert errors[0] < 0.8 * errors[1]
 
 
@@ -120,12 +120,12 @@ def test_reordering_gives_scales_back_in_their_places(group, symmetric):
     inputs = correlated(500, 256).flip(1)
 
     spec = WeightSpec(bits=8, group=group, symmetric=symmetric)
-    found, _ = rounded(target, inputs.T @ inputs, spec, options=FeedbackOptions(ordered=True))
+    actual, _ = rounded(target, inputs.T @ inputs, spec, options=FeedbackOptions(ordered=True))
 
-    assert found.scale.shape == (7, spec.groups(256))
+    assert actual.scale.shape == (7, spec.groups(256))
     close = quantize_weight(target, spec)
-    assert torch.allclose(found.scale, close.scale, rtol=0.2)
-    assert bool(((dequantize_weight(found) - target).norm(dim=1) < 0.1 * target.norm(dim=1)).all())
+    assert torch.allclose(actual.scale, close.scale, rtol=0.2)
+    assert bool(((dequantize_weight(actual) - target).norm(dim=1) < 0.1 * target.norm(dim=1)).all())
 
 
 @pytest.mark.parametrize("group", [None, 16])
@@ -152,10 +152,10 @@ def test_codes_fit_scales_as_they_are_stored(dtype):
     """Scales are rounded before the codes are chosen, so nothing moves in a checkpoint."""
     inputs, target = correlated(300, 64), normal(8, 64, seed=1)
 
-    found, _ = rounded(target, inputs.T @ inputs, WeightSpec(bits=8, group=16), scale_dtype=dtype)
+    actual, _ = rounded(target, inputs.T @ inputs, WeightSpec(bits=8, group=16), scale_dtype=dtype)
 
-    assert found.scale.dtype == dtype
-    assert torch.allclose(dequantize_weight(found), target, atol=0.1)
+    assert actual.scale.dtype == dtype
+    assert torch.allclose(dequantize_weight(actual), target, atol=0.1)
 
 
 @pytest.mark.parametrize("group", [None, 16])
@@ -172,20 +172,20 @@ def test_a_hessian_without_an_inverse_is_enough(group, case):
     else:
         inputs = inputs[:, :1].expand(-1, 64)
 
-    found, _ = rounded(normal(4, 64), inputs.T @ inputs, WeightSpec(bits=4, group=group), clips=(1.0, 0.9))
+    actual, _ = rounded(normal(4, 64), inputs.T @ inputs, WeightSpec(bits=4, group=group), clips=(1.0, 0.9))
 
-    assert bool(torch.isfinite(dequantize_weight(found)).all())
-    assert float((dequantize_weight(found) - normal(4, 64)).abs().amax()) < 3
+    assert bool(torch.isfinite(dequantize_weight(actual)).all())
+    assert float((dequantize_weight(actual) - normal(4, 64)).abs().amax()) < 3
 
 
 def test_clips_come_from_the_grid():
     inputs, target = correlated(300, 64), normal(8, 64, seed=1) ** 3
 
-    found, ratio = rounded(target, inputs.T @ inputs, WeightSpec(bits=3, group=16), clips=(1.0, 0.8))
+    actual, ratio = rounded(target, inputs.T @ inputs, WeightSpec(bits=3, group=16), clips=(1.0, 0.8))
 
     assert set(ratio.unique().tolist()) <= {1.0, torch.tensor(0.8).item()}
     assert float(ratio.mean()) < 1.0
-    assert found.codes.dtype == torch.int8
+    assert actual.codes.dtype == torch.int8
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -196,9 +196,9 @@ def test_signs_of_scales_lower_the_error(bits):
 
     errors = []
     for signed in (True, False):
-        found, _ = rounded(target, hessian, spec, clips=(1.0, 0.9, 0.8), options=FeedbackOptions(signed=signed))
-        assert bool((found.scale < 0).any()) == signed
-        errors.append(float((inputs @ (dequantize_weight(found) - target).T).square().sum()))
+        actual, _ = rounded(target, hessian, spec, clips=(1.0, 0.9, 0.8), options=FeedbackOptions(signed=signed))
+        assert bool((actual.scale < 0).any()) == signed
+        errors.append(float((inputs @ (dequantize_weight(actual) - target).T).square().sum()))
 
     assert errors[0] < 0.95 * errors[1]
 
@@ -214,18 +214,18 @@ def test_scales_on_two_levels_stay_there_and_cost_little(sweeps, dtype, group):
     values = {"scale_dtype": dtype, "clips": (1.0, 0.9, 0.8), "options": options}
 
     free, _ = rounded(target, hessian, WeightSpec(bits=4, group=group), **values)
-    found, ratio = rounded(target, hessian, WeightSpec(bits=4, group=group, two_level=True), **values)
+    actual, ratio = rounded(target, hessian, WeightSpec(bits=4, group=group, two_level=True), **values)
 
-    step = common_step(found.scale).double().unsqueeze(1)
-    multiples = (found.scale.double() / step).abs()
+    step = common_step(actual.scale).double().unsqueeze(1)
+    multiples = (actual.scale.double() / step).abs()
     assert torch.equal(multiples, multiples.round()) and float(multiples.max()) <= LARGEST_MULTIPLE
-    assert found.scale.dtype == dtype and bool((found.scale < 0).any()) and ratio.shape == found.scale.shape
+    assert actual.scale.dtype == dtype and bool((actual.scale < 0).any()) and ratio.shape == actual.scale.shape
 
     def error(weight) -> float:
         change = (dequantize_weight(weight) - target).double()
         return float(((change @ hessian.double()) * change).sum())
 
-    assert error(found) < 1.08 * error(free)
+    assert error(actual) < 1.08 * error(free)
 
 
 def test_the_step_of_a_row_does_not_depend_on_the_others(monkeypatch):
@@ -244,9 +244,9 @@ def test_eight_bits_keep_positive_scales():
     """There a step more is nothing, and other software writes them so."""
     inputs, target = correlated(300, 64), normal(8, 64, seed=1)
 
-    found, _ = rounded(target, inputs.T @ inputs, WeightSpec(bits=8))
+    actual, _ = rounded(target, inputs.T @ inputs, WeightSpec(bits=8))
 
-    assert bool((found.scale > 0).all())
+    assert bool((actual.scale > 0).all())
 
 
 def test_a_unit_error_costs_what_is_left_after_the_later_channels_answered():
@@ -255,13 +255,13 @@ def test_a_unit_error_costs_what_is_left_after_the_later_channels_answered():
     hessian = inputs.T @ inputs
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(16)
 
-    found = conditional_moments(hessian.float(), 0.01)
+    actual = conditional_moments(hessian.float(), 0.01)
 
     for channel in range(16):
         later = slice(channel + 1, 16)
         answered = damped[channel, later] @ torch.linalg.solve(damped[later, later], damped[later, channel])
         expected = damped[channel, channel] - (answered if channel < 15 else 0)
-        assert float(found[channel]) == pytest.approx(float(expected), rel=SOLVER_NOISE)
+        assert float(actual[channel]) == pytest.approx(float(expected), rel=SOLVER_NOISE)
 
 
 TRANSFORMS = [SiteTransform(), SiteTransform(torch.linspace(0.5, 2, 64), 16)]
@@ -269,13 +269,13 @@ TRANSFORMS = [SiteTransform(), SiteTransform(torch.linspace(0.5, 2, 64), 16)]
 
 def make_problem(*, activation_bits: int | None, drift: float = 0.0) -> SiteProblem:
     """Eight rows that read 500 tokens, in two pieces; the quantized prefix has added `drift`."""
-    wanted = correlated(500, 64)
-    found = wanted + drift * correlated(500, 64, seed=7)
+    expected = correlated(500, 64)
+    actual = expected + drift * correlated(500, 64, seed=7)
     return SiteProblem(
-        inputs=found[:100],
-        references=wanted[:100],
-        all_inputs=[found[:300], found[300:]],
-        all_references=[wanted[:300], wanted[300:]],
+        inputs=actual[:100],
+        references=expected[:100],
+        all_inputs=[actual[:300], actual[300:]],
+        all_references=[expected[:300], expected[300:]],
         weights={"q": normal(8, 64, seed=3)},
         specs={"q": WeightSpec(bits=4, group=16)},
         activation=None if activation_bits is None else ActivationSpec(bits=activation_bits, group=16),
@@ -289,11 +289,11 @@ def test_moments_are_sums_over_all_tokens(transform):
 
     halves = site_moments(problem, problem.rounding(0.9, transform), 1.0)
 
-    found = problem.rounding(0.9, transform)(torch.cat(list(problem.all_inputs)))
-    wanted = torch.cat(list(problem.all_references))
-    assert torch.allclose(halves[0].hessian + halves[1].hessian, found.T @ found, rtol=1e-3, atol=1e-1)
-    assert torch.allclose(halves[0].cross + halves[1].cross, wanted.T @ found, rtol=1e-3, atol=1e-1)
-    first = torch.cat([found[:300:2], found[300::2]])
+    actual = problem.rounding(0.9, transform)(torch.cat(list(problem.all_inputs)))
+    expected = torch.cat(list(problem.all_references))
+    assert torch.allclose(halves[0].hessian + halves[1].hessian, actual.T @ actual, rtol=1e-3, atol=1e-1)
+    assert torch.allclose(halves[0].cross + halves[1].cross, expected.T @ actual, rtol=1e-3, atol=1e-1)
+    first = torch.cat([actual[:300:2], actual[300::2]])
     assert torch.allclose(halves[0].hessian, first.T @ first, rtol=1e-3, atol=1e-1)
 
 
@@ -342,11 +342,11 @@ def test_the_target_makes_good_what_the_inputs_lost(transform, activation_bits, 
     target = corrected_target(weight, halves, transform, 1e-4)
 
     inputs = problem.rounding(1.0, transform)(torch.cat(list(problem.all_inputs)))
-    wanted = torch.cat(list(problem.all_references)) @ weight.T
-    best = torch.linalg.lstsq(inputs, wanted).solution.T
+    expected = torch.cat(list(problem.all_references)) @ weight.T
+    best = torch.linalg.lstsq(inputs, expected).solution.T
 
     def error(candidate: Tensor) -> float:
-        return float((inputs @ candidate.T - wanted).square().sum())
+        return float((inputs @ candidate.T - expected).square().sum())
 
     assert error(target) < error(transform.fold(weight))
     assert error(target) <= 1.2 * error(best)

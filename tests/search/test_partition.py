@@ -99,11 +99,11 @@ def test_a_span_sums_its_pairs():
 
 def test_the_default_threshold_is_the_median_of_pairs_of_equal_width():
     """An entropy that is but an upper bound would raise it."""
-    found = [Dependency(part="vision", layer=n, entropy=e) for n, e in enumerate([1.0, 2.0, 5.0])]
+    actual = [Dependency(part="vision", layer=n, entropy=e) for n, e in enumerate([1.0, 2.0, 5.0])]
     bound = Dependency(part="language", layer=0, entropy=9.0, marginal=True)
 
-    assert default_threshold([*found, bound]) == 2.0
-    assert default_threshold([*found[:2], bound]) == 1.5
+    assert default_threshold([*actual, bound]) == 2.0
+    assert default_threshold([*actual[:2], bound]) == 1.5
     assert default_threshold([bound]) == 9.0
     assert default_threshold([]) == 0.0
 

@@ -57,16 +57,16 @@ def start_of(target: Tensor, spec: WeightSpec, dtype: torch.dtype = torch.float3
 def test_no_sweep_raises_the_error_of_any_row(spec, dtype):
     """Each step is the best one for its scale or code with all others as they are."""
     target, hessian = normal(6, 384, seed=1), moment(384)
-    found = start_of(target, spec, dtype)
-    before = errors(target, hessian, found)
+    actual = start_of(target, spec, dtype)
+    before = errors(target, hessian, actual)
 
     for _ in range(3):
-        found = refined(target, hessian, found, spec, sweeps=1)
-        after = errors(target, hessian, found)
+        actual = refined(target, hessian, actual, spec, sweeps=1)
+        after = errors(target, hessian, actual)
         assert bool((after <= before * (1 + SUMMATION)).all())
         before = after
 
-    assert found.scale.dtype == dtype
+    assert actual.scale.dtype == dtype
     assert float(after.sum()) < 0.9 * float(errors(target, hessian, start_of(target, spec, dtype)).sum())
 
 
@@ -74,30 +74,30 @@ def test_the_form_stays_that_of_the_grid(spec):
     target = normal(6, 384, seed=1)
     start = start_of(target, spec)
 
-    found = refined(target, moment(384), start, spec, sweeps=2)
+    actual = refined(target, moment(384), start, spec, sweeps=2)
 
-    assert found.codes.dtype == torch.int8 and found.codes.shape == start.codes.shape
-    assert int(found.codes.min()) >= -(2 ** (spec.bits - 1)) and int(found.codes.max()) <= 2 ** (spec.bits - 1) - 1
-    assert found.scale.shape == start.scale.shape and torch.equal(found.scale.sign(), start.scale.sign())
+    assert actual.codes.dtype == torch.int8 and actual.codes.shape == start.codes.shape
+    assert int(actual.codes.min()) >= -(2 ** (spec.bits - 1)) and int(actual.codes.max()) <= 2 ** (spec.bits - 1) - 1
+    assert actual.scale.shape == start.scale.shape and torch.equal(actual.scale.sign(), start.scale.sign())
     if spec.symmetric:
-        assert found.zero_point is None
+        assert actual.zero_point is None
     else:
-        assert torch.equal(found.zero_point, start.zero_point)
+        assert torch.equal(actual.zero_point, start.zero_point)
 
 
 def test_at_the_end_no_single_code_can_be_changed_for_the_better(spec):
     """A local minimum, checked by trying both neighbours of every code."""
     target, hessian = normal(2, 384, seed=1), moment(384)
 
-    found = refined(target, hessian, start_of(target, spec), spec, sweeps=40)
+    actual = refined(target, hessian, start_of(target, spec), spec, sweeps=40)
 
-    least = errors(target, hessian, found)
+    least = errors(target, hessian, actual)
     low, high = -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1
     for channel in range(0, 384, 7):
         for step in (-1, 1):
-            codes = found.codes.clone()
+            codes = actual.codes.clone()
             codes[:, channel] = (codes[:, channel] + step).clamp(low, high)
-            other = errors(target, hessian, QuantizedWeight(codes, found.scale, found.zero_point))
+            other = errors(target, hessian, QuantizedWeight(codes, actual.scale, actual.zero_point))
             assert bool((other >= least * (1 - SUMMATION)).all())
 
 
@@ -105,12 +105,12 @@ def test_independent_channels_end_at_least_squares():
     """Without correlation every code is the nearest to its target, and every scale a projection."""
     target, spec = normal(4, 64, seed=1), WeightSpec(bits=4, group=16)
 
-    found = refined(target, torch.eye(64), start_of(target, spec), spec, sweeps=40)
+    actual = refined(target, torch.eye(64), start_of(target, spec), spec, sweeps=40)
 
-    grouped, codes = target.reshape(4, 4, 16), found.codes.reshape(4, 4, 16).float()
-    assert torch.equal(codes, (grouped / found.scale.unsqueeze(-1)).round().clamp(-8, 7))
+    grouped, codes = target.reshape(4, 4, 16), actual.codes.reshape(4, 4, 16).float()
+    assert torch.equal(codes, (grouped / actual.scale.unsqueeze(-1)).round().clamp(-8, 7))
     expected = (grouped * codes).sum(-1) / codes.square().sum(-1)
-    torch.testing.assert_close(found.scale, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(actual.scale, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])
@@ -119,9 +119,9 @@ def test_a_weight_on_the_grid_is_left_as_it_is(scale):
     codes = torch.randint(-8, 8, (5, 64), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     start = QuantizedWeight(codes, torch.full((5, 4), scale))
 
-    found = refined(dequantize_weight(start), moment(64), start, WeightSpec(bits=4, group=16), sweeps=3)
+    actual = refined(dequantize_weight(start), moment(64), start, WeightSpec(bits=4, group=16), sweeps=3)
 
-    assert torch.equal(found.codes, codes) and torch.equal(found.scale, start.scale)
+    assert torch.equal(actual.codes, codes) and torch.equal(actual.scale, start.scale)
 
 
 def test_blocks_do_not_change_the_answer(monkeypatch):
@@ -148,11 +148,11 @@ def test_odd_weights_and_moments_stay_finite(case):
     else:
         target = target * 1e4
 
-    found = refined(target, hessian, start_of(target, spec, torch.float16), spec, sweeps=3)
+    actual = refined(target, hessian, start_of(target, spec, torch.float16), spec, sweeps=3)
 
-    assert bool(torch.isfinite(dequantize_weight(found)).all())
+    assert bool(torch.isfinite(dequantize_weight(actual)).all())
     if case == "zeros":
-        assert not bool(dequantize_weight(found)[1].any())
+        assert not bool(dequantize_weight(actual)[1].any())
 
 
 @pytest.mark.parametrize("group", [None, 16])
@@ -166,12 +166,12 @@ def test_behind_error_feedback_every_row_gains_or_stays(group, symmetric, dtype)
         options = FeedbackOptions(sweeps=sweeps, damping=1e-6)
         return round_with_feedback(target, hessian, spec, scale_dtype=dtype, clips=(1.0, 0.8), options=options)
 
-    (plain, clips), (found, changed) = rounded(0), rounded(3)
+    (plain, clips), (actual, changed) = rounded(0), rounded(3)
 
-    before, after = errors(target, hessian, plain), errors(target, hessian, found)
+    before, after = errors(target, hessian, plain), errors(target, hessian, actual)
     assert bool((after <= before * (1 + SUMMATION)).all())
     assert float(after.sum()) < 0.98 * float(before.sum())
-    torch.testing.assert_close(changed, clips * (found.scale.float() / plain.scale.float()).abs())
+    torch.testing.assert_close(changed, clips * (actual.scale.float() / plain.scale.float()).abs())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -182,20 +182,20 @@ def test_multiples_of_a_step_move_to_other_multiples(dtype):
     start = quantize_weight(target, spec, scale_dtype=dtype, step=step)
     wide = QuantizedWeight(start.codes, to_multiples(start.scale.float() * 1.3, step, dtype))
 
-    found = refined(target, hessian, wide, spec, sweeps=2, step=step)
+    actual = refined(target, hessian, wide, spec, sweeps=2, step=step)
 
-    multiples = found.scale.double() / step.double()
+    multiples = actual.scale.double() / step.double()
     assert torch.equal(multiples, multiples.round())
     assert float(multiples.min()) >= 1 and float(multiples.max()) <= LARGEST_MULTIPLE
-    assert not torch.equal(found.scale, wide.scale)
-    assert bool((errors(target, hessian, found) <= errors(target, hessian, wide)).all())
+    assert not torch.equal(actual.scale, wide.scale)
+    assert bool((errors(target, hessian, actual) <= errors(target, hessian, wide)).all())
 
 
 def test_eight_bits_are_not_refined():
     """Nothing is left to gain there, and whole rows take long."""
     target, hessian = normal(4, 64, seed=1), moment(64)
 
-    plain, found = (
+    plain, actual = (
         round_with_feedback(
             target,
             hessian,
@@ -207,4 +207,4 @@ def test_eight_bits_are_not_refined():
         for sweeps in (0, 3)
     )
 
-    assert torch.equal(found.codes, plain.codes) and torch.equal(found.scale, plain.scale)
+    assert torch.equal(actual.codes, plain.codes) and torch.equal(actual.scale, plain.scale)

@@ -75,10 +75,10 @@ def output_error(problem: SiteProblem, choice: SiteChoice) -> float:
         rounded = fake_quantize_tokens(rounded, spec.bits, spec.group, choice.activation_clip)
     error = norm = 0.0
     for name, weight in problem.weights.items():
-        wanted = problem.wanted_inputs.double() @ weight.double().T
-        found = rounded.double() @ dequantize_weight(choice.weights[name]).double().T
-        error += float((found - wanted).square().sum())
-        norm += float(wanted.square().sum())
+        expected = problem.wanted_inputs.double() @ weight.double().T
+        actual = rounded.double() @ dequantize_weight(choice.weights[name]).double().T
+        error += float((actual - expected).square().sum())
+        norm += float(expected.square().sum())
     return error / norm
 
 
@@ -309,13 +309,13 @@ def test_scales_on_two_levels_are_those_of_every_method(scale_dtype, options):
     problem = replace(plain, specs={name: replace(spec, two_level=True) for name, spec in plain.specs.items()})
 
     nearest = round_to_nearest(problem.weights, problem.specs, scale_dtype)
-    found = search_site(problem, options)
+    actual = search_site(problem, options)
 
-    for choice in (nearest, found):
+    for choice in (nearest, actual):
         for weight in choice.weights.values():
             assert len(common_step(weight.scale)) == len(weight.scale)
-    assert found.error <= found.nearest_error
-    assert found.error < 1.15 * search_site(plain, options).error
+    assert actual.error <= actual.nearest_error
+    assert actual.error < 1.15 * search_site(plain, options).error
 
 
 def test_a_group_that_does_not_divide_is_refused():
@@ -363,13 +363,13 @@ def test_no_option_makes_a_site_worse_than_nearest(seed, bits, group, activation
 def test_the_search_returns_what_rounding_gives(options):
     """A caller that rounds the same site again with what was chosen gets the same weights."""
     problem = make_problem(activation_bits=4)
-    found = search_site(problem, options)
+    actual = search_site(problem, options)
 
-    again = round_site(problem, options, activation_clip=found.activation_clip, transform=found.transform)
+    again = round_site(problem, options, activation_clip=actual.activation_clip, transform=actual.transform)
 
-    assert again.error == found.error
-    assert again.weight_clips == found.weight_clips
-    for name, quantized in found.weights.items():
+    assert again.error == actual.error
+    assert again.weight_clips == actual.weight_clips
+    for name, quantized in actual.weights.items():
         assert torch.equal(again.weights[name].codes, quantized.codes)
         assert torch.equal(again.weights[name].scale, quantized.scale)
 

@@ -37,13 +37,13 @@ def test_references_go_with_the_sample_where_that_is_all():
 
 
 def test_all_tokens_come_in_their_pieces():
-    found, wanted = [torch.ones(3, 32), torch.ones(5, 32)], [torch.zeros(3, 32), torch.zeros(5, 32)]
+    actual, expected = [torch.ones(3, 32), torch.ones(5, 32)], [torch.zeros(3, 32), torch.zeros(5, 32)]
 
-    pieces = list(make_problem(all_inputs=found, all_references=wanted).pieces())
+    pieces = list(make_problem(all_inputs=actual, all_references=expected).pieces())
 
     assert [len(a) for a, _, _ in pieces] == [3, 5]
     assert all(bool((a == 1).all()) and bool((b == 0).all()) for a, b, _ in pieces)
-    assert all(a is b for a, b, _ in make_problem(all_inputs=found).pieces())
+    assert all(a is b for a, b, _ in make_problem(all_inputs=actual).pieces())
 
 
 def test_weights_come_with_their_pieces():
@@ -69,10 +69,10 @@ def test_few_tokens_are_few_and_spread(tokens):
 def test_rounded_tokens_are_what_the_linear_multiplies(dtype, transform):
     problem = make_problem(dtype=dtype)
 
-    found = problem.rounding(0.9, transform)(problem.inputs)
+    actual = problem.rounding(0.9, transform)(problem.inputs)
 
-    assert found.dtype == torch.float32
-    assert torch.equal(found, fake_quantize_tokens(transform.tokens(problem.inputs).float(), 4, 16, 0.9))
+    assert actual.dtype == torch.float32
+    assert torch.equal(actual, fake_quantize_tokens(transform.tokens(problem.inputs).float(), 4, 16, 0.9))
 
 
 def test_without_an_activation_grid_tokens_are_only_transformed():

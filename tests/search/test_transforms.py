@@ -122,10 +122,10 @@ def test_dead_channels_get_factor_one(exponent, dead):
     if dead == "all":
         problem.inputs.zero_()
 
-    found = equalizer(problem, exponent)
+    actual = equalizer(problem, exponent)
 
-    assert float(found[5]) == 1.0
-    assert bool(torch.isfinite(found).all()) and bool((found > 0).all())
+    assert float(actual[5]) == 1.0
+    assert bool(torch.isfinite(actual).all()) and bool((actual > 0).all())
 
 
 @pytest.mark.parametrize("allowed", KINDS)

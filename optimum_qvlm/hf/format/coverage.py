@@ -102,8 +102,8 @@ def _without_left_heads(model: Any, unused: Iterable[str]) -> list[str]:
 def _saved_class(model: Any) -> Any:
     """The class of transformers that config.json names, where it is another than the model's for the same config."""
     name = next(iter(model.config.architectures or ()), type(model).__name__)
-    found = getattr(transformers, name, None) if isinstance(name, str) and name != type(model).__name__ else None
-    return found if getattr(found, "config_class", None) is type(model.config) else None
+    model_class = getattr(transformers, name, None) if isinstance(name, str) and name != type(model).__name__ else None
+    return model_class if getattr(model_class, "config_class", None) is type(model.config) else None
 
 
 def _listed(names: list[str]) -> str:

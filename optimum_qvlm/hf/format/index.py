@@ -29,12 +29,12 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
     if len(data) > LARGEST_JSON:
         raise CheckpointError(f"{name} has {len(data)} bytes, more than the {LARGEST_JSON} that are read")
     try:
-        found = strict_json.loads(data)
+        parsed = strict_json.loads(data)
     except ValueError as error:
         raise CheckpointError(f"{name} is not JSON ({error}); fetch it again") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{name} holds a {type(found).__name__} where an object is expected; fetch it again")
-    return found
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{name} holds a {type(parsed).__name__} where an object is expected; fetch it again")
+    return parsed
 
 
 def shards_of(data: bytes, name: str) -> list[str]:

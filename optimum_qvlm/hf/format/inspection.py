@@ -125,8 +125,8 @@ class _Repository:
 
     def _header(self, shard: str) -> Manifest:
         with _said(self.name):
-            found = self.api.parse_safetensors_file_metadata(self.name, shard, revision=self.commit)
-        return {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in found.tensors.items()}
+            state = self.api.parse_safetensors_file_metadata(self.name, shard, revision=self.commit)
+        return {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in state.tensors.items()}
 
 
 class _said:
@@ -156,8 +156,8 @@ def _read_config(place: _Folder | _Repository) -> dict[str, Any]:
     values = config.get("quantization_config")
     if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
         method = values.get("quant_method") if isinstance(values, dict) else None
-        found = "not quantized" if method is None else f"quantized with {str(method)[:40]!r}, not with {QUANT_METHOD!r}"
-        raise CheckpointError(f"{place.name} is {found}; there is nothing to show")
+        state = "not quantized" if method is None else f"quantized with {str(method)[:40]!r}, not with {QUANT_METHOD!r}"
+        raise CheckpointError(f"{place.name} is {state}; there is nothing to show")
     return config
 
 

@@ -61,32 +61,32 @@ def require_same_model(record: CalibrationRecord | None, loaded: Any, path: Path
     except RecursionError as error:
         raise CheckpointError(f"{path} is nested too deep; fetch it again") from error
     if difference is not None:
-        field, saved, found = difference
+        field, saved, read = difference
         raise CheckpointError(
-            f"{path} says {field}={_shown(found)}, but the model was saved with {_shown(saved)}; restore config.json. "
+            f"{path} says {field}={_shown(read)}, but the model was saved with {_shown(saved)}; restore config.json. "
             "A change that is meant is given to from_pretrained, and saved with the model"
         )
 
 
-def _first_difference(saved: Mapping[str, Any], found: Mapping[str, Any], loaded: Any) -> tuple[str, Any, Any] | None:
-    written = next(_differences(saved, found), None)
-    if written is None or saved.get("model_type") != found.get("model_type"):
+def _first_difference(saved: Mapping[str, Any], read: Mapping[str, Any], loaded: Any) -> tuple[str, Any, Any] | None:
+    written = next(_differences(saved, read), None)
+    if written is None or saved.get("model_type") != read.get("model_type"):
         return written
     config_class = type(loaded)  # releases of transformers leave different defaults out, and rename fields
     try:
-        meant = [config_class.from_dict(copy.deepcopy(dict(values))).to_dict() for values in (saved, found)]
+        meant = [config_class.from_dict(copy.deepcopy(dict(values))).to_dict() for values in (saved, read)]
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError):
         return written  # no configuration of this class
     return next(_differences(*meant), None)
 
 
-def _differences(saved: Mapping[str, Any], found: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(field, its value in `saved`, in `found`). Fields that the class does not declare count too: transformers reads
+def _differences(saved: Mapping[str, Any], read: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(field, its value in `saved`, in `read`). Fields that the class does not declare count too: transformers reads
     some, as `sliding_window`, from any configuration that has them."""
-    for name in (*saved, *(name for name in found if name not in saved)):
+    for name in (*saved, *(name for name in read if name not in saved)):
         if name in FREE:
             continue
-        old, new = saved.get(name, _ABSENT), found.get(name, _ABSENT)
+        old, new = saved.get(name, _ABSENT), read.get(name, _ABSENT)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             yield from _differences(old, new, f"{path}{name}.")
         elif not _is_same(old, new):

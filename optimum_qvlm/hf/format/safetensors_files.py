@@ -28,13 +28,13 @@ def merge_headers(headers: Iterable[tuple[str | Path, Manifest]]) -> Manifest:
     Raises:
         CheckpointError: two files hold a tensor of one name.
     """
-    found: Manifest = {}
+    stored: Manifest = {}
     for file, tensors in headers:
-        twice = found.keys() & tensors.keys()
+        twice = stored.keys() & tensors.keys()
         if twice:
             raise CheckpointError(f"tensor {min(twice)} of {file} is in another file too; fetch the checkpoint again")
-        found |= tensors
-    return found
+        stored |= tensors
+    return stored
 
 
 def _read_header(file: str | Path) -> Manifest:
@@ -90,27 +90,27 @@ def read_tensor(files: Iterable[str | Path], name: str) -> Tensor:
     for file in files:
         with safe_open(file, framework="pt") as shard:
             if name in shard.keys():
-                found: Tensor = shard.get_tensor(name)
-                return found
+                stored: Tensor = shard.get_tensor(name)
+                return stored
     raise CheckpointError(f"tensor {name} is missing from the checkpoint's files; fetch it again")
 
 
-def require_manifest(manifest: Mapping[str, Any], found: Manifest) -> None:
+def require_manifest(manifest: Mapping[str, Any], stored: Manifest) -> None:
     """Compare what is in the files with what was written.
 
     Raises:
         CheckpointError: names the first tensors that are missing, added or of another dtype or shape.
     """
-    missing = sorted(set(manifest) - set(found))
+    missing = sorted(set(manifest) - set(stored))
     if missing:
         raise CheckpointError(f"{_listed(missing)} missing from the checkpoint's files; fetch it again")
-    added = sorted(set(found) - set(manifest))
+    added = sorted(set(stored) - set(manifest))
     if added:
         raise CheckpointError(f"{_listed(added)} in the checkpoint's files but not in its manifest; fetch it again")
     for name, expected in manifest.items():
-        if list(expected) != found[name]:
+        if list(expected) != stored[name]:
             raise CheckpointError(
-                f"tensor {name} has dtype {found[name][0]} and shape {found[name][1]}, but was written with dtype "
+                f"tensor {name} has dtype {stored[name][0]} and shape {stored[name][1]}, but was written with dtype "
                 f"{expected[0]} and shape {expected[1]}; fetch the checkpoint again"
             )
 

@@ -163,15 +163,15 @@ def _second_name(source: Path, destination: Path, work: Path) -> None:
 def _hindrance(path: Path) -> str | None:
     """Why a file cannot be replaced; None where nothing speaks against it."""
     try:
-        found = path.lstat()
+        status = path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    if stat.S_ISDIR(found.st_mode):
+    if stat.S_ISDIR(status.st_mode):
         return "it is a folder"
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         return None
     above = path.parent.stat()
-    if above.st_mode & stat.S_ISVTX and os.geteuid() not in (0, found.st_uid, above.st_uid):
+    if above.st_mode & stat.S_ISVTX and os.geteuid() not in (0, status.st_uid, above.st_uid):
         return "it is another user's, and the folder lets only owners replace files"
     try:
         os.close(os.open(path, os.O_WRONLY))
@@ -192,7 +192,7 @@ def matching(target: Path, pattern: re.Pattern[str]) -> list[str]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; empty where the file is something else, or not there."""
     try:
-        found = json.loads(path.read_bytes())
+        status = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return status if isinstance(status, dict) else {}

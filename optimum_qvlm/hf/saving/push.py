@@ -70,10 +70,10 @@ class Upload:
 
     def _has_users_card(self, api: HfApi, repo: str) -> bool:
         try:
-            found = api.hf_hub_download(repo, CARD_FILE, revision=self.revision)
+            downloaded = api.hf_hub_download(repo, CARD_FILE, revision=self.revision)
         except EntryNotFoundError:
             return False
-        return is_users_card(Path(found))
+        return is_users_card(Path(downloaded))
 
 
 def push_to_hub(

@@ -69,9 +69,9 @@ class Sidecar:
         Raises:
             OSError: it cannot be read.
         """
-        found = path.stat()
-        content = path.read_bytes() if found.st_size <= LARGEST_HELD else None
-        return cls(path=path, content=content, stamp=(found.st_size, found.st_mtime_ns))
+        status = path.stat()
+        content = path.read_bytes() if status.st_size <= LARGEST_HELD else None
+        return cls(path=path, content=content, stamp=(status.st_size, status.st_mtime_ns))
 
     def write(self, destination: Path) -> None:
         """Write it elsewhere.
@@ -82,8 +82,8 @@ class Sidecar:
         if self.content is not None:
             destination.write_bytes(self.content)
             return
-        found = self.path.stat() if self.path.is_file() else None
-        if found is None or (found.st_size, found.st_mtime_ns) != self.stamp:
+        status = self.path.stat() if self.path.is_file() else None
+        if status is None or (status.st_size, status.st_mtime_ns) != self.stamp:
             raise CheckpointError(
                 f"{self.path}, which belongs to the model, is gone or was changed after the model was loaded, and is "
                 "too large to be held in memory; put it back and save again"

@@ -70,9 +70,9 @@ class Tile:
         """How many programs share the channels of each of `programs` tiles, of a weight with `width` channels."""
         if self.busy is None or self.share is None:
             return 1
-        wanted = self.busy * MULTIPROCESSORS.get(architecture, 108) // programs
+        needs = self.busy * MULTIPROCESSORS.get(architecture, 108) // programs
         blocks = width // 128
-        parts = max(1, min(wanted, width // self.share))
+        parts = max(1, min(needs, width // self.share))
         return -(-blocks // -(-blocks // parts))  # none is left without a block
 
 
@@ -147,15 +147,15 @@ def size_class(kernel: str, architecture: int, size: int) -> str:
 @functools.lru_cache(maxsize=1024)
 def digits_tile(architecture: int, tokens: int, rows: int) -> DecodeTile:
     """The tile of `triton.digits`."""
-    wanted = {"size": size_class("digits", architecture, rows)}
-    return DecodeTile(**_shape(_entry("digits", architecture, tokens, wanted)))
+    needs = {"size": size_class("digits", architecture, rows)}
+    return DecodeTile(**_shape(_entry("digits", architecture, tokens, needs)))
 
 
 @functools.lru_cache(maxsize=1024)
 def decode_tile(architecture: int, bits: int, group: int | None, tokens: int, rows: int) -> DecodeTile:
     """The tile of `triton.decode`; more tokens than the largest takes are shared among programs."""
-    wanted = {"bits": bits, "group": group or "row", "size": size_class("decode", architecture, rows)}
-    return DecodeTile(**_shape(_entry("decode", architecture, min(tokens, DECODE_TOKENS), wanted)))
+    needs = {"bits": bits, "group": group or "row", "size": size_class("decode", architecture, rows)}
+    return DecodeTile(**_shape(_entry("decode", architecture, min(tokens, DECODE_TOKENS), needs)))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -163,35 +163,35 @@ def prefill_tile(
     architecture: int, operand_bits: int, weight_bits: int, group: int | None, tokens: int, rows: int
 ) -> PrefillTile:
     """The tile of `triton.prefill` for operands of 8, 16 or 32 bits; small groups need room for more sums."""
-    wanted = {
+    needs = {
         "operand": operand_bits,
         "bits": weight_bits,
         "sums": "one" if group is None or group >= 128 else "several",
         "size": size_class("prefill", architecture, rows * tokens),
     }
-    return PrefillTile(**_shape(_entry("prefill", architecture, tokens, wanted)))
+    return PrefillTile(**_shape(_entry("prefill", architecture, tokens, needs)))
 
 
 @functools.lru_cache(maxsize=1024)
 def bytes_tile(architecture: int, tokens: int, rows: int) -> PrefillTile:
     """The tile of `triton.bytes`."""
-    wanted = {"size": size_class("bytes", architecture, rows * tokens)}
-    return PrefillTile(**_shape(_entry("bytes", architecture, tokens, wanted)))
+    needs = {"size": size_class("bytes", architecture, rows * tokens)}
+    return PrefillTile(**_shape(_entry("bytes", architecture, tokens, needs)))
 
 
 @functools.lru_cache(maxsize=1024)
 def levels_tile(architecture: int, tokens: int, rows: int) -> PrefillTile:
     """The tile of `triton.levels`."""
-    wanted = {"size": size_class("levels", architecture, rows * tokens)}
-    return PrefillTile(**_shape(_entry("levels", architecture, tokens, wanted)))
+    needs = {"size": size_class("levels", architecture, rows * tokens)}
+    return PrefillTile(**_shape(_entry("levels", architecture, tokens, needs)))
 
 
 @functools.lru_cache(maxsize=1024)
 def floats_tile(architecture: int, tokens: int, rows: int) -> PrefillTile:
     """The tile of `triton.floats`."""
     programs = -(-rows // 64) * -(-tokens // (64 if tokens <= 64 else 128))
-    wanted = {"size": size_class("floats", architecture, programs)}
-    return PrefillTile(**_shape(_entry("floats", architecture, tokens, wanted)))
+    needs = {"size": size_class("floats", architecture, programs)}
+    return PrefillTile(**_shape(_entry("floats", architecture, tokens, needs)))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -218,17 +218,17 @@ def table() -> tuple[Entry, ...]:
     return tuple(json.loads(resources.files(__package__).joinpath(TABLE).read_text()))
 
 
-def _entry(kernel: str, architecture: int, tokens: int, wanted: Mapping[str, Any]) -> Entry:
+def _entry(kernel: str, architecture: int, tokens: int, needs: Mapping[str, Any]) -> Entry:
     """The first line that fits, of the newest architecture that is not newer."""
     known = {line["architecture"] for line in table() if line["kernel"] == kernel}
     mine = max((number for number in known if number <= architecture), default=min(known))
     for line in table():
         if line["kernel"] != kernel or line["architecture"] != mine:
             continue
-        fits = all(line.get(name, "any") in (value, "any") for name, value in wanted.items())
+        fits = all(line.get(name, "any") in (value, "any") for name, value in needs.items())
         if fits and (line.get("up_to", "any") == "any" or tokens <= line["up_to"]):
             return line
-    raise LookupError(f"{TABLE} has no line for {kernel} on {architecture} with {dict(wanted)} and {tokens} tokens")
+    raise LookupError(f"{TABLE} has no line for {kernel} on {architecture} with {dict(needs)} and {tokens} tokens")
 
 
 def _shape(line: Entry) -> dict[str, int]:

@@ -90,12 +90,12 @@ class LearnedLinear(nn.Module):
         self.in_features, self.out_features = start.in_features, start.out_features
         self.register_buffer("weight", weight)
         self.register_buffer("bias", None if start.bias is None else start.bias.detach())
-        found = start.quantized()
-        begun = WeightStart.of(found, self._folded(), start.format.weight)
+        packed_weight = start.quantized()
+        begun = WeightStart.of(packed_weight, self._folded(), start.format.weight)
         self.register_buffer("scale", begun.scale)
         self.register_buffer("zero_point", begun.zero_point)
         self.register_buffer("offset", begun.offset)
-        self.log_scale = nn.Parameter(torch.zeros_like(found.scale, dtype=torch.float32))
+        self.log_scale = nn.Parameter(torch.zeros_like(packed_weight.scale, dtype=torch.float32))
 
     def forward(self, input: Tensor) -> Tensor:
         """Product of the rounded input [..., in_features] with the rounded weight, plus bias."""
@@ -126,10 +126,10 @@ class LearnedLinear(nn.Module):
     @torch.no_grad()
     def weight_clip(self) -> float:
         """Mean over rows and groups of the ratio of the range that the grid covers now."""
-        found = self._start().rounded(self._folded(), self.log_scale).scale.float()
-        signed = bool((found < 0).any())
+        packed_weight = self._start().rounded(self._folded(), self.log_scale).scale.float()
+        signed = bool((packed_weight < 0).any())
         full = quantize_weight(self._folded(), self.format.weight, scale_dtype=torch.float32, signed=signed).scale
-        return float((found / full).abs().mean())
+        return float((packed_weight / full).abs().mean())
 
     def _clip(self) -> float:
         log_clip, clip = self.site.log_clip, self.format.activation_clip

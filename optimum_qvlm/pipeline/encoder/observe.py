@@ -60,13 +60,13 @@ class Observer:
         self,
         number: int,
         mask: Tensor | None,
-        wanted: Mapping[str, Sequence[Tensor]] | None = None,
+        targets: Mapping[str, Sequence[Tensor]] | None = None,
         *,
         slopes: bool = False,
     ) -> Iterator[Seen]:
         """What a forward of batch `number` inside shows. `mask` [rows, tokens] marks its real text tokens.
 
-        With `wanted`, errors of the ends against these outputs of theirs; else the outputs themselves, on the CPU.
+        With `targets`, errors of the ends against these outputs of theirs; else the outputs themselves, on the CPU.
         """
         seen = Seen()
         handles: list[Any] = []
@@ -75,7 +75,7 @@ class Observer:
                 seen.samples[part.name] = [[] for _ in part.layers]
                 seen.slopes[part.name] = [0.0] * len(part.layers)
                 for place, layer in enumerate(part.layers):
-                    look = _Look(self, part, place, number, mask, wanted, slopes, seen)
+                    look = _Look(self, part, place, number, mask, targets, slopes, seen)
                     handles.append(self.model.get_submodule(layer.path).register_forward_hook(look))
             yield seen
         finally:
@@ -92,7 +92,7 @@ class _Look:
     place: int
     number: int
     mask: Tensor | None
-    wanted: Mapping[str, Sequence[Tensor]] | None
+    targets: Mapping[str, Sequence[Tensor]] | None
     slopes: bool
     seen: Seen
 
@@ -107,10 +107,10 @@ class _Look:
         if end is None or self.place != len(self.part.layers) - 1:
             return
         real = hidden if valid is None else hidden[valid.bool().to(hidden.device)]
-        if self.wanted is None:
+        if self.targets is None:
             self.seen.ends.setdefault(end, []).append(real.detach().cpu())
         else:
-            target = self.wanted[end][len(calls) - 1].to(real.device)
+            target = self.targets[end][len(calls) - 1].to(real.device)
             self.seen.errors.setdefault(end, []).append(relative_error(real, target))
 
     def _note_slope(self, gradient: Tensor) -> None:

@@ -207,11 +207,11 @@ class EncoderStep:
     def terms(self, number: int, batch: Batch, labels: Tensor, weights: Mapping[str, list[float]]) -> LossTerms:
         """The loss of one batch. `weights` are those of each part's layers."""
         hidden, seen = self.seen(number, batch)
-        wanted = labels[:, 1:].to(hidden.device)
-        chosen = wanted != IGNORED
+        targets = labels[:, 1:].to(hidden.device)
+        chosen = targets != IGNORED
         head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
         return LossTerms(
-            answer=answer_loss(head(hidden[:, :-1][chosen]), wanted[chosen]),
+            answer=answer_loss(head(hidden[:, :-1][chosen]), targets[chosen]),
             entropy=self._entropy(seen, weights),
             vision=torch.stack(seen.errors["vision"]).mean(),
             final=torch.stack(seen.errors["final"]).mean(),
@@ -223,8 +223,8 @@ class EncoderStep:
             for place in range(1, len(layers)):
                 pairs = list(zip(layers[place - 1], layers[place], strict=True))
                 # Assignments of all layers at once would take more memory than a layer: they are computed twice.
-                found = [checkpoint(self.dependency, a, b, use_reentrant=False) for a, b in pairs]
-                dependencies.append(torch.stack(found).mean())
+                entropies = [checkpoint(self.dependency, a, b, use_reentrant=False) for a, b in pairs]
+                dependencies.append(torch.stack(entropies).mean())
                 factors.append(weights[part][place])
         return weighted_entropy(dependencies, factors).to(self.device)
 

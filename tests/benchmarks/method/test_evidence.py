@@ -53,18 +53,18 @@ def test_random_partitions_have_the_same_sizes(seed):
     blocks = [Block(part="part0", first=a, last=b) for a, b in [(0, 0), (1, 3), (4, 5), (6, 6)]]
     plan = plan_of(7)
 
-    found = spans(shuffled(plan.parts, QuantPlan(parts=plan.parts, blocks=tuple(blocks), kept=()), seed), "part0")
+    actual = spans(shuffled(plan.parts, QuantPlan(parts=plan.parts, blocks=tuple(blocks), kept=()), seed), "part0")
 
-    assert sorted(last - first for first, last in found) == [0, 0, 1, 2]
-    assert [n for first, last in found for n in range(first, last + 1)] == list(range(7))
+    assert sorted(last - first for first, last in actual) == [0, 0, 1, 2]
+    assert [n for first, last in actual for n in range(first, last + 1)] == list(range(7))
 
 
 def test_blocks_by_error_join_layers_that_add_much():
     plan = plan_of(4)
 
-    found = by_error(plan.parts, {"part0": [0.0, 0.1, 0.1, 0.5]})
+    actual = by_error(plan.parts, {"part0": [0.0, 0.1, 0.1, 0.5]})
 
-    assert spans(found, "part0") == [(0, 0), (1, 1), (2, 3)] or spans(found, "part0") == [(0, 0), (1, 3)]
+    assert spans(actual, "part0") == [(0, 0), (1, 1), (2, 3)] or spans(actual, "part0") == [(0, 0), (1, 3)]
 
 
 def test_every_proxy_is_a_finite_number():
@@ -86,11 +86,11 @@ def test_a_copy_leaves_less_open_than_an_unrelated_layer():
 
 
 def test_divergence_is_taken_per_token():
-    wanted = torch.tensor([[0.0, 0.0], [0.0, 0.0]])
-    found = torch.tensor([[0.0, 0.0], [3.0, 0.0]])
+    expected = torch.tensor([[0.0, 0.0], [0.0, 0.0]])
+    actual = torch.tensor([[0.0, 0.0], [3.0, 0.0]])
 
-    assert divergence(wanted, found)[0] == 0
-    assert divergence(wanted, found)[1] > 0.5
+    assert divergence(expected, actual)[0] == 0
+    assert divergence(expected, actual)[1] > 0.5
 
 
 @pytest.mark.slow

@@ -97,9 +97,9 @@ def test_answers_are_read_off_the_text(text, wanted):
 def test_accuracies_are_counted_per_column(data):
     problems = scienceqa.read_problems(data, "test")
 
-    found = scienceqa.accuracies([True, False, True, False], problems)
+    actual = scienceqa.accuracies([True, False, True, False], problems)
 
-    assert found == {
+    assert actual == {
         "NAT": 50,
         "SOC": 0,
         "LAN": 100,

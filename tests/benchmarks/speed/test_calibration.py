@@ -44,21 +44,21 @@ def watch_over(*blocks, limit, part="language"):
 @pytest.mark.parametrize("part", ["language", "vision"])
 def test_a_part_is_measured_with_all_its_layers(tiny, part):
     """From the cut model to the number for the whole one."""
-    found = calibration.measure(part, "fast", settings(tiny))
+    actual = calibration.measure(part, "fast", settings(tiny))
 
-    assert (found.layers, found.built) == (5, 2)
-    assert found.searched in (1, 2)
-    assert found.search_seconds > 0 and found.prepare_seconds > 0
-    assert found.whole_seconds == pytest.approx(5 * found.seconds_per_layer)
+    assert (actual.layers, actual.built) == (5, 2)
+    assert actual.searched in (1, 2)
+    assert actual.search_seconds > 0 and actual.prepare_seconds > 0
+    assert actual.whole_seconds == pytest.approx(5 * actual.seconds_per_layer)
 
 
 def test_time_that_is_up_ends_after_the_first_block(tiny):
-    found = calibration.measure("language", "fast", settings(tiny, limit=0.0))
-    assert (found.searched, found.deepest) == (1, 1)
+    actual = calibration.measure("language", "fast", settings(tiny, limit=0.0))
+    assert (actual.searched, actual.deepest) == (1, 1)
 
 
 def test_the_extrapolation_counts_preparation_by_built_and_search_by_searched_layers():
-    found = Measurement(
+    actual = Measurement(
         part="language",
         effort="fast",
         layers=40,
@@ -70,8 +70,8 @@ def test_the_extrapolation_counts_preparation_by_built_and_search_by_searched_la
         peak_bytes=0,
         reserved_bytes=0,
     )
-    assert found.seconds_per_layer == 17.0
-    assert found.whole_seconds == 680.0
+    assert actual.seconds_per_layer == 17.0
+    assert actual.whole_seconds == 680.0
 
 
 def test_the_first_of_several_blocks_is_not_counted():

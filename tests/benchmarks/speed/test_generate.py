@@ -26,8 +26,8 @@ def test_rounds_decode_what_the_model_generates(static):
         prefill, decode = decoder.round()
 
         assert prefill > 0 and decode > 0
-        wanted = model.generate(**inputs, attention_mask=torch.ones(2, 7).long(), max_new_tokens=6, do_sample=False)
-        assert torch.equal(decoder.token, wanted[:, -1:])
+        expected = model.generate(**inputs, attention_mask=torch.ones(2, 7).long(), max_new_tokens=6, do_sample=False)
+        assert torch.equal(decoder.token, expected[:, -1:])
 
 
 def arguments(**settings):
@@ -77,12 +77,12 @@ def test_saved_bytes_are_those_of_the_packed_form(scheme):
 def test_every_variant_is_measured_against_the_baseline(static_cache, batch):
     variants = {"bf16": make_model(None), "w4a16": make_model("w4a16")}
 
-    found = generate.measure(variants, 5, batch, arguments(static_cache=static_cache))
+    actual = generate.measure(variants, 5, batch, arguments(static_cache=static_cache))
 
-    assert [speed.variant for speed in found] == ["bf16", "w4a16"]
-    assert found[0].decode_ratio == {"bf16": 1.0} and found[0].prompt == 5
-    assert found[1].megabytes < found[0].megabytes
-    assert not any(speed.peak_megabytes < speed.megabytes for speed in found)  # unknown outside Linux
+    assert [speed.variant for speed in actual] == ["bf16", "w4a16"]
+    assert actual[0].decode_ratio == {"bf16": 1.0} and actual[0].prompt == 5
+    assert actual[1].megabytes < actual[0].megabytes
+    assert not any(speed.peak_megabytes < speed.megabytes for speed in actual)  # unknown outside Linux
 
 
 def test_a_batch_is_the_same_prompt_several_times():
@@ -106,8 +106,8 @@ def test_fused_variants_hold_and_compute_what_the_others_do(llama_folder, monkey
     assert generate.checkpoint_bytes(variants["w4a16 fused"]) == generate.checkpoint_bytes(variants["w4a16"])
     ids = torch.randint(10, 50, (1, 5), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found, expected = (variants[name](input_ids=ids).logits for name in ("w4a16 fused", "w4a16"))
-    assert torch.equal(found, expected)
+        actual, expected = (variants[name](input_ids=ids).logits for name in ("w4a16 fused", "w4a16"))
+    assert torch.equal(actual, expected)
 
 
 def test_rotations_are_not_dropped_in_silence(monkeypatch, capsys, tmp_path):

@@ -26,9 +26,9 @@ def test_the_fastest_candidate_is_taken(line):
     def measure(trial):
         return 10.0 if fast.items() <= dict(trial.shape).items() else 20.0
 
-    found, gain = launch_table.choose(line, measure, 0.03)
+    actual, gain = launch_table.choose(line, measure, 0.03)
 
-    assert found == line | fast
+    assert actual == line | fast
     assert gain == pytest.approx(0.5)
 
 
@@ -36,17 +36,17 @@ def test_a_gain_within_the_margin_changes_nothing(line):
     """Noise would rewrite the table on every run."""
     own = {name: line[name] for name in launch_table.SHAPE if name in line}
 
-    found, gain = launch_table.choose(line, lambda trial: 20.0 if dict(trial.shape) == own else 19.8, 0.03)
+    actual, gain = launch_table.choose(line, lambda trial: 20.0 if dict(trial.shape) == own else 19.8, 0.03)
 
-    assert (found, gain) == (line, 0.0)
+    assert (actual, gain) == (line, 0.0)
 
 
 def test_what_cannot_be_launched_is_never_taken(line):
     own = {name: line[name] for name in launch_table.SHAPE if name in line}
 
-    found, _ = launch_table.choose(line, lambda trial: 20.0 if dict(trial.shape) == own else math.inf, 0.03)
+    actual, _ = launch_table.choose(line, lambda trial: 20.0 if dict(trial.shape) == own else math.inf, 0.03)
 
-    assert found == line
+    assert actual == line
 
 
 @pytest.mark.parametrize("architecture", [80, 89, 90, 100, 120])

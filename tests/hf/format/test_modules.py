@@ -197,11 +197,11 @@ def test_swapped_linears_have_the_recorded_precision(quantized_llava):
 
     swap_in_quantized(model, quantized_llava.config.quantization_config.record)
 
-    wanted = quantized_modules(packed(quantized_llava))
+    expected = quantized_modules(packed(quantized_llava))
     for path, module in quantized_modules(model).items():
-        assert module.format == wanted[path].format
+        assert module.format == expected[path].format
         assert {n: (t.shape, t.dtype) for n, t in module.state_dict().items()} == {
-            n: (t.shape, t.dtype) for n, t in wanted[path].state_dict().items()
+            n: (t.shape, t.dtype) for n, t in expected[path].state_dict().items()
         }
 
 

@@ -97,12 +97,12 @@ def main(old: Path, new: Path, home: Path, way: str, shard: str, every: int) -> 
     for number in [*kills, None]:
         reset()
         status = forked(model, target, way, shard, steps, number)
-        found, template = verdict(target, states)
+        actual, template = verdict(target, states)
         outcome = {
             "step": number,
             "event": "end" if number is None else events[number],
             "killed": os.WIFSIGNALED(status),
-            "model": found,
+            "model": actual,
             "template": template,
             "note": (target / NOTE).read_text() if (target / NOTE).exists() else None,
         }

@@ -53,8 +53,8 @@ def kill(models: Path, home: Path, way: str, before: str, after: str, *, every: 
     )
     assert done.returncode == 0, done.stderr
     *outcomes, last = map(json.loads, done.stdout.splitlines())
-    found = Counter((outcome["model"], outcome["template"]) for outcome in outcomes)
-    print(f"{way}, {before} -> {after}: {len(outcomes) - 1} kills at {last['steps']} steps: {dict(found)}")
+    actual = Counter((outcome["model"], outcome["template"]) for outcome in outcomes)
+    print(f"{way}, {before} -> {after}: {len(outcomes) - 1} kills at {last['steps']} steps: {dict(actual)}")
     return outcomes, last
 
 

@@ -164,9 +164,9 @@ def test_processes_of_the_same_number_do_not_mix(tmp_path):
     run_all(SAME_NUMBER, *((name, tmp_path / "home" / "out") for name in ("first", "second")))
 
     assert os.listdir(tmp_path / "home") == ["out"]
-    found = contents(tmp_path / "home" / "out")
-    assert set(found) == {"a", "b", "c"}
-    assert len(set(found.values())) == 1
+    actual = contents(tmp_path / "home" / "out")
+    assert set(actual) == {"a", "b", "c"}
+    assert len(set(actual.values())) == 1
 
 
 def test_a_source_that_is_gone_is_not_needed(llava_folder, bundled_folder, tmp_path):

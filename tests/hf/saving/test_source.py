@@ -91,18 +91,18 @@ def test_a_folder_called_snapshots_is_no_cache(tmp_path):
 def test_processor_templates_licence_and_report_travel(tmp_path):
     make_files(tmp_path, [*TRAVEL, *STAY])
 
-    found = Source(folder=tmp_path).sidecars()
+    actual = Source(folder=tmp_path).sidecars()
 
-    assert {name: file.content for name, file in found.items()} == {name: name.encode() for name in TRAVEL}
+    assert {name: file.content for name, file in actual.items()} == {name: name.encode() for name in TRAVEL}
 
 
 def test_code_travels_where_it_is_trusted(tmp_path):
     """A processor of its own kind is nothing without; code that nobody trusts is not passed on."""
     make_files(tmp_path, [*TRAVEL, *STAY])
 
-    found = Source(folder=tmp_path, access=Access(trust_remote_code=True)).sidecars()
+    actual = Source(folder=tmp_path, access=Access(trust_remote_code=True)).sidecars()
 
-    assert set(found) == {*TRAVEL, "modeling_custom.py"}
+    assert set(actual) == {*TRAVEL, "modeling_custom.py"}
 
 
 def test_a_folder_of_weights_has_no_sidecars(tmp_path):

@@ -86,11 +86,13 @@ def test_codes_scales_and_zero_points_come_back_bit_for_bit(sizes, zero_point):
     weight = make_weight(grid)
     weight.scale[-1, -1], weight.scale[:, 0] = -1e-40, 3e38
 
-    found = dispatch.restore(dispatch.store(weight, grid, cpu_int4.LAYOUT), grid)
+    actual = dispatch.restore(dispatch.store(weight, grid, cpu_int4.LAYOUT), grid)
 
-    assert torch.equal(found.codes, weight.codes)
-    assert torch.equal(bits_of(found.scale), bits_of(weight.scale))
-    assert (found.zero_point is None) if weight.zero_point is None else torch.equal(found.zero_point, weight.zero_point)
+    assert torch.equal(actual.codes, weight.codes)
+    assert torch.equal(bits_of(actual.scale), bits_of(weight.scale))
+    assert (
+        (actual.zero_point is None) if weight.zero_point is None else torch.equal(actual.zero_point, weight.zero_point)
+    )
 
 
 def test_bytes_are_those_that_pytorch_packs():
@@ -115,10 +117,10 @@ def test_the_definition_is_computed_for_any_number_of_tokens(monkeypatch, zero_p
     grid = grid_of(256, 100, group, zero_point=zero_point)
     weight, x, bias = make_weight(grid), random(tokens, 256, dtype=dtype), random(100, dtype=dtype, seed=2)
 
-    found = dispatch.linear(x, cpu_int4.store(weight, grid), bias, NOTHING, grid)
+    actual = dispatch.linear(x, cpu_int4.store(weight, grid), bias, NOTHING, grid)
 
     rounded = dtype == torch.bfloat16 and fast and tokens > cpu_int4.FEW_TOKENS[True]
-    require_close(found, x, weight, bias, NOTHING, rounded=rounded)
+    require_close(actual, x, weight, bias, NOTHING, rounded=rounded)
 
 
 @pytest.mark.parametrize("out_features", [1, 31, 64, 65, 200])
@@ -128,9 +130,9 @@ def test_sizes_need_not_be_whole_blocks(out_features, shape):
     grid = grid_of(128, out_features, 32)
     weight, x = make_weight(grid), random(*shape)
 
-    found = cpu_int4.linear(x, cpu_int4.store(weight, grid), None, NOTHING, grid)
+    actual = cpu_int4.linear(x, cpu_int4.store(weight, grid), None, NOTHING, grid)
 
-    require_close(found, x, weight, None, NOTHING, rounded=processor.multiplies_bf16())
+    require_close(actual, x, weight, None, NOTHING, rounded=processor.multiplies_bf16())
 
 
 @pytest.mark.parametrize("tokens", [2, 20])
@@ -161,10 +163,10 @@ def test_activations_are_transformed_and_rounded_as_the_definition_says(rounding
     grid = dataclasses.replace(grid_of(zero_point=True), decode_tokens=1)
     weight, x = make_weight(grid), random(tokens, 256)
 
-    found = cpu_int4.linear(x, cpu_int4.store(weight, grid), None, rounding, grid)
+    actual = cpu_int4.linear(x, cpu_int4.store(weight, grid), None, rounding, grid)
 
     require_close(
-        found, x, weight, None, rounding, rounded=rounding.bits is None and tokens > 16 and processor.multiplies_bf16()
+        actual, x, weight, None, rounding, rounded=rounding.bits is None and tokens > 16 and processor.multiplies_bf16()
     )
 
 
@@ -176,9 +178,9 @@ def test_zero_points_lose_nothing_to_the_bf16_of_the_operator():
     codes = torch.full((64, 256), 7, dtype=torch.int8)
     weight = QuantizedWeight(codes, scale, torch.full((64, 4), 7, dtype=torch.int8))
 
-    found = cpu_int4.linear(torch.ones(1, 256).bfloat16(), cpu_int4.store(weight, grid), None, NOTHING, grid)
+    actual = cpu_int4.linear(torch.ones(1, 256).bfloat16(), cpu_int4.store(weight, grid), None, NOTHING, grid)
 
-    assert found.abs().max() <= 256 * 2 * 7 * SUM_TOLERANCE
+    assert actual.abs().max() <= 256 * 2 * 7 * SUM_TOLERANCE
 
 
 @pytest.mark.parametrize("instructions", ["AVX512", "AVX2"])

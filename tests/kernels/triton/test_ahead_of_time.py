@@ -19,17 +19,17 @@ from tests.kernels import ahead_of_time, resources
 def test_the_tiles_that_most_calls_take_fit(architecture, capsys):
     """A spill costs more than the kernel gains; `make kernel-resources` prints the whole table."""
     for case in resources.checked_cases(architecture):
-        found = case.resources()
-        print(resources.line(case, found))
-        assert case.faults(found) == []
+        actual = case.resources()
+        print(resources.line(case, actual))
+        assert case.faults(actual) == []
 
 
 def test_decoding_spends_few_instructions_on_a_weight():
     """Few tokens are bound by memory as long as the arithmetic keeps up: 2.0 to 3.1 instructions per weight do."""
-    found = resources.decode_case(90, 1, 4, 128).resources()
+    actual = resources.decode_case(90, 1, 4, 128).resources()
     case = resources.decode_case(90, 1, 4, 128)
 
-    spent = sum(found.body.values()) * case.warps * 32 / case.weights
+    spent = sum(actual.body.values()) * case.warps * 32 / case.weights
     assert 1.0 < spent <= 3.1
 
 

@@ -65,8 +65,8 @@ def test_the_steps_behind_two_levels_are_found_at_load_and_leave_no_trace(bits, 
     again = unpack(packed)
 
     assert packed.scale.shape == (packed.groups + 1, rows)
-    found = scale.float() / packed.scale[-1].float().unsqueeze(1)
-    assert torch.equal(found, found.round()) and float(found.abs().max()) <= 15
+    actual = scale.float() / packed.scale[-1].float().unsqueeze(1)
+    assert torch.equal(actual, actual.round()) and float(actual.abs().max()) <= 15
     assert torch.equal(again.codes, weight)
     assert torch.equal(again.scale, scale) and again.scale.is_contiguous()
 

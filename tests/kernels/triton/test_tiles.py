@@ -50,10 +50,10 @@ def test_digits_take_their_tokens_in_one_program_with_a_warp_for_each_slice(arch
 )
 def test_prefill_tiles_grow_with_the_tokens(architecture, operand_bits, bits, group):
     for rows in SIZES:
-        found = [tiles.prefill_tile(architecture, operand_bits, bits, group, tokens, rows) for tokens in TOKENS]
+        actual = [tiles.prefill_tile(architecture, operand_bits, bits, group, tokens, rows) for tokens in TOKENS]
 
-        assert [tile.tokens for tile in found] == sorted(tile.tokens for tile in found)
-        assert all(tile.tokens >= min(tokens, 16) for tile, tokens in zip(found, TOKENS, strict=True))
+        assert [tile.tokens for tile in actual] == sorted(tile.tokens for tile in actual)
+        assert all(tile.tokens >= min(tokens, 16) for tile, tokens in zip(actual, TOKENS, strict=True))
 
 
 def test_large_products_of_bytes_get_large_tiles():

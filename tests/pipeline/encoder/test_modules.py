@@ -92,12 +92,12 @@ def test_every_parameter_gets_a_gradient(case):
 
     (learned(x) - x @ weight.T).square().sum().backward()
 
-    wanted = {"log_scale"}
-    wanted |= {"site.log_clip"} if start.format.activation is not None else set()
-    wanted |= {"site.log_equalizer"} if start.format.equalized else set()
-    found = {name: parameter.grad for name, parameter in learned.named_parameters()}
-    assert set(found) == wanted
-    assert all(bool(gradient.abs().sum() > 0) for gradient in found.values())
+    expected = {"log_scale"}
+    expected |= {"site.log_clip"} if start.format.activation is not None else set()
+    expected |= {"site.log_equalizer"} if start.format.equalized else set()
+    actual = {name: parameter.grad for name, parameter in learned.named_parameters()}
+    assert set(actual) == expected
+    assert all(bool(gradient.abs().sum() > 0) for gradient in actual.values())
 
 
 def test_descending_lowers_the_error_of_the_output(case):

@@ -100,10 +100,10 @@ def test_slopes_are_the_norms_of_the_gradient_at_each_layer(model, observer):
         layer.register_forward_hook(lambda _m, _a, out, n=n: outputs.setdefault(n, out).retain_grad())
         for n, layer in enumerate(changed.model.language_model.layers)
     ]
-    _, found = watch(looking, changed, batch, seen.ends, slopes=True)
-    found.errors["final"][0].backward()
+    _, actual = watch(looking, changed, batch, seen.ends, slopes=True)
+    actual.errors["final"][0].backward()
 
-    for number, squared in enumerate(found.slopes["language"]):
+    for number, squared in enumerate(actual.slopes["language"]):
         assert squared == pytest.approx(float(outputs[number].grad.square().sum()), rel=1e-4)
     assert all(handle.remove() is None for handle in handles)
 

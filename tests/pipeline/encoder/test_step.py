@@ -278,6 +278,6 @@ def test_the_dependency_is_that_of_the_partition(widths):
     )
     assert max(widths) <= CHANNELS
 
-    wanted, _ = dependency(first, second, options)
+    expected, _ = dependency(first, second, options)
 
-    assert float(SoftDependency(options)(first, second)) == pytest.approx(wanted, rel=1e-4)
+    assert float(SoftDependency(options)(first, second)) == pytest.approx(expected, rel=1e-4)

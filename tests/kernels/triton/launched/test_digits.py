@@ -85,9 +85,9 @@ def test_digits_of_any_size(size):
     """From the smallest float on; below 2**-97 digits count in units of 2**-126."""
     x = torch.tensor([[size, -size / 2] + [0.0] * 126], device=DEVICE)
 
-    found = whole(*triton_quantize.split(x, Rounding(), 128))
+    actual = whole(*triton_quantize.split(x, Rounding(), 128))
 
-    assert float((found - x.double()).abs().max()) <= max(2.0**-29 * size, 2.0**-126)
+    assert float((actual - x.double()).abs().max()) <= max(2.0**-29 * size, 2.0**-126)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])

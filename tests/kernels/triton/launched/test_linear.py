@@ -101,9 +101,9 @@ def test_many_tokens_that_are_not_rounded(dtype, bits, group, zero_point):
 def test_the_dequantized_weight_is_the_definition(bits, group, zero_point):
     weight, _ = make_weight(21, channels_for(group), bits, group, zero_point=zero_point)
 
-    found = dequantize(packed(weight, bits), torch.float32)
+    actual = dequantize(packed(weight, bits), torch.float32)
 
-    assert torch.equal(found, reference.dequantize_rows(weight, 0, 21))
+    assert torch.equal(actual, reference.dequantize_rows(weight, 0, 21))
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "w4a4", "w6a6", "w8a8"])

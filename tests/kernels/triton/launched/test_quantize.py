@@ -89,12 +89,12 @@ def test_transformed_activations_keep_their_dtype(dtype, equalized, rotation):
     x = make_activations(3, 2176, dtype)
     factors = equalizer(2176) if equalized else None
 
-    found = triton_quantize.transform(x, Rounding(equalizer=factors, rotation=rotation))
+    actual = triton_quantize.transform(x, Rounding(equalizer=factors, rotation=rotation))
 
     expected = transform_tokens(x, factors, rotation)
-    assert found.dtype == dtype
+    assert actual.dtype == dtype
     tolerance = max(ROUNDING[dtype], NEAR)
-    torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+    torch.testing.assert_close(actual.float(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("scale", [1e-3, 0.05, 40.0])

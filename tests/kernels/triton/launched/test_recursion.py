@@ -44,8 +44,8 @@ def test_error_feedback_rounds_as_the_definition(channels, rows, bits, zero_poin
 
     codes, errors = triton_recursion.feed_back(moved[0], moved[1], bits, moved[2], moved[3])
 
-    wanted, wanted_errors = recursion.feed_back(block.clone(), factor, bits, scale, zero)
-    apart = (codes.cpu() != wanted).any(0)
+    expected, wanted_errors = recursion.feed_back(block.clone(), factor, bits, scale, zero)
+    apart = (codes.cpu() != expected).any(0)
     assert int(apart.sum()) <= 1 + rows // 20
     assert float(codes.min()) >= -(2 ** (bits - 1)) and float(codes.max()) <= 2 ** (bits - 1) - 1
     torch.testing.assert_close(errors.cpu()[:, ~apart], wanted_errors[:, ~apart], rtol=1e-3, atol=1e-4)
@@ -65,9 +65,9 @@ def test_descent_moves_codes_as_the_definition(channels, rows):
 
     change = triton_recursion.descend(*moved)
 
-    wanted = codes.clone()
-    wanted_change = recursion.descend(wanted, slope.clone(), curvature, scale, low, high)
-    same = (moved[0].cpu() == wanted).all(0)
+    expected = codes.clone()
+    wanted_change = recursion.descend(expected, slope.clone(), curvature, scale, low, high)
+    same = (moved[0].cpu() == expected).all(0)
     assert int((~same).sum()) <= 1 + rows // 20
     torch.testing.assert_close(change.cpu()[:, same], wanted_change[:, same], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close((moved[0].cpu() - codes) * scale, change.cpu(), rtol=1e-5, atol=1e-6)
