@@ -29,6 +29,10 @@ class CalibrationError(QVLMError):
     """A value met while calibrating that makes the result meaningless (NaN weights or activations)."""
 
 
+class JournalError(QVLMError):
+    """A journal of an interrupted calibration that is of another one, in use, or cannot be written."""
+
+
 class CheckpointError(QVLMError):
     """A checkpoint whose files do not hold what its configuration says."""
 

@@ -4,7 +4,8 @@ The checks of the configuration, the options of the command and the table of the
 imports nothing of ours at its top, since the command takes a copy of it without loading the package.
 """
 
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
+from os import PathLike
 from typing import Any, Protocol
 
 LARGEST = 1e300
@@ -161,6 +162,18 @@ class Other:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A folder, True for one of our choice, or None."""
+
+    shown: str = "str, Path, True, None"
+
+    def problem(self, value: Any) -> str | None:
+        """See `Kind`."""
+        named = isinstance(value, str | PathLike) and str(value) != ""
+        return None if value is None or value is True or named else "a folder, True or None"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Declaration:
     """What a setting says of itself.
@@ -170,17 +183,22 @@ class Declaration:
         help: one line for command and documentation.
         saved: its flat name in config.json, None where it is not saved.
         held: whether a checkpoint holds it for good, so that asking for another value at load is an error.
+        former: whether it was a flat argument once, which is still taken.
     """
 
     kind: Kind
     help: str
     saved: str | None
     held: bool = False
+    former: bool = True
 
 
-def setting(default: Any, kind: Kind, help: str, *, saved: str | None = "", held: bool = False) -> Any:
+def setting(
+    default: Any, kind: Kind, help: str, *, saved: str | None = "", held: bool = False, former: bool = True
+) -> Any:
     """A field with its `Declaration`. It is saved under its own name if `saved` is the empty string."""
-    return field(default=default, metadata={DECLARED: Declaration(kind=kind, help=help, saved=saved, held=held)})
+    declared = Declaration(kind=kind, help=help, saved=saved, held=held, former=former)
+    return field(default=default, metadata={DECLARED: declared})
 
 
 def declaration(entry: "Field[Any]") -> Declaration:
@@ -188,7 +206,7 @@ def declaration(entry: "Field[Any]") -> Declaration:
     declared: Declaration = entry.metadata[DECLARED]
     if declared.saved != "":
         return declared
-    return Declaration(kind=declared.kind, help=declared.help, saved=entry.name, held=declared.held)
+    return replace(declared, saved=entry.name)
 
 
 def require_valid(options: Any, where: str = "") -> None:
@@ -230,6 +248,9 @@ class SearchOptions:
         held=True,
     )
     error_feedback: bool = setting(True, Switch(), "let channels of a weight make good what rounding others did")
+    token_weights: bool = setting(
+        True, Switch(), "let errors of tokens count by what they do to the model's predictions", former=False
+    )
     tokens: int = setting(2048, Whole(1), "tokens per site on which candidates are compared", saved="search_tokens")
     max_block_depth: int = setting(3, Whole(1), "layers searched together at most")
     threshold: float | None = setting(
@@ -343,6 +364,12 @@ class Settings:
     processor: Any = setting(
         None, Other("object, str, None"), "renders the samples; None is the model's own", saved=None
     )
+    resume: Any = setting(
+        None,
+        Place(),
+        "folder that keeps finished blocks, so that a calibration that was killed goes on; True is one in the cache",
+        saved=None,
+    )
     num_samples: int = setting(64, Whole(1), "samples to calibrate on")
     batch_size: int = setting(8, Whole(1), "samples at a time")
     max_length: int = setting(2048, Whole(1), "tokens of a sample at most; image tokens are never cut")
@@ -357,10 +384,14 @@ NESTED = {"search": SearchOptions, "encoder": EncoderOptions}
 """Arguments of `QVLMConfig` that hold settings of their own."""
 
 
-def nested_names() -> dict[str, tuple[str, str]]:
-    """By name in config.json, the argument of `QVLMConfig` that holds a setting, and the setting's name in it."""
+def nested_names(*, former: bool = False) -> dict[str, tuple[str, str]]:
+    """By name in config.json, the argument of `QVLMConfig` that holds a setting, and the setting's name in it.
+
+    Of `former` ones alone, those that were flat arguments too.
+    """
     return {
         declaration(entry).saved or entry.name: (argument, entry.name)
         for argument, options in NESTED.items()
         for entry in fields(options)
+        if declaration(entry).former or not former
     }

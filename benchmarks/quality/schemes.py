@@ -48,6 +48,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "rotation": {"search": {"transforms": "equalize"}},
     "online": {"servable": True},
     "feedback": {"search": {"error_feedback": False}},
+    "weights": {"search": {"token_weights": False}},
     "effort": {"effort": "fast"},
     "freedom": {"two_level_scales": True},
     "data": {"dataset": None},

@@ -146,11 +146,9 @@ def op_calls(modules: list[QuantLinear], dtype: torch.dtype) -> Callable[[Tensor
     """The product alone, in the arithmetic of the scheme, without transform and module."""
     stored = [StoredWeight(m.layout, m.weight_packed, m.weight_scale, m.weight_zero_point) for m in modules]
     grid = modules[0].grid
-    bits, group = grid.activation_bits, grid.activation_group
 
     def make(x: Tensor) -> Call:
-        plain = bits == 16 or x.shape[0] <= grid.decode_tokens
-        rounding = NOTHING if plain else Rounding(bits=bits, group=group)
+        rounding = NOTHING if x.shape[0] <= grid.decode_tokens else Rounding.of(grid.activation)
         cast = x.to(dtype)
         return lambda turn: dispatch.linear(cast, stored[turn % len(stored)], None, rounding, grid)
 

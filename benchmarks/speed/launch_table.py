@@ -33,6 +33,7 @@ from optimum_qvlm.kernels.triton import tiles
 from optimum_qvlm.kernels.triton.layout import PackedWeight, padded_width
 from optimum_qvlm.kernels.triton.quantize import split
 from optimum_qvlm.kernels.weights import Rounding
+from optimum_qvlm.spec import WeightSpec
 
 TABLE = Path(tiles.__file__).with_name(tiles.TABLE)
 SHAPE = ("tokens", "rows", "slices", "warps", "stages", "registers", "busy", "share")
@@ -220,9 +221,8 @@ def random_weight(line: dict[str, Any], rows: int, channels: int) -> PackedWeigh
     codes = torch.randint(-128, 128, (rows, width * bits // 8), dtype=torch.int8, device="cuda")
     groups = 1 if group is None else width // group + levels
     scale = torch.rand(groups, rows, device="cuda", dtype=torch.bfloat16) / 64
-    return PackedWeight(
-        codes=codes, scale=scale, zero_point=None, bits=bits, group=group, in_features=channels, two_level=levels
-    )
+    spec = WeightSpec(bits=bits, group=group, two_level=levels)
+    return PackedWeight(codes=codes, scale=scale, zero_point=None, grid=spec, in_features=channels)
 
 
 def compile_all(wanted: list[Trial], workers: int) -> set[str]:

@@ -91,7 +91,7 @@ def config_arguments(args: Namespace) -> dict[str, Any]:
 def former_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments that options of before ask for, each with a line on stderr that says how it is written now."""
     moved: dict[str, Any] = {}
-    for former, (argument, name) in nested_names().items():
+    for former, (argument, name) in nested_names(former=True).items():
         if former in given:
             moved.setdefault(argument, dict(given.get(argument) or {}))[name] = given[former]
             former_is_now(former, f"--{argument} {name}=VALUE")

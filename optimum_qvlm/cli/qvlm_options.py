@@ -28,7 +28,7 @@ GROUPS = {
     ),
     "search": ("method", "effort", "servable"),
     "at run time": ("decode_tokens",),
-    "calibration": ("dataset", "processor", "num_samples", "batch_size", "max_length", "seed"),
+    "calibration": ("dataset", "processor", "resume", "num_samples", "batch_size", "max_length", "seed"),
 }
 """Settings that have an option of their own, by the title they stand under in the help."""
 
@@ -39,6 +39,8 @@ HELP = {
     "dataset": "a .jsonl file with image, question and answer in each line, image paths relative to it, or the name of "
     "a preset (default: the packaged samples)",
     "processor": "folder or Hub id of the processor that renders the samples (default: the model's own)",
+    "resume": "keep finished blocks in this folder, or in the cache if none is named, so that the same command goes on "
+    "where it was killed; removed once the model is saved",
     "symmetric": "weight grids centred on zero; --no-symmetric adds a zero point per group",
 }
 """Where a line of help says something else in a terminal than beside a Python argument."""
@@ -234,7 +236,7 @@ def add_setting_options(parser: argparse.ArgumentParser) -> None:
 
 def add_former_options(parser: argparse.ArgumentParser) -> None:
     """Options of before, which the help does not show: `--search` and `--encoder` have taken their place."""
-    for former, (argument, name) in declared.nested_names().items():
+    for former, (argument, name) in declared.nested_names(former=True).items():
         entry = next(entry for entry in fields(declared.NESTED[argument]) if entry.name == name)
         shown = described(entry) | {"help": argparse.SUPPRESS}
         parser.add_argument(f"--{former.replace('_', '-')}", dest=former, **shown)
@@ -256,6 +258,8 @@ def described(entry: Any) -> dict[str, Any]:
         return values | {"action": "append", "metavar": METAVARS[entry.name]}
     if isinstance(kind, declared.Schemes):
         return values | {"action": AddOverride, "type": override, "metavar": METAVARS[entry.name]}
+    if isinstance(kind, declared.Place):
+        return values | {"nargs": "?", "const": True, "metavar": "FOLDER"}
     return values | {"type": reader(entry), "metavar": METAVARS.get(entry.name, _metavar(kind))}
 
 

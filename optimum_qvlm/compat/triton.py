@@ -30,11 +30,28 @@ def is_compiled(kernel: Any) -> bool:
 
 
 def launcher(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
-    """Launches a compiled kernel with all of its arguments by position, constants among them.
+    """Launches a compiled kernel on a stream, see `stream_of`, with all arguments by position, constants among them.
 
-    A kernel's own call looks at the type, value and alignment of each argument first, every time.
+    Pointers may be given as addresses. A kernel's own call looks at the type, value and alignment of each argument
+    first, and that of a compiled one asks for the device and calls hooks of profilers, also where there are none.
     """
-    return cast(Callable[..., None], kernel[(*grid, 1, 1)[:3]])
+    x, y, z = (*grid, 1, 1)[:3]
+    hooked = kernel[(x, y, z)]
+    run, function, packed = kernel.run, kernel.function, kernel.packed_metadata
+    knobs = private("triton.knobs.runtime", SEEN)
+
+    def launch(stream: int, *arguments: Any) -> None:
+        if knobs.launch_enter_hook.calls or knobs.launch_exit_hook.calls:
+            hooked(*arguments, stream=stream)
+        else:
+            run(x, y, z, stream, function, packed, None, None, None, *arguments)
+
+    return launch
+
+
+def stream_of() -> Callable[[int], int]:
+    """Gives the handle of the current stream of a device by its number."""
+    return cast(Callable[[int], int], private("triton.runtime.driver", SEEN).active.get_current_stream)
 
 
 def arithmetic_options() -> dict[str, Any]:

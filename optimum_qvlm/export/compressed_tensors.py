@@ -99,9 +99,9 @@ def _converted(tensors: Mapping[str, Tensor], modules: Mapping[str, ModuleRecord
 
 def _as_ints(owner: str, kind: str, tensor: Tensor, entry: ModuleRecord) -> dict[str, Tensor]:
     if kind == "weight_packed":
-        return {f"{owner}.weight": unpack_codes(tensor, entry.weight_bits, entry.in_features)}
+        return {f"{owner}.weight": unpack_codes(tensor, entry.weight.bits, entry.in_features)}
     if kind == "weight_zero_point":
-        codes = unpack_codes(tensor.T, entry.weight_bits, entry.out_features)
+        codes = unpack_codes(tensor.T, entry.weight.bits, entry.out_features)
         return {f"{owner}.{kind}": codes.T.contiguous()}
     return {f"{owner}.{kind}": tensor}
 

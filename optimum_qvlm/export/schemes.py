@@ -5,6 +5,7 @@ from typing import Any
 
 from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.plan import ModuleRecord
+from optimum_qvlm.spec import Scheme
 
 INTS, PACKED = "int-quantized", "pack-quantized"
 """Formats of compressed-tensors: codes as int8, or packed into int32."""
@@ -39,7 +40,7 @@ def require_expressible(modules: Mapping[str, ModuleRecord], tensors: Iterable[s
 
 def format_for(entry: ModuleRecord) -> str:
     """The format that holds a linear: servers know int8 products by `int-quantized`."""
-    return INTS if (entry.weight_bits, entry.activation_bits) == (8, 8) else PACKED
+    return INTS if str(Scheme.of(entry.weight, entry.activation)) == "w8a8" else PACKED
 
 
 def quantization_config(modules: Mapping[str, ModuleRecord], names: Mapping[str, Iterable[str]]) -> dict[str, Any]:
@@ -72,18 +73,19 @@ def quantization_config(modules: Mapping[str, ModuleRecord], names: Mapping[str,
 
 
 def _scheme(entry: ModuleRecord) -> dict[str, Any]:
-    grouped = entry.weight_group is not None
-    weights: dict[str, Any] = {"num_bits": entry.weight_bits, "symmetric": entry.symmetric, "dynamic": False}
-    weights |= {"strategy": "group", "group_size": entry.weight_group} if grouped else {"strategy": "channel"}
+    grouped = entry.weight.group is not None
+    weights: dict[str, Any] = {"num_bits": entry.weight.bits, "symmetric": entry.weight.symmetric, "dynamic": False}
+    weights |= {"strategy": "group", "group_size": entry.weight.group} if grouped else {"strategy": "channel"}
     activations: dict[str, Any] | None = None
-    if entry.activation_bits is not None:
-        activations = {"num_bits": entry.activation_bits, "symmetric": True, "dynamic": not entry.activation_static}
-        if entry.activation_static:
+    grid = entry.activation
+    if grid is not None:
+        activations = {"num_bits": grid.bits, "symmetric": True, "dynamic": not grid.static}
+        if grid.static:
             activations |= {"strategy": "tensor"}
-        elif entry.activation_group is None:
+        elif grid.group is None:
             activations |= {"strategy": "token"}
         else:
-            activations |= {"strategy": "group", "group_size": entry.activation_group}
+            activations |= {"strategy": "group", "group_size": grid.group}
         activations |= {"type": "int"}
     return {
         "format": format_for(entry),
@@ -94,12 +96,12 @@ def _scheme(entry: ModuleRecord) -> dict[str, Any]:
 
 
 def _inexpressible(entry: ModuleRecord) -> str | None:
-    if entry.rotation is not None:
-        return f"(its activations are rotated in blocks of {entry.rotation})"
-    if entry.equalized:
+    if entry.format.rotation is not None:
+        return f"(its activations are rotated in blocks of {entry.format.rotation})"
+    if entry.format.equalized:
         return "(its activations are equalized)"
-    if entry.activation_bits is not None and not entry.activation_static and entry.activation_clip != 1.0:
-        return f"(its activations are clipped at {entry.activation_clip:g} of their peak)"
+    if entry.activation is not None and not entry.activation.static and entry.format.activation_clip != 1.0:
+        return f"(its activations are clipped at {entry.format.activation_clip:g} of their peak)"
     return None
 
 

@@ -5,7 +5,8 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from inspect import Parameter, Signature
-from typing import TYPE_CHECKING, Any, Self, cast
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -61,6 +62,7 @@ PAPER_SEARCH = {
     "soft_assignment": "step",
     "transforms": "off",
     "error_feedback": False,
+    "token_weights": False,
 }
 """The paper's search: static bounds, nothing done to activations, each weight rounded on its own."""
 
@@ -105,6 +107,7 @@ class QVLMConfig(FormerNames, QuantizationConfigMixin):
         servable: bool
         dataset: Any
         processor: Any
+        resume: str | PathLike[str] | Literal[True] | None
         num_samples: int
         batch_size: int
         max_length: int
@@ -190,6 +193,7 @@ class QVLMConfig(FormerNames, QuantizationConfigMixin):
                 scheme=None if self.vision_scheme is None else Scheme.parse(self.vision_scheme),
                 symmetric=self.symmetric,
                 static=static,
+                fitted=not self.servable,
             ),
             keep=tuple(self.modules_to_not_convert or ()),
             overrides=tuple((pattern, self._override(pattern)) for pattern in self.overrides or {}),
@@ -209,6 +213,7 @@ class QVLMConfig(FormerNames, QuantizationConfigMixin):
             threshold=self.search.threshold,
             softness=cast(Softness, self.search.soft_assignment),
             encoder=self.encoder,
+            weighs_tokens=self.search.token_weights,
         )
 
     def _language(self, static: bool) -> LinearChoice:
@@ -226,6 +231,7 @@ class QVLMConfig(FormerNames, QuantizationConfigMixin):
             symmetric=self.symmetric,
             static=static,
             two_level=self.two_level_scales,
+            fitted=not self.servable,
         )
 
     def _grids(self, static: bool) -> ClipGrids:
@@ -328,9 +334,10 @@ class QVLMConfig(FormerNames, QuantizationConfigMixin):
         return saved_values(self) | {n: v for name in NESTED for n, v in saved_values(getattr(self, name)).items()}
 
     def drop_data(self) -> None:
-        """Forget dataset and processor objects; a preset's name stays, as a record."""
+        """Forget dataset and processor objects and the journal; a preset's name stays, as a record."""
         self.dataset = self.dataset if isinstance(self.dataset, str) else None
         self.processor = None
+        self.resume = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy that shares dataset and processor, which may be large or hold open files."""
@@ -355,7 +362,13 @@ class QVLMConfig(FormerNames, QuantizationConfigMixin):
             return LinearChoice(scheme=None)
         if isinstance(value, str):
             scheme, levels = Scheme.parse(value), self.two_level_scales
-            return LinearChoice(scheme=scheme, symmetric=self.symmetric, static=static, two_level=levels)
+            return LinearChoice(
+                scheme=scheme,
+                symmetric=self.symmetric,
+                static=static,
+                two_level=levels,
+                fitted=not self.servable,
+            )
         if not isinstance(value, Mapping) or set(value) - {"scheme", "group_size", "symmetric"}:
             raise ConfigError(
                 f"overrides[{pattern!r}] must be a scheme, None, or a dict with scheme, group_size, symmetric; "
@@ -372,6 +385,7 @@ class QVLMConfig(FormerNames, QuantizationConfigMixin):
             symmetric=symmetric,
             static=static,
             two_level=self.two_level_scales,
+            fitted=not self.servable,
         )
 
     def _validate(self) -> None:

@@ -25,7 +25,7 @@ def move_deprecated(settings: dict[str, Any], nested: Mapping[str, dict[str, Any
         ConfigError: `exact_decode` is no boolean, or a setting is given under both its names.
     """
     moved = []
-    for name, (argument, own) in nested_names().items():
+    for name, (argument, own) in nested_names(former=True).items():
         if name in settings:
             now = f"{argument}={NESTED[argument].__name__}({own}=...)"
             if own in nested[argument]:
@@ -48,7 +48,7 @@ class FormerNames:
     """
 
     def __getattr__(self, name: str) -> Any:
-        argument, own = nested_names().get(name, ("", ""))
+        argument, own = nested_names(former=True).get(name, ("", ""))
         if argument in vars(self):
             _warn(f"{name} is read as {argument}.{own} now")
             return getattr(vars(self)[argument], own)
@@ -60,8 +60,8 @@ class FormerNames:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in NESTED:
             value = made_of(NESTED[name], as_fields(value, NESTED[name]))
-        elif name in nested_names():
-            argument, own = nested_names()[name]
+        elif name in nested_names(former=True):
+            argument, own = nested_names(former=True)[name]
             _warn(f"{name} is {argument}.{own} now: {argument} = {NESTED[argument].__name__}({own}=...)")
             name, value = argument, replace(getattr(self, argument), **{own: value})
         elif name == EXACT_DECODE:

@@ -27,6 +27,7 @@ class QVLMQuantizer(QuantizerBase):
         processor_files: name -> content of a processor that the user passed and the source lacks.
         report: content of `qvlm_report.json`, None where the source's own is copied.
         dry_run: what a dry run showed, None after a real one.
+        journal: folder of what the calibration has kept, until the model is saved as a whole; None where there is none.
     """
 
     requires_calibration = False
@@ -44,6 +45,7 @@ class QVLMQuantizer(QuantizerBase):
         self.processor_files: dict[str, bytes] = {}
         self.report: dict[str, Any] | None = None
         self.dry_run: Any = None
+        self.journal: Path | None = None
         self._placement: Any = None
         self._plan: Any = None
         self._model: Any = None
@@ -257,6 +259,7 @@ class QVLMQuantizer(QuantizerBase):
         from optimum_qvlm.hf.calibration_data import prepare_data, require_all_loaded, users_processor
         from optimum_qvlm.hf.dry_run import try_out
         from optimum_qvlm.hf.format.modules import packed_bytes
+        from optimum_qvlm.hf.resume import journal_of
         from optimum_qvlm.pipeline.calibrate import calibrate
         from optimum_qvlm.report.summary import summarize
 
@@ -273,7 +276,9 @@ class QVLMQuantizer(QuantizerBase):
             if self.config.method != "rtn":
                 data = prepare_data(model, self._plan, self.config, self.source, device)
                 self._note_reference(model, data.held_out, device)
-            result = calibrate(model, self._plan, self.config.options(), data, device)
+            with journal_of(model, self._plan, self.config, data, device) as journal:
+                result = calibrate(model, self._plan, self.config.options(), data, device, journal=journal)
+                self.journal = None if journal is None else journal.folder
         if self.config.processor is not None:
             self._keep_processor(self.config.processor)
         self.report = summarize(result, self.config.to_dict(), bytes_before=before, bytes_after=packed_bytes(model))

@@ -41,7 +41,7 @@ def idle_settings(config: Any) -> list[str]:
     reasons: dict[str, tuple[str, ...]] = {}
     if config.method == "rtn":
         forced = () if config.search.transforms == "off" else ("search.transforms",)
-        reasons['method="rtn" rounds without data or search'] = (*data, *blocks, *clips, *forced, *encoder)
+        reasons['method="rtn" rounds without data or search'] = ("resume", *data, *blocks, *clips, *forced, *encoder)
     else:
         alone = blocks[:2] if learns else blocks
         if config.method == "layerwise":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from optimum_qvlm.compat.accelerate import HOOK, offloads
 from optimum_qvlm.compat.torch import StateModule, has_hooks, own_modules, own_parameters, tensor_version
 from optimum_qvlm.errors import ConfigError
-from optimum_qvlm.kernels import PACKED, TRANSIENT, CodedWeight, StoredWeight, WeightGrid, dispatch
+from optimum_qvlm.kernels import PACKED, TRANSIENT, LinearGrid, QuantizedWeight, StoredWeight, dispatch
 from optimum_qvlm.modules.qlinear import PackedLinear, QuantLinear
 
 CANNOT_OFFLOAD = "fused linears cannot be offloaded; call optimum_qvlm.unfuse_linears(model) first"
@@ -47,7 +47,7 @@ class JointLinear(PackedLinear):
         joint.sizes = [linear.out_features for linear in linears]
         joint.path = ", ".join(linear.path for linear in linears if linear.path)
         zeros = [weight.zero_point for weight in weights if weight.zero_point is not None]
-        weight = CodedWeight(
+        weight = QuantizedWeight(
             torch.cat([weight.codes for weight in weights]),
             torch.cat([weight.scale for weight in weights]),
             torch.cat(zeros) if zeros else None,
@@ -69,7 +69,7 @@ class JointLinear(PackedLinear):
         codes[rows], scale[rows] = other.codes, other.scale
         if zero is not None and other.zero_point is not None:
             zero[rows] = other.zero_point
-        self._hold(dispatch.store(CodedWeight(codes, scale, zero), self.grid, self.layout))
+        self._hold(dispatch.store(QuantizedWeight(codes, scale, zero), self.grid, self.layout))
         for name in ("input_equalizer", "input_scale"):
             shared, given = getattr(self, name), getattr(linear, name)
             if shared is not None:
@@ -146,12 +146,12 @@ class FusedLinear(QuantLinear):
             return mine.clone(memory_format=torch.contiguous_format)
         return mine.contiguous() if mine.device.type == "cpu" else mine
 
-    def quantized_rows(self) -> CodedWeight:
+    def quantized_rows(self) -> QuantizedWeight:
         """Codes, scales and zero points of its own rows."""
         weight = dispatch.restore(self.joint._stored(), self.joint.grid)
         rows = slice(self.start, self.start + self.out_features)
         zero = None if weight.zero_point is None else weight.zero_point[rows]
-        return CodedWeight(weight.codes[rows], weight.scale[rows].clone(), zero)
+        return QuantizedWeight(weight.codes[rows], weight.scale[rows].clone(), zero)
 
     def apart(self) -> QuantLinear:
         """The linear as it was before it was fused."""
@@ -175,7 +175,7 @@ class FusedLinear(QuantLinear):
         return alone if self.joint.layout == PACKED else alone.prepare()
 
     @property
-    def grid(self) -> WeightGrid:
+    def grid(self) -> LinearGrid:
         """The format as kernels read it."""
         return dataclasses.replace(self.joint.grid, out_features=self.out_features)
 

@@ -1,7 +1,6 @@
 """A linear layer whose weight is stored as packed integers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -11,43 +10,29 @@ from optimum_qvlm.compat.torch import StateModule, own_parameters
 from optimum_qvlm.compat.transformers import spared_by_initialisation
 from optimum_qvlm.kernels import (
     CHECKPOINT_LAYOUTS,
-    FULL_BITS,
     PACKED,
     TRANSIENT,
-    CodedWeight,
+    LinearGrid,
+    QuantizedWeight,
     Rounding,
     StoredWeight,
-    WeightGrid,
     dispatch,
+    schema,
 )
 from optimum_qvlm.kernels.bound import BoundLinear, is_plain
 from optimum_qvlm.modules.frozen import refuse_training
 from optimum_qvlm.modules.read_only import ReadOnlyWeight, refusal
-from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight
+from optimum_qvlm.quant.affine import dequantize_weight
 from optimum_qvlm.quant.packing import packed_width
 from optimum_qvlm.quant.transform import SiteTransform
-from optimum_qvlm.spec import ActivationSpec, WeightSpec
+from optimum_qvlm.spec import LinearFormat
+
+__all__ = ["PACKED_PARAMETERS", "LinearFormat", "PackedLinear", "QuantLinear"]
 
 PACKED_PARAMETERS = ("weight_packed", "weight_scale", "weight_zero_point", "input_equalizer", "input_scale")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinearFormat:
-    """How one linear is quantized: its grids, the clip of its activations, the transform of its site.
-
-    `activation_clip` is the ratio of each token's (or group's) peak that the largest code stands for; `equalized`
-    and `rotation` say what `optimum_qvlm.quant.transform.SiteTransform` does to the activations.
-    """
-
-    weight: WeightSpec
-    activation: ActivationSpec | None = None
-    activation_clip: float = 1.0
-    equalized: bool = False
-    rotation: int | None = None
-
-
 _SETTINGS = ("in_features", "out_features", "format", "layout", "decode_tokens")
-_ABSENT, _YES, _NO = "-", "yes", "no"
 
 
 @spared_by_initialisation  # which would dequantize each weight, to fill a copy with random values
@@ -137,7 +122,7 @@ class PackedLinear(StateModule):
             scale_dtype=quantized.scale.dtype,
             device=torch.device("meta"),
         )
-        weight = CodedWeight(quantized.codes, quantized.scale.detach().clone(), quantized.zero_point)
+        weight = QuantizedWeight(quantized.codes, quantized.scale.detach().clone(), quantized.zero_point)
         module._hold(dispatch.store(weight, module.grid, PACKED))
         if input_equalizer is not None:
             module.input_equalizer = _frozen(input_equalizer.detach().float().clone())
@@ -149,20 +134,15 @@ class PackedLinear(StateModule):
         return module
 
     @property
-    def grid(self) -> WeightGrid:
+    def grid(self) -> LinearGrid:
         """The format as kernels read it."""
-        weight, activation = self.format.weight, self.format.activation
-        return WeightGrid(
+        return LinearGrid(
             in_features=self.in_features,
             out_features=self.out_features,
-            bits=weight.bits,
-            group=weight.group,
-            zero_point=not weight.symmetric,
+            weight=self.format.weight,
+            activation=self.format.activation,
             scale_dtype=self.weight_scale.dtype,
-            activation_bits=FULL_BITS if activation is None else activation.bits,
-            activation_group=None if activation is None else activation.group,
             decode_tokens=self.decode_tokens,
-            two_level=weight.two_level,
         )
 
     def prepare(self, *, transient: bool = False) -> Self:
@@ -202,8 +182,7 @@ class PackedLinear(StateModule):
 
     def quantized(self) -> QuantizedWeight:
         """The codes, scales and zero points, unpacked."""
-        weight = dispatch.restore(self._stored(), self.grid)
-        return QuantizedWeight(weight.codes, weight.scale, weight.zero_point)
+        return dispatch.restore(self._stored(), self.grid)
 
     @property
     def weight(self) -> Tensor:
@@ -253,7 +232,8 @@ class PackedLinear(StateModule):
         """
         super().__setattr__(name, value)
         if name in _SETTINGS and all(each in self.__dict__ for each in _SETTINGS):
-            self.__dict__["settings"] = _written(self)
+            sizes = self.in_features, self.out_features, self.decode_tokens
+            self.__dict__["settings"] = schema.written(self.layout, *sizes, self.format)
 
     def forward(self, input: Tensor) -> Tensor:
         """Product of the rounded input [..., in_features] with the weight, plus bias, in the input's dtype."""
@@ -264,37 +244,24 @@ class PackedLinear(StateModule):
             if bound is None or not bound.is_of(self.settings, held):
                 bound = self._bind()
             return bound(input)
-        layout, ins, outs, bits, group, levels, rounds, extent, clip, rotation, few, zero, equal, fixed = (
-            self.settings.split()
-        )
+        read = schema.parsed if torch.compiler.is_compiling() else schema.remembered
+        zero, equalized, static, values = read(self.settings)
         y: Tensor = torch.ops.optimum_qvlm.linear.default(
             input,
             held["weight_packed"],
             held["weight_scale"],
-            held["weight_zero_point"] if zero == _YES else None,
+            held["weight_zero_point"] if zero else None,
             bias,
-            held["input_equalizer"] if equal == _YES else None,
-            held["input_scale"] if fixed == _YES else None,
-            layout,
-            int(ins),
-            int(outs),
-            int(bits),
-            None if group == _ABSENT else int(group),
-            levels == _YES,
-            int(rounds),
-            None if extent == _ABSENT else int(extent),
-            float(clip),
-            None if rotation == _ABSENT else int(rotation),
-            int(few),
+            held["input_equalizer"] if equalized else None,
+            held["input_scale"] if static else None,
+            *values,
         )
         return y
 
     def _bind(self) -> BoundLinear:
         """The product as it is now."""
-        activation = self.format.activation
-        rounding = Rounding(
-            bits=FULL_BITS if activation is None else activation.bits,
-            group=None if activation is None else activation.group,
+        rounding = Rounding.of(
+            self.format.activation,
             clip=self.format.activation_clip,
             scale=self.input_scale,
             equalizer=self.input_equalizer,
@@ -359,12 +326,12 @@ class PackedLinear(StateModule):
         if prepared:
             self.prepare()
 
-    def _blank(self) -> CodedWeight:
+    def _blank(self) -> QuantizedWeight:
         """Zeros in place of the weight."""
         device, rows = self.weight_packed.device, self.out_features
         scale = torch.ones(rows, self.grid.groups, dtype=self.weight_scale.dtype, device=device)
         zero = None if self.format.weight.symmetric else torch.zeros_like(scale, dtype=torch.int8)
-        return CodedWeight(torch.zeros(rows, self.in_features, dtype=torch.int8, device=device), scale, zero)
+        return QuantizedWeight(torch.zeros(rows, self.in_features, dtype=torch.int8, device=device), scale, zero)
 
     def reset_parameters(self) -> None:
         """Nothing to initialise: packed weights only come from a rounding or a checkpoint."""
@@ -396,19 +363,6 @@ class PackedLinear(StateModule):
 
 class QuantLinear(PackedLinear, nn.Linear):  # type: ignore[misc]
     """A linear of a model: what looks for `nn.Linear` finds it."""
-
-
-def _written(linear: PackedLinear) -> str:
-    """Layout, features, grids and which tensors there are, as `forward` reads them."""
-    weight, activation, format = linear.format.weight, linear.format.activation, linear.format
-    static = activation is not None and activation.static
-    values = (
-        linear.layout, linear.in_features, linear.out_features, weight.bits, weight.group, weight.two_level,
-        FULL_BITS if activation is None else activation.bits, None if activation is None else activation.group,
-        format.activation_clip, format.rotation, linear.decode_tokens, not weight.symmetric, format.equalized, static,
-    )  # fmt: skip
-    names = {None: _ABSENT, True: _YES, False: _NO}
-    return " ".join(names[value] if value is None or isinstance(value, bool) else str(value) for value in values)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

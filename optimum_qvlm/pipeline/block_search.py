@@ -137,6 +137,7 @@ def _problem(
         references=chain.sampled(references).to(bench.device),
         all_inputs=chain.real(inputs),
         all_references=chain.real(references),
+        token_weights=chain.real(bench.token_weights.get(site.name, ())),
         weights=weights,
         specs=grids,
         activation=site.activation,

@@ -1,7 +1,7 @@
 """The orchestrator: captures what reaches the parts of a model, forms blocks, and searches them one by one."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,10 +17,20 @@ from optimum_qvlm.pipeline.cost import Meter
 from optimum_qvlm.pipeline.encoder.step import EncoderResult, EncoderStep
 from optimum_qvlm.pipeline.finished import FinishedBlock, FinishedSite, finish_site, site_weights
 from optimum_qvlm.pipeline.hidden_chains import Chain
+from optimum_qvlm.pipeline.journal import Journal
 from optimum_qvlm.pipeline.layer_streaming import resident
 from optimum_qvlm.pipeline.options import CalibrationOptions
 from optimum_qvlm.pipeline.partitioning import form_blocks, form_blocks_of
 from optimum_qvlm.pipeline.result import CalibrationResult
+from optimum_qvlm.pipeline.resuming import (
+    read_block,
+    read_encoder,
+    read_partition,
+    write_block,
+    write_encoder,
+    write_partition,
+)
+from optimum_qvlm.pipeline.token_weights import token_weights
 from optimum_qvlm.plan import Block, ModuleRecord, PlannedLayer, QuantPlan
 from optimum_qvlm.search.site import round_to_nearest
 
@@ -29,7 +39,8 @@ from optimum_qvlm.search.site import round_to_nearest
 class CalibrationData:
     """Batches of model inputs on the CPU, and the record of where they come from.
 
-    `labels` are needed where the encoder is optimised: per batch the token ids of the answers, -100 elsewhere.
+    `labels` are per batch the token ids of the answers, or of all text, -100 elsewhere; without them the encoder is not
+    optimised, and all tokens count the same.
     `held_out` are batches with such labels of samples that are not calibrated on, for whoever measures afterwards.
     """
 
@@ -48,6 +59,7 @@ def calibrate(
     *,
     meter: Meter | None = None,
     first_blocks: bool = False,
+    journal: Journal | None = None,
 ) -> CalibrationResult:
     """Quantize the planned linears of `model` in place and return what was done.
 
@@ -62,6 +74,7 @@ def calibrate(
         device: where to compute.
         meter: what steps take is noted there.
         first_blocks: search the first block of each part, and round the others to nearest.
+        journal: keeps each block that is finished; those that it holds already are taken from there.
 
     Raises:
         CalibrationError: NaN or infinite weights or activations.
@@ -69,7 +82,8 @@ def calibrate(
     """
     started = time.perf_counter()
     checks.require_sound_parameters(model, plan)
-    bench = Bench(model=model, options=options, device=device, meter=Meter() if meter is None else meter)
+    meter = Meter() if meter is None else meter
+    bench = Bench(model=model, options=options, device=device, meter=meter, journal=journal)
     with logging.tqdm(total=sum(len(part.layers) for part in plan.parts), unit="layer") as bar:
         done = _round_parts(bench, plan, bar) if data is None else _search_parts(bench, plan, data, bar, first_blocks)
     done.add(*_rounded(bench, plan.unused))
@@ -106,6 +120,15 @@ class _Done:
             self.sites.append(site)
             self.records |= site.records
 
+    def take_encoder(
+        self, model: nn.Module, learned: EncoderResult, plan: QuantPlan, sites: Sequence[FinishedSite]
+    ) -> None:
+        """Put an encoder of the journal into the model, with the blocks that were formed on what it gives."""
+        for site in sites:
+            site.install(model)
+        self.plan, self.encoder = plan, learned
+        self.records |= learned.records
+
     def add_block(self, block: FinishedBlock) -> None:
         """Note a block with its sites."""
         self.blocks.append(block)
@@ -139,26 +162,77 @@ def _search_parts(bench: Bench, plan: QuantPlan, data: CalibrationData, bar: Any
     captured = capture(bench, plan, data.batches)
     if bench.options.joint:
         bar.set_description("measuring dependency")
-        with bench.meter.timed("dependency"):
-            plan = form_blocks(plan, captured.fronts, bench.options)
-    step = EncoderStep.of(bench.model, plan, bench.options, bench.device, bench.meter)
-    if step is not None:
-        step.note(data.batches)
+        plan = _partition(bench, plan, captured)
+    if bench.options.weighs_tokens and data.labels:
+        bar.set_description("weighing tokens")
+        with bench.meter.timed("weigh"):
+            bench = replace(bench, token_weights=token_weights(bench, plan, data.batches, data.labels))
     done = _Done(plan, differences=captured.differences, captured_bytes=captured.bytes)
+    step = EncoderStep.of(bench.model, plan, bench.options, bench.device, bench.meter)
+    learned = None if step is None or bench.journal is None else read_encoder(bench.journal, bench.model, plan)
+    if step is not None and learned is None:
+        step.note(data.batches)
     for part in plan.parts:
         full = captured.fronts.pop(part.name)
         if step is not None and done.encoder is None and not part.vision:
             bar.set_description("optimising the encoder")
-            _optimise_encoder(bench, step, data, captured, full, done)
-        quantized = full.fork() if part is plan.parts[0] else captured.entering(full)
+            if learned is None:
+                _optimise_encoder(bench, step, data, captured, full, done)
+            else:
+                done.take_encoder(bench.model, *learned)
         blocks = [block for block in done.plan.blocks if block.part == part.name]
-        for block in blocks[:1] if first_blocks else blocks:
-            bar.set_description(_place(done.plan, block))
-            done.add_block(quantize_block(bench, block, full, quantized))
-            bar.set_postfix_str(f"error {done.blocks[-1].layers[-1].error:.2e}")
-            bar.update(block.last - block.first + 1)
-        done.add(*_rounded(bench, part.layers[full.position :], bar))
+        _search_part(bench, captured, full, blocks[:1] if first_blocks else blocks, done, bar)
+        done.add(*_rounded(bench, part.layers[blocks[0].last + 1 :] if first_blocks else (), bar))
     return done
+
+
+def _partition(bench: Bench, plan: QuantPlan, captured: Captured) -> QuantPlan:
+    """The plan with its blocks, from the journal where they are there."""
+    formed = None if bench.journal is None else read_partition(bench.journal, plan)
+    if formed is None:
+        with bench.meter.timed("dependency"):
+            formed = form_blocks(plan, captured.fronts, bench.options)
+        if bench.journal is not None:
+            write_partition(bench.journal, formed)
+    return formed
+
+
+def _search_part(bench: Bench, captured: Captured, full: Chain, blocks: Sequence[Block], done: _Done, bar: Any) -> None:
+    """Blocks of one part in order. Where the journal holds them all, nothing has to run through the part."""
+    part, journal = full.part, bench.journal
+    held = [None if journal is None else read_block(journal, bench.model, part, block) for block in blocks]
+    quantized = None
+    if None in held:
+        first = part.name == done.plan.parts[0].name
+        quantized = full.fork() if first else captured.entering(full)
+    for block, finished in zip(blocks, held, strict=True):
+        bar.set_description(_place(done.plan, block))
+        if finished is not None:
+            _take(bench, finished, full, quantized)
+        else:
+            assert quantized is not None
+            finished = quantize_block(bench, block, full, quantized)
+            if journal is not None:
+                write_block(journal, finished)
+        done.add_block(finished)
+        bar.set_postfix_str(f"error {finished.layers[-1].error:.2e}")
+        bar.update(block.last - block.first + 1)
+
+
+def _take(bench: Bench, finished: FinishedBlock, full: Chain, quantized: Chain | None) -> None:
+    """Put a block of the journal into the model, and move the chains to its end, if there is more to search."""
+    layers = full.part.layers[finished.block.first : finished.block.last + 1]
+    if quantized is not None:
+        _pass_through(bench, layers, lambda: full.advance(finite=False))
+    finished.install(bench.model)
+    if quantized is not None:
+        _pass_through(bench, layers, quantized.advance)
+
+
+def _pass_through(bench: Bench, layers: Sequence[PlannedLayer], advance: Callable[[], None]) -> None:
+    for layer in layers:
+        with torch.no_grad(), resident(bench.model, layer.path, bench.device):
+            advance()
 
 
 def _place(plan: QuantPlan, block: Block) -> str:
@@ -176,12 +250,14 @@ def _optimise_encoder(
         depths.append(done.plan.mean_depth(front.part.name))
         _form_blocks_again(bench, captured, front, done)
         depths.append(done.plan.mean_depth(front.part.name))
-    learned = step.learn(data.batches, data.labels, done.records)
+    learned = step.learn(data.batches, data.labels, done.records, bench.journal)
     done.records |= learned.records
     if bench.options.joint:
         _form_blocks_again(bench, captured, front, done)
         depths.append(done.plan.mean_depth(front.part.name))
     done.encoder = replace(learned, mean_depths=tuple(depths))
+    if bench.journal is not None:
+        write_encoder(bench.journal, done.encoder, done.plan, step.modules())
 
 
 def _form_blocks_again(bench: Bench, captured: Captured, front: Chain, done: _Done) -> None:

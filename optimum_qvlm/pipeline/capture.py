@@ -143,7 +143,7 @@ class Tracer:
 
         def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal remaining
-            hidden = _hidden_of(args, kwargs, part.layers[0].name)[1]
+            hidden = hidden_of(args, kwargs, part.layers[0].name)[1]
             seen.append(runs[len(seen)].entering(hidden.cpu(), current.owners.get(part.name)))
             remaining -= 1
             if remaining == 0:
@@ -206,7 +206,7 @@ class Tracer:
         for number, layer in enumerate(part.layers):
 
             def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int = number) -> None:
-                name, hidden = _hidden_of(args, kwargs, part.layers[number].name)
+                name, hidden = hidden_of(args, kwargs, part.layers[number].name)
                 if number == 0:
                     runs.append(Run(current.batch, hidden.detach().to("cpu", copy=True)))
                 elif not runs or len(runs[-1].calls) != number:
@@ -283,7 +283,7 @@ def held_bytes(parts: Iterable[Sequence[Run]]) -> int:
     return hidden + sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], layer: str) -> tuple[str | None, Tensor]:
+def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], layer: str) -> tuple[str | None, Tensor]:
     """The hidden states among the arguments of a layer's call, with their keyword: None where they come first.
 
     Without a first argument they are called `hidden_states`, or are the first keyword that holds a tensor.

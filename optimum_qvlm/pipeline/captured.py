@@ -1,7 +1,7 @@
 """What a calibration starts from: the hidden states in front of every part, captured and found to be right."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from optimum_qvlm.pipeline import checks
 from optimum_qvlm.pipeline.capture import Run, Tracer, held_bytes
 from optimum_qvlm.pipeline.cost import Meter
 from optimum_qvlm.pipeline.hidden_chains import Chain
+from optimum_qvlm.pipeline.journal import Journal
 from optimum_qvlm.pipeline.options import CalibrationOptions
 from optimum_qvlm.pipeline.tokens import TokenSampler
 from optimum_qvlm.plan import PlannedPart, QuantPlan
@@ -24,12 +25,17 @@ class Bench:
         options: how to search.
         device: where to compute.
         meter: what steps take is noted there.
+        token_weights: what tokens count at each site, by its name and run by run, see
+            `optimum_qvlm.pipeline.token_weights`; all the same where a site is missing.
+        journal: keeps what is finished, None to keep nothing.
     """
 
     model: nn.Module
     options: CalibrationOptions
     device: torch.device
     meter: Meter
+    journal: Journal | None = None
+    token_weights: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

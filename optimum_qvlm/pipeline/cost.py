@@ -12,11 +12,12 @@ import torch
 
 from optimum_qvlm.compat.torch import dispatch_mode_class, flatten, memory_of
 
-Step = Literal["capture", "check", "dependency", "enter", "forward", "search", "joint", "encoder", "epoch"]
+Step = Literal["capture", "check", "dependency", "enter", "forward", "search", "joint", "encoder", "epoch", "weigh"]
 """Steps of a calibration. `forward` runs a layer on the hidden states of all runs, `enter` the model up to a part,
-`encoder` what is done once to optimise it, and `epoch` what each epoch of that costs."""
+`encoder` what is done once to optimise it, `epoch` what each epoch of that costs, and
+`weigh` the backward pass that says what each token counts."""
 
-PER_TOKEN: frozenset[Step] = frozenset({"capture", "enter", "forward", "encoder", "epoch"})
+PER_TOKEN: frozenset[Step] = frozenset({"capture", "enter", "forward", "encoder", "epoch", "weigh"})
 """Steps that take as long as there are tokens. The others look at a bounded number of them."""
 
 PER_WEIGHT: frozenset[Step] = frozenset({"forward", "search", "joint"})

@@ -54,13 +54,22 @@ class FinishedBlock:
     folded: Mapping[str, str] = field(default_factory=dict)
     norms: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def install(self, model: nn.Module) -> None:
+        """Put its packed linears into the model, and give norms what they have taken up."""
+        for site in self.sites:
+            site.install(model)
+        with torch.no_grad():
+            for path, tensor in self.norms.items():
+                model.get_parameter(path).copy_(tensor)
+
 
 def finish_site(model: nn.Module, site: Site, choice: SiteChoice, error: SiteError | None = None) -> FinishedSite:
     """Pack the linears of a site, as chosen, and put them into the model."""
     modules, records = {}, {}
     for linear in site.linears:
-        modules[linear.path] = _packed(plain_linear(model, linear.path), site, linear, choice)
-        records[linear.name] = _record(site, linear, choice)
+        format = _format(site, linear, choice)
+        modules[linear.path] = _packed(plain_linear(model, linear.path), format, linear, choice)
+        records[linear.name] = _record(site, format, linear, choice)
     finished = FinishedSite(modules=modules, records=records, error=error)
     finished.install(model)
     return finished
@@ -80,14 +89,17 @@ def plain_linear(model: nn.Module, path: str) -> nn.Linear:
     return module
 
 
-def _packed(plain: nn.Linear, site: Site, linear: PlannedLinear, choice: SiteChoice) -> QuantLinear:
-    format = LinearFormat(
+def _format(site: Site, linear: PlannedLinear, choice: SiteChoice) -> LinearFormat:
+    return LinearFormat(
         weight=linear.weight,
         activation=site.activation,
         activation_clip=choice.activation_clip,
         equalized=choice.transform.equalizer is not None,
         rotation=choice.transform.rotation,
     )
+
+
+def _packed(plain: nn.Linear, format: LinearFormat, linear: PlannedLinear, choice: SiteChoice) -> QuantLinear:
     module: QuantLinear = QuantLinear.from_quantized(
         choice.weights[linear.name],
         plain.bias,
@@ -98,22 +110,13 @@ def _packed(plain: nn.Linear, site: Site, linear: PlannedLinear, choice: SiteCho
     return module
 
 
-def _record(site: Site, linear: PlannedLinear, choice: SiteChoice) -> ModuleRecord:
+def _record(site: Site, format: LinearFormat, linear: PlannedLinear, choice: SiteChoice) -> ModuleRecord:
     return ModuleRecord(
         in_features=linear.in_features,
         out_features=linear.out_features,
         bias=linear.bias,
-        weight_bits=linear.weight.bits,
-        weight_group=linear.weight.group,
-        symmetric=linear.weight.symmetric,
+        format=format,
         scale_dtype=str(choice.weights[linear.name].scale.dtype).removeprefix("torch."),
-        activation_bits=None if site.activation is None else site.activation.bits,
-        activation_group=None if site.activation is None else site.activation.group,
-        activation_clip=choice.activation_clip,
         weight_clip=choice.weight_clips[linear.name],
         site=site.name,
-        activation_static=site.activation is not None and site.activation.static,
-        equalized=choice.transform.equalizer is not None,
-        rotation=choice.transform.rotation,
-        two_level=linear.weight.two_level,
     )

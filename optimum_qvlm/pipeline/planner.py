@@ -137,7 +137,9 @@ class _Planner:
         try:
             weight = choice.scheme.weight_spec(module.in_features, choice.group_size, symmetric=choice.symmetric)
             unseen = any(path.startswith(f"{layer}.") for layer in part.unused)  # nothing is measured there
-            activation = choice.scheme.activation_spec(weight, static=choice.static and not unseen)
+            activation = choice.scheme.activation_spec(
+                weight, static=choice.static and not unseen, fitted=choice.fitted
+            )
             if choice.two_level and not part.vision:
                 weight = on_two_levels(weight, activation, module.in_features)
         except SpecError as error:

@@ -16,7 +16,6 @@ from vllm.model_executor.layers.linear import (
 )
 
 from optimum_qvlm.errors import CheckpointError, SpecError
-from optimum_qvlm.hf.format.modules import format_of
 from optimum_qvlm.modules.fused import JointLinear, why_apart
 from optimum_qvlm.modules.qlinear import QuantLinear
 from optimum_qvlm.plan import ModuleRecord
@@ -133,7 +132,7 @@ class ServedLinearMethod(LinearMethodBase):
             linear = QuantLinear(
                 len(shard.columns),
                 shard.out_features,
-                format_of(entry),
+                entry.format,
                 bias=False,
                 scale_dtype=getattr(torch, entry.scale_dtype),
                 device="meta",

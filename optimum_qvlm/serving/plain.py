@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from optimum_qvlm.compat.torch import own_parameters
 from optimum_qvlm.errors import CheckpointError
-from optimum_qvlm.hf.format.modules import format_of
 from optimum_qvlm.modules.qlinear import QuantLinear
 from optimum_qvlm.plan import ModuleRecord
 
@@ -42,7 +41,7 @@ def _empty(entry: ModuleRecord) -> QuantLinear:
     return QuantLinear(
         entry.in_features,
         entry.out_features,
-        format_of(entry),
+        entry.format,
         bias=False,
         scale_dtype=getattr(torch, entry.scale_dtype),
         device="meta",

@@ -42,9 +42,9 @@ def require_divisible(name: str, entry: ModuleRecord, shard: Shard, processes: i
     size = len(shard.columns)
     groups, rotated = "a group_size that divides {size}", 'transforms="off", or "equalize"'
     blocks = {
-        ("weights in groups", groups): entry.weight_group,
-        ("activations in groups", groups): entry.activation_group,
-        ("rotations in blocks", rotated): entry.rotation,
+        ("weights in groups", groups): entry.weight.group,
+        ("activations in groups", groups): None if entry.activation is None else entry.activation.group,
+        ("rotations in blocks", rotated): entry.format.rotation,
     }
     for (what, way_out), block in blocks.items():
         if block is not None and size % block != 0:
@@ -71,8 +71,8 @@ def take(kind: str, tensor: Tensor, entry: ModuleRecord | None, shard: Shard) ->
     if kind == "weight_scale":
         return _take_groups(shard.take_rows(tensor), entry, shard)
     if kind == "weight_zero_point":
-        codes = unpack_codes(tensor.T, entry.weight_bits, entry.out_features)
-        return pack_codes(_take_groups(shard.take_rows(codes, 1).T, entry, shard).T, entry.weight_bits).T.contiguous()
+        codes = unpack_codes(tensor.T, entry.weight.bits, entry.out_features)
+        return pack_codes(_take_groups(shard.take_rows(codes, 1).T, entry, shard).T, entry.weight.bits).T.contiguous()
     if kind == "input_equalizer":
         return shard.take_columns(tensor).clone()
     return tensor.clone()
@@ -82,15 +82,15 @@ def _take_packed(rows: Tensor, entry: ModuleRecord, shard: Shard) -> Tensor:
     """Whole words where the shard starts and ends at one; codes are packed anew where it does not."""
     if len(shard.columns) == entry.in_features:
         return rows
-    first, last = (edge * entry.weight_bits for edge in (shard.columns.start, shard.columns.stop))
+    first, last = (edge * entry.weight.bits for edge in (shard.columns.start, shard.columns.stop))
     if first % 32 == 0 and last % 32 == 0:
         return rows[:, first // 32 : last // 32].contiguous()
-    codes = unpack_codes(rows, entry.weight_bits, entry.in_features)
-    return pack_codes(shard.take_columns(codes), entry.weight_bits)
+    codes = unpack_codes(rows, entry.weight.bits, entry.in_features)
+    return pack_codes(shard.take_columns(codes), entry.weight.bits)
 
 
 def _take_groups(rows: Tensor, entry: ModuleRecord, shard: Shard) -> Tensor:
     """Scales or zero points [rows, groups] of the columns; one of a whole row belongs to each of its parts."""
-    if entry.weight_group is None:
+    if entry.weight.group is None:
         return rows.contiguous()
-    return shard.take_columns(rows, entry.weight_group).contiguous()
+    return shard.take_columns(rows, entry.weight.group).contiguous()

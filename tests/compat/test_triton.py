@@ -1,10 +1,12 @@
 """The parts of Triton beyond its language that we touch are as we take them to be."""
 
 import inspect
+from types import SimpleNamespace
 
 import torch
 import triton
 import triton.language as tl
+from triton.backends.driver import GPUDriver
 from triton.compiler import CompiledKernel
 
 from optimum_qvlm.compat import triton as compat
@@ -47,21 +49,45 @@ def test_only_what_was_compiled_is_a_compiled_kernel():
     assert not compat.is_compiled(None) and not compat.is_compiled(fill)
 
 
-@contract(compat.launcher, "triton.compiler.CompiledKernel.__getitem__")
-def test_a_compiled_kernel_is_launched_by_a_grid_of_three_and_positions():
+@contract(compat.launcher, "triton.compiler.CompiledKernel.__getitem__", "triton.knobs.runtime.launch_enter_hook")
+def test_a_compiled_kernel_is_launched_as_its_own_call_does_it(monkeypatch):
     """What it hands on is checked without a GPU; that it computes the same, with one."""
-    grids = []
+    handed = []
 
-    class Compiled:
-        def __getitem__(self, grid):
-            grids.append(grid)
-            return print
+    class Compiled(CompiledKernel):
+        function, packed_metadata, name = 5, (4, 1, 0), "fill"
+        run = property(lambda _: lambda *given: handed.append(given))
 
-    assert compat.launcher(Compiled(), (7,)) is print
-    assert compat.launcher(Compiled(), (7, 2)) is print
-    assert grids == [(7, 1, 1), (7, 2, 1)]
-    source = inspect.getsource(CompiledKernel.__getitem__)
-    assert "grid[0], grid[1], grid[2]" in source and "*args" in source
+        def __init__(self):
+            self.src = None
+
+        def __del__(self):
+            pass
+
+        def _init_handles(self):
+            pass
+
+    kernel = Compiled()
+    compat.launcher(kernel, (7, 2))(9, 1000, 1.0)
+    kernel[(7, 2, 1)](1000, 1.0, stream=9)
+    ours, own = handed
+    assert ours == (7, 2, 1, 9, 5, (4, 1, 0), None, None, None, 1000, 1.0)
+    assert own[:6] == ours[:6] and own[9:] == ours[9:]
+    assert not any(hook.calls for hook in own[7:9])
+
+    monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
+    compat.launcher(kernel, (7, 2))(9, 1000, 1.0)
+    assert handed[2][7].calls == [print] and handed[2][9:] == ours[9:]
+
+
+@contract(compat.stream_of, "triton.runtime.driver.active.get_current_stream")
+def test_the_stream_of_a_device_is_asked_of_the_driver(monkeypatch):
+    """There is no driver without a GPU, and tests with one launch on several streams."""
+    active = SimpleNamespace(get_current_stream=lambda device: 100 + device)
+    monkeypatch.setattr(triton.runtime.driver, "_active", active)
+
+    assert compat.stream_of()(2) == 102
+    assert "self.get_current_stream" in inspect.getsource(GPUDriver.__init__)
 
 
 @triton.jit

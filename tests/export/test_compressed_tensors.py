@@ -131,7 +131,8 @@ def test_what_the_format_has_no_words_for_is_refused_by_name(llava, tmp_path):
     model = servable(llava, scheme="w8a8")
     modules = model.hf_quantizer.config.record.modules
     name = next(iter(modules))
-    modules[name] = replace(modules[name], activation_clip=0.9)
+    clipped = replace(modules[name].format, activation_clip=0.9)
+    modules[name] = replace(modules[name], format=clipped)
     with pytest.raises(ConfigError, match=rf"{re.escape(name)} \(its activations are clipped at 0\.9 of their peak"):
         export_compressed_tensors(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()

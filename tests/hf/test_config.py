@@ -14,7 +14,7 @@ from optimum_qvlm.hf.config import FORMAT_VERSION
 from optimum_qvlm.hf.format.record import CalibrationRecord, config_digest, config_identity
 from optimum_qvlm.plan import ModuleRecord
 from optimum_qvlm.settings import NESTED, Settings, declaration, nested_names
-from optimum_qvlm.spec import Scheme
+from optimum_qvlm.spec import ActivationSpec, LinearFormat, Scheme, WeightSpec
 
 OVERRIDES = {"lm_head": "w8a8", "layers.0": None, "*.down_proj": {"scheme": "w4a16", "group_size": 32}}
 
@@ -25,13 +25,10 @@ def make_record(**changes) -> CalibrationRecord:
         in_features=64,
         out_features=32,
         bias=False,
-        weight_bits=4,
-        weight_group=32,
-        symmetric=True,
+        format=LinearFormat(
+            weight=WeightSpec(bits=4, group=32), activation=ActivationSpec(bits=8), activation_clip=0.95
+        ),
         scale_dtype="bfloat16",
-        activation_bits=8,
-        activation_group=None,
-        activation_clip=0.95,
         weight_clip=0.8125,
         site="layers.0.q_proj",
     )
@@ -612,7 +609,7 @@ FORMER = {
 
 
 def test_every_argument_that_moved_is_known_by_its_former_name():
-    assert FORMER.keys() == nested_names().keys()
+    assert FORMER.keys() == nested_names(former=True).keys()
 
 
 @pytest.mark.parametrize("name", FORMER)

@@ -36,14 +36,14 @@ def test_it_shows_what_the_real_run_then_does(family, method, request):
     assert {row.name for row in shown.modules} == set(record.modules)
     for row in shown.modules:
         entry = record.modules[row.name]
-        assert (row.group, row.symmetric, row.site) == (entry.weight_group, entry.symmetric, entry.site)
-        assert row.scheme == f"w{entry.weight_bits}a{entry.activation_bits or 16}"
+        assert (row.weight, row.site) == (entry.weight, entry.site)
+        assert row.activation == entry.activation
     assert shown.kept == tuple(model.hf_quantizer.report["kept_in_full_precision"])
     blocks = [row.block for row in shown.modules if row.block is not None]
     assert sorted(set(blocks)) == list(range(1, max(blocks) + 1))
     sizes = model.hf_quantizer.report["bytes"]
     assert shown.bytes_before == sizes["before"]
-    equalizers = sum(4 * entry.in_features for entry in record.modules.values() if entry.equalized)
+    equalizers = sum(4 * entry.in_features for entry in record.modules.values() if entry.format.equalized)
     assert sizes["after"] - equalizers <= shown.bytes_after <= sizes["after"] + equalizers
 
 

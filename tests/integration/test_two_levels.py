@@ -36,13 +36,13 @@ def test_scales_of_the_language_model_are_multiples_and_recorded(saved):
     model, _ = saved
     records = model.config.quantization_config.record.modules
 
-    assert {name for name, record in records.items() if record.two_level} == {
+    assert {name for name, record in records.items() if record.weight.two_level} == {
         name for name in records if "language" in name
     }
     assert language(model)
     for module in language(model).values():
         scale = module.quantized().scale
-        assert module.format.weight.two_level and module.grid.two_level
+        assert module.grid.weight.two_level
         assert scale.dtype == torch.bfloat16 and len(common_step(scale)) == module.out_features
 
 
@@ -77,7 +77,7 @@ def test_fused_linears_have_the_steps_of_all_their_rows(saved):
     model = load(folder, dtype=torch.bfloat16)
     before = {path: module.packed_state() for path, module in language(model).items()}
     fuse_linears(model)
-    joints = [module for module in model.modules() if isinstance(module, JointLinear) and module.grid.two_level]
+    joints = [module for module in model.modules() if isinstance(module, JointLinear) and module.grid.weight.two_level]
 
     for joint in joints:
         joint.put_into(triton_linear.LAYOUT)

@@ -12,6 +12,7 @@ from optimum_qvlm.kernels.triton.layout import PackedWeight
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.quant.affine import quantize_weight
 from optimum_qvlm.spec import ActivationSpec, Scheme
+from tests.op_arguments import arguments_of
 
 pytestmark = pytest.mark.gpu
 
@@ -46,17 +47,6 @@ def expected_of(linear, x):
     with torch.no_grad():
         linear.bound_linear = None
         return torch.ops.optimum_qvlm.linear.default(*arguments_of(linear, x))
-
-
-def arguments_of(linear, x):
-    weight, activation = linear.format.weight, linear.format.activation
-    return (
-        x, linear.weight_packed, linear.weight_scale, linear.weight_zero_point, linear.bias, linear.input_equalizer,
-        linear.input_scale, linear.layout, linear.in_features, linear.out_features, weight.bits, weight.group,
-        weight.two_level, 16 if activation is None else activation.bits,
-        None if activation is None else activation.group,
-        linear.format.activation_clip, linear.format.rotation, linear.decode_tokens,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

@@ -9,7 +9,7 @@ from tests.tiny_families import FAMILIES
 from tests.tiny_models import IMAGE_SIDE, PATCH_SIDE
 
 LENGTH = 512
-CHAT = """{% for message in messages %}{% for part in message.content %}\
+CHAT = """{{ bos_token }}{% for message in messages %}{% for part in message.content %}\
 {% if part.type == 'text' %}{{ part.text }}{% else %}PICTURE{% endif %}{% endfor %}{% endfor %}"""
 PIXELS = {"shortest_edge": 2 * IMAGE_SIDE**2, "longest_edge": 4 * IMAGE_SIDE**2}
 QWEN = {"patch_size": PATCH_SIDE, "merge_size": 2, "temporal_patch_size": 2, "size": PIXELS}

@@ -8,7 +8,7 @@ from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.plan import ModuleRecord
 from optimum_qvlm.quant.affine import quantize_weight
 from optimum_qvlm.serving.shards import Shard, require_divisible, take
-from optimum_qvlm.spec import WeightSpec
+from optimum_qvlm.spec import ActivationSpec, WeightSpec
 
 ROWS, COLUMNS = 24, 96
 FORMATS = {
@@ -21,16 +21,14 @@ FORMATS = {
 
 
 def record(spec: WeightSpec, **values) -> ModuleRecord:
-    usual = {"bias": False, "scale_dtype": "float32", "activation_bits": None, "activation_group": None, "site": "x"}
     return ModuleRecord(
         in_features=COLUMNS,
         out_features=ROWS,
-        weight_bits=spec.bits,
-        weight_group=spec.group,
-        symmetric=spec.symmetric,
-        activation_clip=1.0,
+        bias=False,
+        format=LinearFormat(weight=spec, **values),
+        scale_dtype="float32",
         weight_clip=1.0,
-        **(usual | values),
+        site="x",
     )
 
 
@@ -82,7 +80,7 @@ def test_an_equalizer_is_split_with_the_columns_and_a_fixed_scale_is_not():
     ("entry", "what"),
     [
         (record(WeightSpec(bits=4, group=96)), "weights in groups of 96"),
-        (record(WeightSpec(bits=8), activation_bits=4, activation_group=32), "activations in groups of 32"),
+        (record(WeightSpec(bits=8), activation=ActivationSpec(bits=4, group=32)), "activations in groups of 32"),
         (record(WeightSpec(bits=8), rotation=32), "rotations in blocks of 32"),
     ],
 )

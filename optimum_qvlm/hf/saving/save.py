@@ -19,6 +19,7 @@ from optimum_qvlm.hf.saving.push import Upload, push_to_hub
 from optimum_qvlm.hf.saving.source import REPORT_FILE
 from optimum_qvlm.hf.saving.weight_files import WeightFiles
 from optimum_qvlm.hf.saving.write import is_users_card, write_model
+from optimum_qvlm.pipeline.journal import discard
 from optimum_qvlm.report.card import CARD_FILE
 
 COMMIT_OPTIONS = ("commit_message", "commit_description", "private", "revision", "create_pr")
@@ -101,6 +102,9 @@ def save(
             if users_card:
                 _link_files(target, copy, [CARD_FILE])
         names = publish_model(work, target, variant=options.get("variant"))
+    if model.hf_quantizer.journal is not None:
+        discard(model.hf_quantizer.journal)
+        model.hf_quantizer.journal = None
     return [*names, CARD_FILE] if users_card else names
 
 

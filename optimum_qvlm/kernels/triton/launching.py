@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimum_qvlm.compat.triton import argument_names, arithmetic_options, descriptor_class, is_compiled, launcher
+from optimum_qvlm.compat.triton import (
+    argument_names,
+    arithmetic_options,
+    descriptor_class,
+    is_compiled,
+    launcher,
+    stream_of,
+)
 
 ALIGNMENT = 16
 """Bytes: kernels are compiled for pointers that are multiples of it, or for any; bulk copies take only the former."""
@@ -34,7 +41,7 @@ class _Allocation:
     dtype: torch.dtype
     device: torch.device
 
-    def __call__(self, slots: list[Tensor]) -> None:
+    def __call__(self, slots: list[Tensor], _stream: int) -> None:
         slots.append(torch.empty(self.shape, dtype=self.dtype, device=self.device))
 
 
@@ -47,13 +54,14 @@ class _Start:
     open: list[tuple[int, int]]
     described: list[tuple[int, int, tuple[Any, ...]]]
 
-    def __call__(self, slots: list[Tensor]) -> None:
+    def __call__(self, slots: list[Tensor], stream: int) -> None:
         arguments = self.arguments.copy()
         for place, slot in self.open:
-            arguments[place] = slots[slot]
+            # As an address: a launch would ask the driver where the memory of a tensor lies.
+            arguments[place] = slots[slot].data_ptr()
         for place, slot, extent in self.described:
             arguments[place] = _Descriptor(slots[slot], *extent)
-        self.run(*arguments)
+        self.run(stream, *arguments)
 
 
 class Recording:
@@ -65,6 +73,7 @@ class Recording:
     def __init__(self, x: Tensor, constants: Iterable[Tensor]) -> None:
         self._steps: list[_Allocation | _Start] = []
         self._device, self._result = x.device, 0
+        self._stream_of = stream_of() if x.is_cuda else None
         self._slots, self._constants = [x], list(constants)
         self._whole = True
 
@@ -76,12 +85,13 @@ class Recording:
         return self._again(x, shape)
 
     def _again(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-        slots = [x]
+        assert self._stream_of is not None and self._device.index is not None
+        slots, stream = [x], self._stream_of(self._device.index)
         for step in self._steps:
             if len(slots) == self._result and type(step) is _Allocation:
                 slots.append(torch.empty(shape, dtype=step.dtype, device=step.device))
             else:
-                step(slots)
+                step(slots, stream)
         return slots[self._result]
 
     def allocated(self, tensor: Tensor) -> None:

@@ -21,6 +21,7 @@ from optimum_qvlm.kernels.triton.launching import ALIGNMENT, empty, start
 from optimum_qvlm.kernels.triton.layout import PackedWeight
 from optimum_qvlm.kernels.triton.prefill import place
 from optimum_qvlm.kernels.triton.unpack import multiplied_nibbles
+from optimum_qvlm.spec import WeightSpec
 
 LEAST_GROUP = 64
 """Smaller ones are multiplied in more pieces than the left operand of a product is made of."""
@@ -182,4 +183,4 @@ def written(weight: PackedWeight) -> PackedWeight:
         }
         grid = (-(-rows // block_rows) * (weight.width // 128),)
         start(write_bytes_kernel, grid, arguments, out.device, num_warps=4)
-    return dataclasses.replace(weight, codes=out, scale=weight.scale[-1:], bits=8, group=None, two_level=False)
+    return dataclasses.replace(weight, codes=out, scale=weight.scale[-1:], grid=WeightSpec(bits=8))

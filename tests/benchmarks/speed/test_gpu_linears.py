@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 
-from benchmarks.speed import gpu_linears, gpu_peers
+from benchmarks.speed import gpu_humming, gpu_linears, gpu_peers
 from optimum_qvlm.errors import SpecError
 
 CPU = torch.device("cpu")
@@ -65,6 +65,19 @@ def test_a_peer_that_raises_is_a_line_and_no_end(monkeypatch, capsys):
     assert [line.split()[0] for line in lines] == ["bf16", "bf16", "ours", "ours", "torchao", "gemlite", "gemlite"]
     assert lines[4] == "torchao          64 x 128: RuntimeError: no kernel"
     assert set(base) == {("64x128", 1), ("64x128", 17)}
+
+
+def test_ours_are_timed_where_humming_raises(monkeypatch, capsys):
+    """It is not installed, or has no kernel for the card; where it has, it stands behind ours."""
+    monkeypatch.setattr(gpu_humming, "COLD_BYTES", 2**12)
+    monkeypatch.setattr(gpu_humming, "humming_linear", lambda name, *_: {"w4a16": lambda x: x}[name])
+    settings = argparse.Namespace(schemes=["w4a16", "w4a8-rotated"], tokens=[1], rounds=1)
+
+    gpu_humming.measure("64x128", settings, CPU)
+
+    error, line = capsys.readouterr().out.splitlines()
+    assert error == "Humming, w4a8-rotated, 64 x 128: KeyError: 'w4a8-rotated'"
+    assert "nan" not in line.split("|")[1] and "nan" in line.split("|")[2]
 
 
 def test_an_error_of_ours_ends_the_run(monkeypatch):

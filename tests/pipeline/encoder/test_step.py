@@ -134,10 +134,10 @@ def test_records_say_what_the_modules_have(learned):
     model, result = learned
 
     for path, module in vision_modules(model).items():
-        assert result.modules[path].activation_clip == module.format.activation_clip
+        assert result.modules[path].format.activation_clip == module.format.activation_clip
         assert 0.25 < result.modules[path].weight_clip <= 2.0
     for site in plan_for(model, "w4a4", vision_scheme="w4a4").sites():
-        assert len({result.modules[linear.name].activation_clip for linear in site.linears}) == 1
+        assert len({result.modules[linear.name].format.activation_clip for linear in site.linears}) == 1
 
 
 def test_what_is_chosen_is_what_the_model_has(learned):

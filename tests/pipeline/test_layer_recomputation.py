@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from optimum_qvlm.models.registry import adapter_for
-from optimum_qvlm.pipeline.encoder.recompute import frozen, recomputed
+from optimum_qvlm.pipeline.layer_recomputation import frozen, recomputed
 from tests.plans import CPU
 from tests.tiny_models import llama_batch, llava_batch, tiny_llama, tiny_llava
 
