@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from optimum_qvlm.errors import SpecError
@@ -51,6 +51,27 @@ class WeightSpec:
     def groups(self, in_features: int) -> int:
         """Number of scales per row."""
         return 1 if self.group is None else in_features // self.group
+
+    def grouped(self, in_features: int, group_size: GroupSize) -> "WeightSpec":
+        """The same grid with the group that a linear with `in_features` inputs gets.
+
+        Eight bits are always per row. Below, `"auto"` takes the largest of 128, 64, 32 and 16 that divides
+        `in_features`, else the whole row; None is the whole row.
+
+        Raises:
+            SpecError: an explicit group does not divide `in_features`.
+        """
+        fitting = [group for group in AUTO_GROUPS if in_features % group == 0]
+        if self.bits == 8 or group_size is None:
+            group = None
+        elif group_size == "auto":
+            group = fitting[0] if fitting else None
+        elif in_features % group_size == 0:
+            group = group_size
+        else:
+            choices = ", ".join([*map(str, fitting), '"auto"']) + " or None"
+            raise SpecError(f"group={group_size} does not divide in_features={in_features}; use {choices}")
+        return replace(self, group=group)
 
     def special(self) -> frozenset[str]:
         """Names of the yes-no fields that are not what they are by default."""
@@ -167,24 +188,8 @@ class Scheme:
         return f"w{self.weight_bits}a{self.activation_bits or UNROUNDED}"
 
     def weight_spec(self, in_features: int, group_size: GroupSize, *, symmetric: bool) -> WeightSpec:
-        """The weight grid of a linear with `in_features` inputs.
-
-        Eight bits are always per row. Below, `"auto"` takes the largest of 128, 64, 32 and 16 that divides
-        `in_features`, else the whole row; None is the whole row.
-
-        Raises:
-            SpecError: an explicit group does not divide `in_features`.
-        """
-        if self.weight_bits == 8 or group_size is None:
-            return WeightSpec(bits=self.weight_bits, symmetric=symmetric)
-        if group_size == "auto":
-            group = next((g for g in AUTO_GROUPS if in_features % g == 0), None)
-            return WeightSpec(bits=self.weight_bits, group=group, symmetric=symmetric)
-        if in_features % group_size != 0:
-            fitting = [str(g) for g in AUTO_GROUPS if in_features % g == 0]
-            choices = ", ".join([*fitting, '"auto"']) + " or None"
-            raise SpecError(f"group={group_size} does not divide in_features={in_features}; use {choices}")
-        return WeightSpec(bits=self.weight_bits, group=group_size, symmetric=symmetric)
+        """The weight grid of a linear with `in_features` inputs, see `WeightSpec.grouped`."""
+        return WeightSpec(bits=self.weight_bits, symmetric=symmetric).grouped(in_features, group_size)
 
     def activation_spec(
         self, weight: WeightSpec, *, static: bool = False, fitted: bool = True

@@ -142,11 +142,12 @@ def test_an_explicit_group_that_does_not_divide_is_refused_with_those_that_do(in
         ("w4a16", 64, None),
         ("w4a8", 64, ActivationSpec(bits=8)),
         ("w8a8", None, ActivationSpec(bits=8)),
-        ("w4a4", 64, ActivationSpec(bits=4, group=64)),
+        ("w4a4", 64, ActivationSpec(bits=4, group=64, fitted=True)),
         ("w6a6", 32, ActivationSpec(bits=6, group=32)),
         ("w4a7", 64, ActivationSpec(bits=7, group=64)),
-        ("w4a4", None, ActivationSpec(bits=4)),
-        ("w8a4", None, ActivationSpec(bits=4)),
+        ("w4a4", None, ActivationSpec(bits=4, fitted=True)),
+        ("w8a4", None, ActivationSpec(bits=4, fitted=True)),
+        ("w4a5", 64, ActivationSpec(bits=5, group=64, fitted=True)),
     ],
 )
 def test_activations_below_eight_bits_share_the_groups_of_the_weight(scheme, weight_group, expected):
@@ -154,6 +155,18 @@ def test_activations_below_eight_bits_share_the_groups_of_the_weight(scheme, wei
     parsed = Scheme.parse(scheme)
 
     assert parsed.activation_spec(WeightSpec(bits=parsed.weight_bits, group=weight_group)) == expected
+
+
+def test_grids_for_other_runtimes_are_not_fitted():
+    """They know one way to take a scale from a token."""
+    weight = WeightSpec(bits=4, group=64)
+
+    assert Scheme.parse("w4a4").activation_spec(weight, fitted=False) == ActivationSpec(bits=4, group=64)
+
+
+def test_a_static_scale_cannot_be_fitted_too():
+    with pytest.raises(SpecError, match="the scale of a static activation is that of the calibration"):
+        ActivationSpec(bits=4, static=True, fitted=True)
 
 
 def test_a_static_activation_has_one_scale():

@@ -48,7 +48,7 @@ from optimum_qvlm.settings import (
     nested_names,
     require,
 )
-from optimum_qvlm.spec import GroupSize, Scheme
+from optimum_qvlm.spec import TWO_LEVEL_BITS, GroupSize, Scheme, WeightSpec
 
 QUANT_METHOD = "qvlm"
 FORMAT_VERSION = 1
@@ -189,12 +189,7 @@ class QVLMConfig(FormerNames, QuantizationConfigMixin):
         static = self.search.activation_range == "static"
         return CalibrationOptions(
             language=self._language(static),
-            vision=LinearChoice(
-                scheme=None if self.vision_scheme is None else Scheme.parse(self.vision_scheme),
-                symmetric=self.symmetric,
-                static=static,
-                fitted=not self.servable,
-            ),
+            vision=self._choice(self.vision_scheme),
             keep=tuple(self.modules_to_not_convert or ()),
             overrides=tuple((pattern, self._override(pattern)) for pattern in self.overrides or {}),
             method=self.method,
@@ -225,12 +220,22 @@ class QVLMConfig(FormerNames, QuantizationConfigMixin):
         scheme = Scheme.parse(self.scheme)
         if self.two_level_scales:
             require_levels(scheme, self.group_size, symmetric=self.symmetric, static=static)
+        return self._choice(self.scheme, self.group_size)
+
+    def _choice(
+        self, scheme: str | None, group_size: GroupSize = "auto", symmetric: bool | None = None
+    ) -> LinearChoice:
+        """Grids of a scheme; `symmetric` None is as for all."""
+        if scheme is None:
+            return LinearChoice(weight=None)
+        bits = Scheme.parse(scheme)
+        symmetric = self.symmetric if symmetric is None else symmetric
+        two_level = self.two_level_scales and symmetric and bits.weight_bits <= TWO_LEVEL_BITS
         return LinearChoice(
-            scheme=scheme,
-            group_size=self.group_size,
-            symmetric=self.symmetric,
-            static=static,
-            two_level=self.two_level_scales,
+            weight=WeightSpec(bits=bits.weight_bits, symmetric=symmetric, two_level=two_level),
+            activation_bits=bits.activation_bits,
+            group_size=group_size,
+            static=self.search.activation_range == "static",
             fitted=not self.servable,
         )
 
@@ -357,18 +362,8 @@ class QVLMConfig(FormerNames, QuantizationConfigMixin):
 
     def _override(self, pattern: str) -> LinearChoice:
         value = (self.overrides or {})[pattern]
-        static = self.search.activation_range == "static"
-        if value is None:
-            return LinearChoice(scheme=None)
-        if isinstance(value, str):
-            scheme, levels = Scheme.parse(value), self.two_level_scales
-            return LinearChoice(
-                scheme=scheme,
-                symmetric=self.symmetric,
-                static=static,
-                two_level=levels,
-                fitted=not self.servable,
-            )
+        if value is None or isinstance(value, str):
+            return self._choice(value)
         if not isinstance(value, Mapping) or set(value) - {"scheme", "group_size", "symmetric"}:
             raise ConfigError(
                 f"overrides[{pattern!r}] must be a scheme, None, or a dict with scheme, group_size, symmetric; "
@@ -378,15 +373,7 @@ class QVLMConfig(FormerNames, QuantizationConfigMixin):
         require(Group(), group_size, f"overrides[{pattern!r}]: group_size")
         symmetric = value.get("symmetric", self.symmetric)
         require(Switch(), symmetric, f"overrides[{pattern!r}]: symmetric")
-        scheme = value.get("scheme", self.scheme)
-        return LinearChoice(
-            scheme=None if scheme is None else Scheme.parse(scheme),
-            group_size=group_size,
-            symmetric=symmetric,
-            static=static,
-            two_level=self.two_level_scales,
-            fitted=not self.servable,
-        )
+        return self._choice(value.get("scheme", self.scheme), group_size, symmetric)
 
     def _validate(self) -> None:
         if isinstance(self.overrides, Mapping):

@@ -14,7 +14,7 @@ from optimum_qvlm.search.error_feedback import FeedbackOptions
 from optimum_qvlm.search.site import ClipGrids, SiteOptions
 from optimum_qvlm.search.transforms import KINDS, Kind, TransformOptions
 from optimum_qvlm.settings import EncoderOptions
-from optimum_qvlm.spec import GroupSize, Scheme
+from optimum_qvlm.spec import GroupSize, Scheme, WeightSpec
 
 Method = Literal["qvlm", "layerwise", "rtn"]
 Effort = Literal["fast", "balanced"]
@@ -37,20 +37,27 @@ _FAST_EXPONENTS = (0.5,)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearChoice:
-    """Scheme and grids asked for one linear or one part; `scheme` None keeps full precision.
+    """Grids asked for one linear or one part.
 
-    `static` fixes the range of activations in calibration. `two_level` makes the scales of a row multiples of one step
-    where that makes a product one of bytes: with symmetric weights of at most four bits in groups, and activations that
-    are rounded with one scale per token or for all. `fitted` lets dynamic activations of few bits choose sign and size
-    of each scale, which other runtimes do not.
+    Attributes:
+        weight: the weight's grid, whose group `group_size` says for each linear; None keeps full precision. Scales on
+            two levels are left out where no product gains by them, see `optimum_qvlm.pipeline.planner`.
+        activation_bits: of activations; None leaves them.
+        group_size: as in `WeightSpec.grouped`.
+        static: whether calibration fixes the range of activations.
+        fitted: whether dynamic activations of few bits choose sign and size of each scale, which other runtimes do not.
     """
 
-    scheme: Scheme | None
+    weight: WeightSpec | None
+    activation_bits: int | None = None
     group_size: GroupSize = "auto"
-    symmetric: bool = True
     static: bool = False
-    two_level: bool = False
     fitted: bool = True
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """The bits of both; None keeps full precision."""
+        return None if self.weight is None else Scheme(self.weight.bits, self.activation_bits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from optimum_qvlm.errors import ConfigError, SpecError, UnsupportedModelError
 from optimum_qvlm.models.adapter import Adapter, Part
 from optimum_qvlm.pipeline.options import CalibrationOptions, LinearChoice, keeps, matches, require_matches
 from optimum_qvlm.plan import Block, PlannedLayer, PlannedLinear, PlannedPart, QuantPlan, Site
-from optimum_qvlm.spec import TWO_LEVEL_BITS, ActivationSpec, WeightSpec
+from optimum_qvlm.spec import ActivationSpec, WeightSpec
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Modules whose weights have more than two dimensions without being several linears."""
@@ -60,11 +60,10 @@ def require_no_experts(model: nn.Module, layers: Sequence[str]) -> None:
                 )
 
 
-def on_two_levels(weight: WeightSpec, activation: ActivationSpec | None, in_features: int) -> WeightSpec:
-    """The grid with scales that are multiples of one step per row, where that makes its product one of bytes."""
+def gains_by_two_levels(weight: WeightSpec, activation: ActivationSpec | None, in_features: int) -> bool:
+    """Whether scales that are multiples of one step per row make the product one of bytes."""
     whole = activation is not None and activation.group is None
-    fits = weight.symmetric and weight.bits <= TWO_LEVEL_BITS and weight.groups(in_features) > 1
-    return replace(weight, two_level=True) if whole and fits else weight
+    return whole and weight.groups(in_features) > 1
 
 
 class _Planner:
@@ -130,18 +129,18 @@ class _Planner:
     def _linear(self, path: str, part: Part) -> tuple[PlannedLinear, ActivationSpec | None] | None:
         name = self.names[path]
         choice = self._choice(name, part)
-        if choice.scheme is None:
+        if choice.weight is None or choice.scheme is None:
             return None
         module = self.model.get_submodule(path)
         assert isinstance(module, nn.Linear)
         try:
-            weight = choice.scheme.weight_spec(module.in_features, choice.group_size, symmetric=choice.symmetric)
+            weight = choice.weight.grouped(module.in_features, choice.group_size)
             unseen = any(path.startswith(f"{layer}.") for layer in part.unused)  # nothing is measured there
             activation = choice.scheme.activation_spec(
                 weight, static=choice.static and not unseen, fitted=choice.fitted
             )
-            if choice.two_level and not part.vision:
-                weight = on_two_levels(weight, activation, module.in_features)
+            if part.vision or not gains_by_two_levels(weight, activation, module.in_features):
+                weight = replace(weight, two_level=False)
         except SpecError as error:
             raise SpecError(f"{name}: {error}") from error
         linear = PlannedLinear(
@@ -159,7 +158,7 @@ class _Planner:
         if override is not None:
             return override
         if any(keeps(pattern, name) for pattern in self.options.keep):
-            return LinearChoice(scheme=None)
+            return LinearChoice(weight=None)
         return self.options.vision if part.vision else self.options.language
 
     def _override(self, name: str) -> LinearChoice | None:

@@ -9,7 +9,7 @@ from optimum_qvlm.kernels.reference import dequantize_rows
 from optimum_qvlm.quant.levels import fit_steps, to_multiples
 from optimum_qvlm.spec import WeightSpec
 
-__all__ = ["QuantizedWeight", "dequantize_weight", "quantize_weight", "split_groups"]
+__all__ = ["QuantizedWeight", "dequantize_weight", "nearest_scale", "quantize_weight", "split_groups"]
 
 
 def quantize_weight(
@@ -56,7 +56,7 @@ def quantize_weight(
     scale, dtype = width / steps_across, scale_dtype or weight.dtype
     if step is None and spec.two_level:
         step = fit_steps(scale.squeeze(-1), dtype)
-    scale = _stored(scale, dtype) if step is None else to_multiples(scale, step.unsqueeze(-1), dtype)
+    scale = _stored(scale, spec, dtype) if step is None else to_multiples(scale, step.unsqueeze(-1), dtype)
     if signed:
         scale = torch.where(turned, -scale, scale)
     steps = grouped / scale.float()
@@ -81,8 +81,16 @@ def split_groups(weight: Tensor, spec: WeightSpec) -> Tensor:
     return weight.reshape(rows, groups, columns // groups)
 
 
-def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def nearest_scale(scale: Tensor, spec: WeightSpec, dtype: torch.dtype) -> Tensor:
+    """The closest scales that a grid without steps allows, of any sign, in the dtype in which they are stored.
+
+    Every search that moves a scale rounds it here before it is judged.
+    """
+    return scale.to(dtype)
+
+
+def _stored(scale: Tensor, spec: WeightSpec, dtype: torch.dtype) -> Tensor:
     """`scale` in the stored dtype; zeros, and what underflows there, become 1 or the smallest normal."""
     tiny = torch.finfo(dtype).tiny
-    rounded = scale.clamp(min=tiny, max=torch.finfo(dtype).max).to(dtype)
+    rounded = nearest_scale(scale.clamp(min=tiny, max=torch.finfo(dtype).max), spec, dtype)
     return torch.where(scale > 0, rounded, torch.ones_like(rounded))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from optimum_qvlm.kernels import dequantize_tokens, fake_quantize_static, hadamard, quantize_tokens
-from optimum_qvlm.quant.affine import QuantizedWeight, split_groups
+from optimum_qvlm.quant.affine import QuantizedWeight, nearest_scale, split_groups
 from optimum_qvlm.quant.entropy import Positions, Softness, soft_assignment
 from optimum_qvlm.settings import EncoderOptions
 from optimum_qvlm.spec import ActivationSpec, WeightSpec
@@ -168,7 +168,9 @@ class WeightStart:
         """Codes without zero point [rows, groups, channels], whole numbers, and scales [rows, groups, 1], in fp32."""
         low, high = -(2 ** (self.spec.bits - 1)), 2 ** (self.spec.bits - 1) - 1
         wanted = self.scale.float() * log_scale.exp()
-        scale = _with_gradient(wanted.detach().to(self.scale.dtype).float(), wanted).unsqueeze(-1)
+        scale = _with_gradient(nearest_scale(wanted.detach(), self.spec, self.scale.dtype).float(), wanted).unsqueeze(
+            -1
+        )
         zero = 0.0 if self.zero_point is None else self.zero_point.unsqueeze(-1).float()
         codes = (round_through(split_groups(weight, self.spec).float() / scale) + zero).clamp(low, high)
         if self.offset is not None:

@@ -250,7 +250,7 @@ def _round_groups(
     """Group after group, trying every clip: codes [rows, in], scales, zero points and clips [rows, groups]."""
     work, count = rows.T.contiguous(), rows.shape[0]
     clips = clips if step is None else (*clips, NEXT_MULTIPLE)
-    whole = WeightSpec(bits=spec.bits, symmetric=spec.symmetric)
+    whole = replace(spec, group=None)
     codes, grid = torch.empty_like(work, dtype=torch.int8), torch.tensor(clips, dtype=torch.float32, device=work.device)
     scales, zeros, ratios = [], [], []
     for start in range(0, work.shape[0], width):

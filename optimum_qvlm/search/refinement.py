@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optimum_qvlm.kernels.recursion import descend
-from optimum_qvlm.quant.affine import QuantizedWeight
+from optimum_qvlm.quant.affine import QuantizedWeight, nearest_scale
 from optimum_qvlm.quant.levels import to_multiples
 from optimum_qvlm.spec import WeightSpec
 
@@ -53,7 +53,7 @@ class _Descent:
     def __init__(
         self, target: Tensor, hessian: Tensor, start: QuantizedWeight, spec: WeightSpec, step: Tensor | None
     ) -> None:
-        self.hessian, self.stored = hessian, start.scale.dtype
+        self.hessian, self.spec, self.stored = hessian, spec, start.scale.dtype
         self.step = None if step is None else step.squeeze(1)
         self.width = target.shape[1] // start.scale.shape[1]
         self.scale = start.scale.float().T.clone(memory_format=torch.contiguous_format)
@@ -100,7 +100,7 @@ class _Descent:
         toward, curve = (codes * self.slope[here]).sum(0), (codes * (own @ codes)).sum(0)
         wanted = scale + toward / curve.clamp(min=1e-30)
         if self.step is None:
-            wanted = wanted.to(self.stored).float()
+            wanted = nearest_scale(wanted, self.spec, self.stored).float()
             usable = (wanted.abs() >= torch.finfo(self.stored).tiny) & (wanted * scale > 0)
         else:
             usable = wanted * scale > 0

@@ -138,13 +138,18 @@ def test_two_level_scales_are_refused_where_nothing_gains_by_them(settings, mess
     "settings", [{}, {"scheme": "w3a8"}, {"scheme": "w4a4", "search": {"activation_range": "static"}}], ids=str
 )
 def test_two_level_scales_reach_language_and_overrides_and_survive_json(settings):
-    config = through_json(QVLMConfig(two_level_scales=True, overrides=OVERRIDES, **settings))
+    overrides = OVERRIDES | {"*.up_proj": "w4a8", "*.gate_proj": {"group_size": 16, "symmetric": True}}
+    config = through_json(QVLMConfig(two_level_scales=True, overrides=overrides, **settings))
 
     options = config.options()
     assert config.two_level_scales is True
-    assert options.language.two_level and not options.vision.two_level
-    assert [pattern for pattern, choice in options.overrides if choice.two_level] == ["lm_head", "*.down_proj"]
-    assert not QVLMConfig().options().language.two_level
+    assert options.language.weight.two_level and not options.vision.weight.two_level
+    assert [name for name, choice in options.overrides if choice.weight is not None and choice.weight.two_level] == [
+        "*.down_proj",
+        "*.up_proj",
+        "*.gate_proj",
+    ]
+    assert not QVLMConfig().options().language.weight.two_level
 
 
 @pytest.mark.parametrize("value", ["gptq", "QVLM", None])
@@ -280,13 +285,13 @@ def test_options_carry_every_setting():
 
     assert (options.language.scheme, options.language.group_size) == (Scheme(4, 4), 16)
     assert (options.vision.scheme, options.vision.group_size) == (Scheme(6, 6), "auto")
-    assert not options.language.symmetric and not options.vision.symmetric
+    assert not options.language.weight.symmetric and not options.vision.weight.symmetric
     assert (options.keep, options.seed, options.method, options.search_tokens) == (("lm_head",), 3, "rtn", 7)
     assert [pattern for pattern, _ in options.overrides] == list(OVERRIDES)
     head, first, down = (choice for _, choice in options.overrides)
-    assert (head.scheme, head.group_size, head.symmetric) == (Scheme(8, 8), "auto", False)
+    assert (head.scheme, head.group_size, head.weight.symmetric) == (Scheme(8, 8), "auto", False)
     assert first.scheme is None
-    assert (down.scheme, down.group_size, down.symmetric) == (Scheme(4, None), 32, False)
+    assert (down.scheme, down.group_size, down.weight.symmetric) == (Scheme(4, None), 32, False)
 
 
 @pytest.mark.parametrize(

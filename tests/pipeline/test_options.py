@@ -4,7 +4,7 @@ import pytest
 
 from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.pipeline.options import CalibrationOptions, LinearChoice, keeps, matches, require_matches
-from optimum_qvlm.spec import Scheme
+from optimum_qvlm.spec import Scheme, WeightSpec
 
 NAMES = [
     "language_model.model.layers.1.mlp.up_proj",
@@ -75,11 +75,11 @@ def test_names_may_be_a_generator():
 
 
 def test_defaults_search_with_both_grids():
-    choice = LinearChoice(scheme=Scheme.parse("w4a8"))
+    choice = LinearChoice(weight=WeightSpec(bits=4), activation_bits=8)
 
     options = CalibrationOptions(language=choice, vision=choice)
 
-    assert (choice.group_size, choice.symmetric) == ("auto", True)
+    assert (choice.group_size, choice.scheme) == ("auto", Scheme(4, 8))
     assert options.method == "qvlm"
     assert options.keep == () and options.overrides == ()
     assert options.search.clips.activation[0] == options.search.clips.weight[0] == 1.0

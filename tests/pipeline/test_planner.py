@@ -19,9 +19,16 @@ ATTENTION = ("q_proj", "k_proj", "v_proj")
 
 
 def choice(scheme: str | None, group_size: GroupSize = "auto", *, symmetric: bool = True) -> LinearChoice:
-    return LinearChoice(
-        scheme=None if scheme is None else Scheme.parse(scheme), group_size=group_size, symmetric=symmetric
-    )
+    if scheme is None:
+        return LinearChoice(weight=None)
+    bits = Scheme.parse(scheme)
+    weight = WeightSpec(bits=bits.weight_bits, symmetric=symmetric)
+    return LinearChoice(weight=weight, activation_bits=bits.activation_bits, group_size=group_size)
+
+
+def on_levels(choice: LinearChoice, **changes: object) -> LinearChoice:
+    """The choice with two-level scales."""
+    return replace(choice, weight=replace(choice.weight, two_level=True), **changes)
 
 
 def disk_name(path: str) -> str:
@@ -76,17 +83,17 @@ def test_language_and_vision_have_their_own_schemes():
 
 def test_two_level_scales_are_for_language_linears_whose_products_gain():
     """Not for the tower, nor where an override leaves no product of bytes or a single scale per row."""
-    levels = replace(choice("w4a8", 32), two_level=True)
+    levels = on_levels(choice("w4a8", 32))
     others = {
-        "*.q_proj": replace(choice("w4a16"), two_level=True),
-        "*.k_proj": replace(choice("w8a8"), two_level=True),
-        "*.v_proj": replace(choice("w4a4", 32), two_level=True),
-        "*.o_proj": replace(choice("w4a8", None), two_level=True),
-        "*.up_proj": replace(choice("w4a8", 32, symmetric=False), two_level=True),
-        "*.gate_proj": replace(choice("w3a8", 32), two_level=True),
+        "*.q_proj": on_levels(choice("w4a16")),
+        "*.k_proj": choice("w8a8"),
+        "*.v_proj": on_levels(choice("w4a4", 32)),
+        "*.o_proj": on_levels(choice("w4a8", None)),
+        "*.up_proj": choice("w4a8", 32, symmetric=False),
+        "*.gate_proj": on_levels(choice("w3a8", 32)),
     }
 
-    plan = plan_for(tiny_llava(), levels, replace(choice("w4a8"), two_level=True), overrides=others)
+    plan = plan_for(tiny_llava(), levels, on_levels(choice("w4a8")), overrides=others)
 
     chosen = {linear.name.rpartition(".")[2] for linear in plan.linears() if linear.weight.two_level}
     assert chosen == {"down_proj", "gate_proj"}
@@ -95,7 +102,7 @@ def test_two_level_scales_are_for_language_linears_whose_products_gain():
 
 def test_static_activations_have_one_scale_too():
     """So products of any bits gain."""
-    plan = plan_for(tiny_llava(), replace(choice("w4a4", 32), two_level=True, static=True))
+    plan = plan_for(tiny_llava(), on_levels(choice("w4a4", 32), static=True))
 
     language = [linear for linear in plan.linears() if linear.name.startswith("language_model.")]
     assert language and all(linear.weight.two_level for linear in language)
@@ -149,15 +156,15 @@ def test_no_group_is_one_scale_per_row():
     plan = plan_for(tiny_llama(), language=choice("w4a4", None))
 
     assert {linear.weight.group for linear in plan.linears()} == {None}
-    assert {site.activation for site in plan.sites()} == {ActivationSpec(bits=4)}
+    assert {site.activation for site in plan.sites()} == {ActivationSpec(bits=4, fitted=True)}
 
 
 @pytest.mark.parametrize("scheme, bits", [("w4a4", 4), ("w6a6", 6)])
 def test_activations_below_eight_bits_have_the_groups_of_their_weights(scheme, bits):
     plan = plan_for(tiny_llama(), language=choice(scheme))
 
-    assert site_of(plan, "q_proj").activation == ActivationSpec(bits=bits, group=64)
-    assert site_of(plan, "down_proj").activation == ActivationSpec(bits=bits, group=32)
+    assert site_of(plan, "q_proj").activation == ActivationSpec(bits=bits, group=64, fitted=bits == 4)
+    assert site_of(plan, "down_proj").activation == ActivationSpec(bits=bits, group=32, fitted=bits == 4)
 
 
 def test_weight_only_schemes_leave_activations_alone():

@@ -48,6 +48,11 @@ def first_scores_of_server(client, questions):
     return torch.tensor([choice.logprobs.content[0].logprob for choice in choices])
 
 
+def whole(answer):
+    """Without the beginning of a character of several bytes at the end, which vLLM holds back."""
+    return answer.rstrip("\ufffd").strip()
+
+
 @pytest.fixture
 def asked():
     return [{"image": picture, "question": f"how many, {n}?"} for n, picture in enumerate(pictures(4))]
@@ -80,7 +85,7 @@ def test_a_family_answers_as_in_transformers(serve, saved, asked, family):
         answers = [said_by_server(client, question) for question in asked]
         scores = first_scores_of_server(client, asked)
 
-    assert answers == expected
+    assert list(map(whole, answers)) == list(map(whole, expected))
     assert (scores - first_scores(model, processor, asked)).abs().max() < 5e-3
 
 

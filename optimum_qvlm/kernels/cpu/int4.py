@@ -27,6 +27,7 @@ from optimum_qvlm.kernels.weights import NOTHING, LinearGrid, QuantizedWeight, R
 LAYOUT = "int4"
 
 KNOWN = frozenset({"symmetric", "two_level"})
+"""Yes-no fields of a grid that are computed here, see `optimum_qvlm.kernels.backend`."""
 
 GROUPS = (32, 64, 128, 256)
 """Group sizes that the operator takes."""

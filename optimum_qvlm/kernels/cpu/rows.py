@@ -17,6 +17,7 @@ from optimum_qvlm.kernels.weights import LinearGrid, QuantizedWeight, Rounding, 
 LAYOUT = "rows"
 
 KNOWN = frozenset({"symmetric", "two_level"})
+"""Yes-no fields of a grid that are computed here, see `optimum_qvlm.kernels.backend`."""
 
 
 def accepts(grid: LinearGrid, device: torch.device) -> bool:

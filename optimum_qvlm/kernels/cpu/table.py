@@ -24,6 +24,7 @@ from optimum_qvlm.kernels.weights import NOTHING, LinearGrid, QuantizedWeight, R
 LAYOUT = "table"
 
 KNOWN = frozenset({"symmetric", "two_level"})
+"""Yes-no fields of a grid that are computed here, see `optimum_qvlm.kernels.backend`."""
 
 PLANES = {2: (2,), 4: (4,), 6: (4, 2), 8: (8,)}
 """Bits of the tables that hold a code, lowest first."""

@@ -25,6 +25,7 @@ from optimum_qvlm.kernels.weights import LinearGrid, QuantizedWeight, Rounding, 
 LAYOUT = "triton"
 
 KNOWN = frozenset({"symmetric", "two_level"})
+"""Yes-no fields of a grid that are computed here, see `optimum_qvlm.kernels.backend`."""
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
