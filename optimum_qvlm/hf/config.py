@@ -2,7 +2,6 @@
 
 import copy
 import difflib
-import warnings
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from inspect import Parameter, Signature
@@ -13,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.files import strict_json
-from optimum_qvlm.hf.deprecated import EXACT_DECODE, as_fields, made_of, move_deprecated
+from optimum_qvlm.hf.deprecated import EXACT_DECODE, FormerNames, as_fields, made_of, move_deprecated
 from optimum_qvlm.hf.format.migration import migrate
 from optimum_qvlm.hf.format.record import SEALS, CalibrationRecord, config_digest, config_identity, read_record
 from optimum_qvlm.hf.settings import (
@@ -72,7 +71,7 @@ Override = str | None | Mapping[str, Any]
 _RESULTS = ("modules", "blocks", "calibration", *SEALS)
 
 
-class QVLMConfig(QuantizationConfigMixin):
+class QVLMConfig(FormerNames, QuantizationConfigMixin):
     """Quantize a vision-language or text model while `from_pretrained` loads it.
 
     Args:
@@ -338,14 +337,6 @@ class QVLMConfig(QuantizationConfigMixin):
     def _saved(self) -> dict[str, Any]:
         """Settings under their flat names in config.json."""
         return saved_values(self) | {n: v for name in NESTED for n, v in saved_values(getattr(self, name)).items()}
-
-    def __getattr__(self, name: str) -> Any:
-        """Settings that moved into `search` and `encoder`, under their names of before."""
-        argument, own = nested_names(former=True).get(name, (None, ""))
-        if argument is None or argument not in vars(self):
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        warnings.warn(f"{name} is read as {argument}.{own} now", DeprecationWarning, stacklevel=2)
-        return getattr(vars(self)[argument], own)
 
     def drop_data(self) -> None:
         """Forget dataset and processor objects and the journal; a preset's name stays, as a record."""

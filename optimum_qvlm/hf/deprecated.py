@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from optimum_qvlm.errors import ConfigError
@@ -10,6 +10,8 @@ from optimum_qvlm.settings import NESTED, nested_names
 
 EXACT_DECODE = "exact_decode"
 """True is `decode_tokens=0` today."""
+
+EXACT_DECODE_NOW = f"{EXACT_DECODE}=True is decode_tokens=0"
 
 Options = TypeVar("Options")
 
@@ -20,23 +22,66 @@ def move_deprecated(settings: dict[str, Any], nested: Mapping[str, dict[str, Any
     To be called by what the user calls.
 
     Raises:
-        ConfigError: `exact_decode` is no boolean.
+        ConfigError: `exact_decode` is no boolean, or a setting is given under both its names.
     """
     moved = []
     for name, (argument, own) in nested_names(former=True).items():
         if name in settings:
+            now = f"{argument}={NESTED[argument].__name__}({own}=...)"
+            if own in nested[argument]:
+                raise ConfigError(f"{name} and {now} are the same setting; give one of them, best the second")
             nested[argument][own] = settings.pop(name)
-            moved.append(f"{name} is {argument}={NESTED[argument].__name__}({own}=...)")
+            moved.append(f"{name} is {now}")
     if EXACT_DECODE in settings:
-        exact = settings.pop(EXACT_DECODE)
-        if not isinstance(exact, bool):
-            raise ConfigError(f"{EXACT_DECODE} must be True or False, got {exact!r}")
-        if exact:
+        if _is_exact(settings.pop(EXACT_DECODE)):
             settings["decode_tokens"] = 0
-        moved.append(f"{EXACT_DECODE}=True is decode_tokens=0")
+        moved.append(EXACT_DECODE_NOW)
     if moved:
         text = f"settings of QVLMConfig have moved and will be refused some day: now {'; '.join(moved)}"
         warnings.warn(text, DeprecationWarning, stacklevel=3)
+
+
+class FormerNames:
+    """Attributes that moved, read and assigned under their names of before with a warning.
+
+    What is assigned to `search` and `encoder` becomes an instance of their classes.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        argument, own = nested_names(former=True).get(name, ("", ""))
+        if argument in vars(self):
+            _warn(f"{name} is read as {argument}.{own} now")
+            return getattr(vars(self)[argument], own)
+        if name == EXACT_DECODE and "decode_tokens" in vars(self):
+            _warn(EXACT_DECODE_NOW)
+            return vars(self)["decode_tokens"] == 0
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in NESTED:
+            value = made_of(NESTED[name], as_fields(value, NESTED[name]))
+        elif name in nested_names(former=True):
+            argument, own = nested_names(former=True)[name]
+            _warn(f"{name} is {argument}.{own} now: {argument} = {NESTED[argument].__name__}({own}=...)")
+            name, value = argument, replace(getattr(self, argument), **{own: value})
+        elif name == EXACT_DECODE:
+            exact = _is_exact(value)
+            _warn(EXACT_DECODE_NOW)
+            if not exact:
+                return
+            name, value = "decode_tokens", 0
+        super().__setattr__(name, value)
+
+
+def _warn(text: str) -> None:
+    """At the line that reads or assigns the attribute."""
+    warnings.warn(text, DeprecationWarning, stacklevel=3)
+
+
+def _is_exact(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{EXACT_DECODE} must be True or False, got {value!r}")
+    return value
 
 
 def as_fields(options: Any, made: type) -> dict[str, Any]:

@@ -701,3 +701,46 @@ def test_what_a_checkpoint_holds_is_compared_inside_nested_settings_too(options)
 
     with pytest.raises(ConfigError, match="but the checkpoint is quantized with"):
         saved.take_requests()
+
+
+@pytest.mark.parametrize("name", FORMER)
+def test_former_names_can_be_assigned_and_are_saved(name):
+    """An assignment that nothing reads would drop what the user asks for in silence."""
+    argument, own = nested_names()[name]
+    value, config = FORMER[name], QVLMConfig()
+
+    with pytest.warns(DeprecationWarning, match=f"{name} is {argument}.{own} now") as caught:
+        setattr(config, name, value)
+
+    assert [warning.filename for warning in caught] == [__file__]
+    assert config == QVLMConfig(**{argument: {own: value}})
+    assert through_json(config) == config
+
+
+def test_exact_decode_can_be_read_and_assigned():
+    config = QVLMConfig()
+    with pytest.warns(DeprecationWarning, match="exact_decode=True is decode_tokens=0"):
+        assert config.exact_decode is False
+    with pytest.warns(DeprecationWarning, match="exact_decode=True is decode_tokens=0"):
+        config.exact_decode = True
+
+    assert config.decode_tokens == 0
+    with pytest.raises(ConfigError, match="exact_decode must be True or False, got 1"):
+        config.exact_decode = 1
+
+
+@pytest.mark.parametrize("argument, made", NESTED.items())
+def test_nested_settings_are_checked_where_they_are_assigned(argument, made):
+    config = QVLMConfig()
+    own = fields(made)[-1].name
+
+    setattr(config, argument, {own: fields(made)[-1].default})
+    assert isinstance(getattr(config, argument), made)
+    with pytest.raises(ConfigError, match=f"{made.__name__} has no field nothing"):
+        setattr(config, argument, {"nothing": 1})
+
+
+def test_a_setting_given_under_both_names_is_refused():
+    """One of the two wishes would be dropped in silence."""
+    with pytest.raises(ConfigError, match=r"search_tokens and search=SearchOptions\(tokens=...\) .* give one"):
+        QVLMConfig(search_tokens=7, search={"tokens": 9})

@@ -159,7 +159,8 @@ def test_the_encoder_step_without_a_head_is_refused_before_weights_are_read(llav
     """It ended in "'NoneType' object is not callable" after the search of the tower."""
     config = QVLMConfig.paper(4, dataset=[make_batch(llava_folder, seed=0)])
 
-    with pytest.raises(ConfigError, match=r"encoder_epochs=10 .* LlavaModel has no output embedding.*encoder_epochs=0"):
+    message = r"encoder\.epochs=10 .* LlavaModel has no output embedding.*encoder\.epochs to 0"
+    with pytest.raises(ConfigError, match=message):
         AutoModel.from_pretrained(llava_folder, quantization_config=config)
 
 
@@ -280,8 +281,14 @@ def test_run_time_settings_hold_at_reload(saved):
 def test_defaults_overwrite_nothing_that_was_saved(saved, tmp_path):
     load(saved["llama"], quantization_config=QVLMConfig(decode_tokens=0)).save_pretrained(tmp_path)
 
-    assert load(tmp_path, quantization_config=QVLMConfig(decode_tokens=3)).hf_quantizer.config.exact_decode
-    assert not load(tmp_path, quantization_config=QVLMConfig(exact_decode=False)).hf_quantizer.config.exact_decode
+    def tokens(config):
+        return load(tmp_path, quantization_config=config).hf_quantizer.config.decode_tokens
+
+    assert tokens(QVLMConfig(num_samples=3)) == 0
+    assert tokens(QVLMConfig(decode_tokens=16)) == 16
+    with pytest.warns(DeprecationWarning, match="decode_tokens=0"):
+        former = QVLMConfig(exact_decode=False)
+    assert tokens(former) == 16
 
 
 @pytest.mark.parametrize("settings", [{"scheme": "w8a8"}, {"group_size": 16}, {"vision_scheme": None}], ids=str)
