@@ -22,17 +22,21 @@ from optimum_qvlm.kernels.triton.launching import ALIGNMENT, empty, start
 from optimum_qvlm.kernels.triton.layout import PackedWeight
 from optimum_qvlm.kernels.triton.sums import add_parts
 
-_WORDS = tl.constexpr("""{
-.reg .b32 t;
-shl.b32 t, $2, 4;
-and.b32 $1, $2, 0xf0f0f0f0;
-and.b32 $0, t, 0xf0f0f0f0;
-}""")
+_WORDS = tl.constexpr(
+    "{\n"
+    ".reg .b32 t;\n"  # words of 32 bits
+    "shl.b32 t, $2, 4;\n"  # low nibbles come to the place of the high ones
+    "and.b32 $1, $2, 0xf0f0f0f0;\n"  # high nibbles, times 16
+    "and.b32 $0, t, 0xf0f0f0f0;\n"  # low nibbles, times 16
+    "}"
+)
 
-_ROLLED = tl.constexpr("""{
-.pragma "nounroll";
-mov.b32 $0, $1;
-}""")
+_ROLLED = tl.constexpr(
+    "{\n"
+    '.pragma "nounroll";\n'  # ptxas is not to unroll the loop that this stands in
+    "mov.b32 $0, $1;\n"  # the value as it is
+    "}"
+)
 
 RUN = 8 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 4
 """Channels side by side in a thread's operand of a product, as this Triton wants them where they were read as words."""
