@@ -54,8 +54,8 @@ def quantize(
     Raises:
         SpecError: sizes that do not divide the channels.
     """
-    codes, found = torch.ops.optimum_qvlm.quantize(x, bits, group, clip, scale, equalizer, rotation, fitted)
-    return codes, found
+    codes, scales = torch.ops.optimum_qvlm.quantize(x, bits, group, clip, scale, equalizer, rotation, fitted)
+    return codes, scales
 
 
 def _quantize(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -67,8 +67,8 @@ def _quantize(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _quantize_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     rounding = _read_rounding(x, *rest)
     groups = 1 if rounding.group is None else x.shape[-1] // rounding.group
-    found = x.new_empty((1,) if rounding.scale is not None else (*x.shape[:-1], groups), dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=torch.int8), found
+    scales = x.new_empty((1,) if rounding.scale is not None else (*x.shape[:-1], groups), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.int8), scales
 
 
 def _read_rounding(

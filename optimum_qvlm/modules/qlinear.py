@@ -311,16 +311,16 @@ class PackedLinear(StateModule):
         before = [(name, kept.detach()) for name in fixed if (kept := getattr(self, name)) is not None]
         super().apply_to_tensors(fn, recurse)
         for name, kept in before:
-            found = getattr(self, name)
-            if found.dtype != kept.dtype:
-                setattr(self, name, _frozen(kept.to(found.device)))
+            held = getattr(self, name)
+            if held.dtype != kept.dtype:
+                setattr(self, name, _frozen(kept.to(held.device)))
         return self.prepare() if moves else self
 
     def take_state(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the weight in the layout of the checkpoint or in the one of this device, whichever is given."""
-        found, prepared = state_dict.get(f"{prefix}weight_packed"), not self._holds_checkpoint()
-        if found is not None and (found.dtype == torch.int32) == prepared:
-            layout = PACKED if prepared else dispatch.choose_layout(self.grid, found.device)
+        packed, prepared = state_dict.get(f"{prefix}weight_packed"), not self._holds_checkpoint()
+        if packed is not None and (packed.dtype == torch.int32) == prepared:
+            layout = PACKED if prepared else dispatch.choose_layout(self.grid, packed.device)
             self._hold(dispatch.store(self._blank(), self.grid, layout))
         super().take_state(state_dict, prefix, *args)
         if prepared:

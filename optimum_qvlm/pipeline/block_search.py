@@ -109,7 +109,7 @@ def _search_site(
     """
     options = bench.options
     problem = _problem(bench, site, chain, references, norm)
-    checks.require_moderate((problem.inputs, problem.wanted_inputs), site.name)
+    checks.require_moderate((problem.inputs, problem.target_inputs), site.name)
     search = replace(options.search, transforms=None) if options.fold and norm is None else options.search
     with bench.meter.timed("search", chain.part.name):
         try:

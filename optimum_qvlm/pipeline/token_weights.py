@@ -57,11 +57,11 @@ def token_weights(bench: Bench, plan: QuantPlan, batches: Sequence[Batch], label
     layers = [layer.path for part in plan.parts for layer in part.layers]
     generator = torch.Generator().manual_seed(bench.options.seed)
     with frozen(model), recomputed(model, layers, bench.device), _differentiable(model, plan.parts):
-        for batch, wanted in zip(batches, labels, strict=True):
+        for batch, targets in zip(batches, labels, strict=True):
             with _noting(model, sites) as seen:
                 inputs = {name: tensor.to(bench.device) for name, tensor in batch.items()}
                 logits = model(**inputs, use_cache=False).logits
-                logits.backward(_slope(logits.detach(), wanted[:, 1:] != IGNORED, generator))
+                logits.backward(_slope(logits.detach(), targets[:, 1:] != IGNORED, generator))
             for name, runs in seen.items():
                 squares[name] += runs
     return {name: _normalised(runs) for name, runs in squares.items() if runs}

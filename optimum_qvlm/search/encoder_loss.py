@@ -47,10 +47,10 @@ def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels)
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
-    """Sum of absolute differences over the sum of absolute values of `wanted`, so that units cancel."""
-    difference: Tensor = torch.linalg.vector_norm(found - wanted, ord=1, dtype=torch.float32)
-    size: Tensor = torch.linalg.vector_norm(wanted, ord=1, dtype=torch.float32)
+def relative_error(actual: Tensor, target: Tensor) -> Tensor:
+    """Sum of absolute differences over the sum of absolute values of `target`, so that units cancel."""
+    difference: Tensor = torch.linalg.vector_norm(actual - target, ord=1, dtype=torch.float32)
+    size: Tensor = torch.linalg.vector_norm(target, ord=1, dtype=torch.float32)
     return difference / size.clamp(min=1e-30)
 
 
@@ -109,10 +109,10 @@ def learned_tokens(x: Tensor, spec: ActivationSpec, log_clip: Tensor, clip: floa
 
 def learned_static(x: Tensor, spec: ActivationSpec, log_scale: Tensor, scale: Tensor) -> Tensor:
     """Static activations rounded with the scale `scale * exp(log_scale)`, all [1]."""
-    found = scale * log_scale.exp()
-    exact = fake_quantize_static(x.detach(), spec.bits, found.detach())
+    moved = scale * log_scale.exp()
+    exact = fake_quantize_static(x.detach(), spec.bits, moved.detach())
     qmax = 2 ** (spec.bits - 1) - 1
-    surrogate = (round_through(x.float() / found).clamp(-qmax, qmax) * found).to(x.dtype)
+    surrogate = (round_through(x.float() / moved).clamp(-qmax, qmax) * moved).to(x.dtype)
     return _with_gradient(exact, surrogate)
 
 
@@ -139,14 +139,14 @@ class WeightStart:
     offset: Tensor | None
 
     @classmethod
-    def of(cls, found: QuantizedWeight, weight: Tensor, spec: WeightSpec) -> "WeightStart":
+    def of(cls, searched: QuantizedWeight, weight: Tensor, spec: WeightSpec) -> "WeightStart":
         """From the search's result; `weight` is what it rounded, transform folded in."""
-        plain = cls(spec=spec, scale=found.scale, zero_point=found.zero_point, offset=None)
-        offset = found.codes - plain.rounded(weight, torch.zeros_like(found.scale, dtype=torch.float32)).codes
+        plain = cls(spec=spec, scale=searched.scale, zero_point=searched.zero_point, offset=None)
+        offset = searched.codes - plain.rounded(weight, torch.zeros_like(searched.scale, dtype=torch.float32)).codes
         return cls(
             spec=spec,
-            scale=found.scale,
-            zero_point=found.zero_point,
+            scale=searched.scale,
+            zero_point=searched.zero_point,
             offset=offset if bool(offset.any()) else None,
         )
 
@@ -167,10 +167,8 @@ class WeightStart:
     def _codes(self, weight: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
         """Codes without zero point [rows, groups, channels], whole numbers, and scales [rows, groups, 1], in fp32."""
         low, high = -(2 ** (self.spec.bits - 1)), 2 ** (self.spec.bits - 1) - 1
-        wanted = self.scale.float() * log_scale.exp()
-        scale = _with_gradient(nearest_scale(wanted.detach(), self.spec, self.scale.dtype).float(), wanted).unsqueeze(
-            -1
-        )
+        moved = self.scale.float() * log_scale.exp()
+        scale = _with_gradient(nearest_scale(moved.detach(), self.spec, self.scale.dtype).float(), moved).unsqueeze(-1)
         zero = 0.0 if self.zero_point is None else self.zero_point.unsqueeze(-1).float()
         codes = (round_through(split_groups(weight, self.spec).float() / scale) + zero).clamp(low, high)
         if self.offset is not None:

@@ -159,11 +159,11 @@ def round_with_feedback(
             nearest = quantize_weight(rows, free, clip=ratio, scale_dtype=scale_dtype, signed=signed, step=step)
             scale, zero = nearest.scale, nearest.zero_point
             codes = _round_fixed(rows[:, order], factor, spec, scale[:, order // width], _pick(zero, order // width))
-        found = QuantizedWeight(codes[:, back], scale, zero)
+        rounded = QuantizedWeight(codes[:, back], scale, zero)
         if moment is not None:
-            found = refined(rows, moment, found, spec, sweeps=options.sweeps, step=step)
-            ratio = ratio * (found.scale.float() / scale.float()).abs()
-        pieces.append((found.codes, found.scale, zero, ratio))
+            rounded = refined(rows, moment, rounded, spec, sweeps=options.sweeps, step=step)
+            ratio = ratio * (rounded.scale.float() / scale.float()).abs()
+        pieces.append((rounded.codes, rounded.scale, zero, ratio))
     codes, scale, ratio = (torch.cat([piece[i] for piece in pieces]) for i in (0, 1, 3))  # type: ignore[misc]
     zeros = [piece[2] for piece in pieces if piece[2] is not None]
     return QuantizedWeight(codes, scale, torch.cat(zeros) if zeros else None), ratio
@@ -221,8 +221,8 @@ def _steps(
 ) -> Tensor:
     """Steps [rows, 1] fitted to the scales that would be best without, see `fit_steps`."""
     ratio = _clip_by_cost(rows, spec, cost, torch.float32, grid, signed=signed)
-    wanted = quantize_weight(rows, spec, clip=ratio, scale_dtype=torch.float32, signed=signed).scale
-    return fit_steps(wanted, scale_dtype, split_groups(cost.unsqueeze(0), spec).mean(-1))
+    free_scale = quantize_weight(rows, spec, clip=ratio, scale_dtype=torch.float32, signed=signed).scale
+    return fit_steps(free_scale, scale_dtype, split_groups(cost.unsqueeze(0), spec).mean(-1))
 
 
 def _best_of(grid: tuple[float, ...], error: Callable[[float], Tensor]) -> Tensor:
@@ -230,9 +230,9 @@ def _best_of(grid: tuple[float, ...], error: Callable[[float], Tensor]) -> Tenso
     least = error(grid[0])
     best = torch.full_like(least, grid[0])
     for ratio in grid[1:]:
-        found = error(ratio)
-        best = torch.where(found < least, ratio, best)
-        least = torch.minimum(found, least)
+        other = error(ratio)
+        best = torch.where(other < least, ratio, best)
+        least = torch.minimum(other, least)
     return best
 
 
@@ -262,10 +262,10 @@ def _round_groups(
         ]
         scale = torch.cat([t.scale.squeeze(1) for t in tried])
         zero = None if spec.symmetric else torch.cat([t.zero_point.squeeze(1) for t in tried])  # type: ignore[union-attr]
-        found, errors = feed_back(part.repeat(1, len(clips)), factor[start:stop, start:stop], spec.bits, scale, zero)
+        every, errors = feed_back(part.repeat(1, len(clips)), factor[start:stop, start:stop], spec.bits, scale, zero)
         best = errors.square().sum(0).view(len(clips), count).argmin(0)
         chosen = best * count + torch.arange(count, device=best.device)
-        codes[start:stop] = found[:, chosen].to(torch.int8)
+        codes[start:stop] = every[:, chosen].to(torch.int8)
         work[stop:] -= factor[start:stop, stop:].T @ errors[:, chosen]
         scales.append(scale[chosen])
         ratios.append(grid[best])
@@ -282,8 +282,8 @@ def _round_fixed(rows: Tensor, factor: Tensor, spec: WeightSpec, scale: Tensor, 
         stop = min(start + BLOCK, work.shape[0])
         fixed = None if zero is None else zero.T[start:stop]
         block = factor[start:stop, start:stop]
-        found, errors = feed_back(work[start:stop].clone(), block, spec.bits, scale.T[start:stop], fixed)
-        codes[start:stop] = found.to(torch.int8)
+        block_codes, errors = feed_back(work[start:stop].clone(), block, spec.bits, scale.T[start:stop], fixed)
+        codes[start:stop] = block_codes.to(torch.int8)
         work[stop:] -= factor[start:stop, stop:].T @ errors
     return codes.T
 
@@ -312,8 +312,8 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
     if bool(failed):
         raise CalibrationError("the inverse of the second moment of its inputs leaves the range of fp32")
-    found: Tensor = upper
-    return found
+    factor: Tensor = upper
+    return factor
 
 
 def _cholesky(hessian: Tensor, damping: float) -> Tensor:

@@ -165,7 +165,7 @@ def _measured(problem: SiteProblem, choice: SiteChoice, rounding: SiteRounding) 
     rounded = rounding(problem.inputs)
     error = norm = 0.0
     for name in problem.weights:
-        target = problem.wanted(name)
+        target = problem.target(name)
         error += float((target - rounded @ dequantize_weight(choice.weights[name]).T).square().sum())
         norm += float(target.square().sum())
     return replace(choice, error=error / max(norm, 1e-30), input_scale=rounding.grid.scale)

@@ -61,18 +61,18 @@ class SiteProblem:
     all_references: Sequence[Tensor] = ()
     token_weights: Sequence[Tensor] = ()
     snap: Callable[[Tensor], Tensor] | None = None
-    _wanted: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _targets: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
-    def wanted_inputs(self) -> Tensor:
+    def target_inputs(self) -> Tensor:
         """Tokens [tokens, in_features] whose full-precision products are the target."""
         return self.inputs if self.references is None else self.references
 
-    def wanted(self, linear: str) -> Tensor:
+    def target(self, linear: str) -> Tensor:
         """What that linear should give, fp32 [tokens, out_features]; computed once, not to be written to."""
-        if linear not in self._wanted:
-            self._wanted[linear] = self.wanted_inputs.float() @ self.weights[linear].float().T
-        return self._wanted[linear]
+        if linear not in self._targets:
+            self._targets[linear] = self.target_inputs.float() @ self.weights[linear].float().T
+        return self._targets[linear]
 
     def few(self) -> Tensor:
         """At most `FEW_TOKENS` of the sample, evenly spread: what rounding does to activations is soon averaged out."""
@@ -88,7 +88,7 @@ class SiteProblem:
         """All calibration tokens, their full-precision values and weights, piece by piece on the sample's device."""
         device = self.inputs.device
         inputs = self.all_inputs or (self.inputs,)
-        references = self.all_references or (inputs if self.all_inputs else (self.wanted_inputs,))
+        references = self.all_references or (inputs if self.all_inputs else (self.target_inputs,))
         weights = self.token_weights or (None,) * len(inputs)
         for tokens, reference, weight in zip(inputs, references, weights, strict=True):
             yield tokens.to(device), reference.to(device), None if weight is None else weight.to(device)

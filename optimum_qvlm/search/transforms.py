@@ -59,8 +59,8 @@ def equalizer(problem: SiteProblem, exponent: float) -> Tensor:
     alive = (activations > 0) & (weights > 0)
     logs = torch.where(alive, (1 - exponent) * weights.log() - exponent * activations.log(), 0.0)
     logs = torch.where(alive, logs - logs.sum() / alive.sum().clamp(min=1), 0.0)
-    found = logs.clamp(-20, 20).exp()
-    return found if problem.snap is None else problem.snap(found)
+    factors = logs.clamp(-20, 20).exp()
+    return factors if problem.snap is None else problem.snap(factors)
 
 
 def candidates(problem: SiteProblem, options: TransformOptions) -> list[SiteTransform]:
@@ -69,19 +69,19 @@ def candidates(problem: SiteProblem, options: TransformOptions) -> list[SiteTran
     Where a site cannot be rotated, "rotate" is the identity and "both" is "equalize".
     """
     rotation = rotation_size(problem)
-    found = []
+    transforms = []
     if "off" in options.kinds or ("rotate" in options.kinds and rotation is None):
-        found.append(SiteTransform())
+        transforms.append(SiteTransform())
     if "rotate" in options.kinds and rotation is not None:
-        found.append(SiteTransform(None, rotation))
+        transforms.append(SiteTransform(None, rotation))
     wants_plain = "equalize" in options.kinds or ("both" in options.kinds and rotation is None)
     for exponent in options.exponents:
         scale = equalizer(problem, exponent)
         if wants_plain:
-            found.append(SiteTransform(scale))
+            transforms.append(SiteTransform(scale))
         if "both" in options.kinds and rotation is not None:
-            found.append(SiteTransform(scale, rotation))
-    return found
+            transforms.append(SiteTransform(scale, rotation))
+    return transforms
 
 
 def choose_transform(problem: SiteProblem, options: TransformOptions, *, damping: float | None) -> SiteTransform:

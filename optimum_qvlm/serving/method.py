@@ -141,8 +141,8 @@ class ServedLinearMethod(LinearMethodBase):
         for kind, parameter in list(linear.named_parameters()):
             tensor = taken.get(kind)
             if tensor is None or tensor.shape != parameter.shape:
-                found = "was not loaded" if tensor is None else f"has the shape {list(tensor.shape)}"
-                raise CheckpointError(f"{name}.{kind} {found}, expected {list(parameter.shape)}; fetch it again")
+                state = "was not loaded" if tensor is None else f"has the shape {list(tensor.shape)}"
+                raise CheckpointError(f"{name}.{kind} {state}, expected {list(parameter.shape)}; fetch it again")
             values = tensor.to(device=device, dtype=parameter.dtype)
             linear.register_parameter(kind, nn.Parameter(values, requires_grad=False))
         if bias is not None:

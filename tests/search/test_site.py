@@ -75,7 +75,7 @@ def output_error(problem: SiteProblem, choice: SiteChoice) -> float:
         rounded = fake_quantize_tokens(rounded, spec.bits, spec.group, choice.activation_clip)
     error = norm = 0.0
     for name, weight in problem.weights.items():
-        expected = problem.wanted_inputs.double() @ weight.double().T
+        expected = problem.target_inputs.double() @ weight.double().T
         actual = rounded.double() @ dequantize_weight(choice.weights[name]).double().T
         error += float((actual - expected).square().sum())
         norm += float(expected.square().sum())

@@ -24,7 +24,7 @@ def make_problem(tokens: int = 10, dtype: torch.dtype = torch.float32, **changes
 def test_without_references_the_inputs_are_wanted():
     problem = make_problem()
 
-    assert problem.wanted_inputs is problem.inputs
+    assert problem.target_inputs is problem.inputs
     assert [(a is problem.inputs, b is problem.inputs, w) for a, b, w in problem.pieces()] == [(True, True, None)]
 
 
@@ -32,7 +32,7 @@ def test_references_go_with_the_sample_where_that_is_all():
     references = torch.ones(10, 32)
     problem = make_problem(references=references)
 
-    assert problem.wanted_inputs is references
+    assert problem.target_inputs is references
     assert [b is references for _, b, _ in problem.pieces()] == [True]
 
 

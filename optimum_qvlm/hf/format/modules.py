@@ -100,13 +100,13 @@ def require_checkpoint(config: QVLMConfig, files: list[str]) -> CalibrationRecor
     Raises:
         CheckpointError: an entry was changed, or a tensor is missing, truncated or does not fit.
     """
-    found = read_headers(files)
-    record = require_record(config, found)
+    stored = read_headers(files)
+    record = require_record(config, stored)
     require_written_order(files)
     require_places(files)
-    guard = next((name for name in GUARDS if name in found), GUARD)
-    if found.get(guard) != ["U8", [32]]:
-        raise CheckpointError(f"tensor {guard} is {found.get(guard)}, not the 32 bytes that every save writes")
+    guard = next((name for name in GUARDS if name in stored), GUARD)
+    if stored.get(guard) != ["U8", [32]]:
+        raise CheckpointError(f"tensor {guard} is {stored.get(guard)}, not the 32 bytes that every save writes")
     identity = bytes(read_tensor(files, guard).tolist()).hex()
     if identity != record.found_identity:
         raise CheckpointError(
@@ -116,7 +116,7 @@ def require_checkpoint(config: QVLMConfig, files: list[str]) -> CalibrationRecor
     return record
 
 
-def require_record(config: QVLMConfig, found: Manifest) -> CalibrationRecord:
+def require_record(config: QVLMConfig, stored: Manifest) -> CalibrationRecord:
     """Assert that the configuration is what was saved, and that these tensors are there.
 
     Raises:
@@ -125,8 +125,8 @@ def require_record(config: QVLMConfig, found: Manifest) -> CalibrationRecord:
     record = require_sealed(config.record)
     manifest = record.manifest
     assert manifest is not None, "a sealed record has one"
-    require_manifest(manifest, found)
-    packed = (tensor.removesuffix(".weight_packed") for tensor in found if tensor.endswith(".weight_packed"))
+    require_manifest(manifest, stored)
+    packed = (tensor.removesuffix(".weight_packed") for tensor in stored if tensor.endswith(".weight_packed"))
     unrecorded = next((name for name in packed if name not in record.modules), None)
     if unrecorded is not None:
         raise CheckpointError(f"{unrecorded} is quantized in the checkpoint's files, but not on record; fetch it again")

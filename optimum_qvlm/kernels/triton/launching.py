@@ -122,9 +122,9 @@ class Recording:
 
     def closed(self, result: Tensor) -> bool:
         """Let go of the tensors; whether everything that led to `result` can be repeated."""
-        found = [n for n, kept in enumerate(self._slots) if kept is result]
+        places = [n for n, kept in enumerate(self._slots) if kept is result]
         self._slots, self._constants = [], []
-        self._result = found[0] if found else 0
+        self._result = places[0] if places else 0
         return self._whole and self._result > 0
 
 

@@ -132,7 +132,7 @@ class EncoderStep:
             if part.vision
         ]
         self._weights: dict[str, Tensor] = {}
-        self._wanted: list[dict[str, list[Tensor]]] = []
+        self._targets: list[dict[str, list[Tensor]]] = []
 
     @classmethod
     def of(
@@ -157,7 +157,7 @@ class EncoderStep:
             for number, batch in enumerate(batches):
                 with self.observer.watching(number, batch.get("attention_mask")) as seen:
                     self._forward(batch)
-                self._wanted.append(seen.ends)
+                self._targets.append(seen.ends)
 
     def modules(self) -> dict[str, QuantLinear]:
         """Quantized linears of the encoder, by path."""
@@ -200,7 +200,7 @@ class EncoderStep:
 
     def seen(self, number: int, batch: Batch, *, slopes: bool = False) -> tuple[Tensor, Seen]:
         """One forward: the last hidden states, and what was observed."""
-        with self.observer.watching(number, batch.get("attention_mask"), self._wanted[number], slopes=slopes) as seen:
+        with self.observer.watching(number, batch.get("attention_mask"), self._targets[number], slopes=slopes) as seen:
             hidden = self._forward(batch)
         return hidden, seen
 
