@@ -1,0 +1,152 @@
+"""The whole page, of one model or of two side by side."""
+
+import base64
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.resources import files
+
+from markupsafe import Markup
+
+from optimum_qvlm.errors import QVLMError
+from optimum_qvlm.report.page import calibration, errors, fidelity, model_map, overview
+from optimum_qvlm.report.page.markup import clipped, element, joined, void
+from optimum_qvlm.report.page.reading import Reading
+from optimum_qvlm.report.page.tables import Section, table
+from optimum_qvlm.version import __version__
+
+PAGE_FILE = "qvlm_report.html"
+LARGEST = 2_000_000
+"""Bytes of a page at most."""
+
+LONGEST_NAME = 120
+
+SECTIONS: tuple[Callable[[Reading], Section | None], ...] = (
+    overview.warnings,
+    overview.sizes,
+    model_map.precision,
+    errors.dependency,
+    errors.blocks,
+    errors.layers,
+    errors.sites,
+    model_map.transforms,
+    fidelity.fidelity,
+    fidelity.answers,
+    calibration.encoder,
+    calibration.kept,
+    calibration.calibration,
+)
+
+
+def render_page(reading: Reading) -> str:
+    """The page of one model: it fetches nothing, runs no script but its own, and has at most `LARGEST` bytes."""
+    sections = [section for make in SECTIONS if (section := make(reading)) is not None]
+    name = clipped(reading.name, LONGEST_NAME)
+    head = element(
+        "header",
+        element("h1", name),
+        element("p", _subtitle(reading), class_="lead"),
+        overview.headline(reading),
+    )
+    shown = [(section, section.body) for section in sections]
+    return _document(f"{name}: quantization report", head, shown)
+
+
+def render_comparison(first: Reading, second: Reading) -> str:
+    """Two models side by side: their figures in one table, then section by section."""
+    names = [clipped(reading.name, LONGEST_NAME) for reading in (first, second)]
+    head = element(
+        "header",
+        element("h1", f"{names[0]} and {names[1]}"),
+        element("p", "Two quantized models side by side.", class_="lead"),
+        _compared(first, second),
+    )
+    shown = []
+    for make in SECTIONS:
+        found = [make(reading) for reading in (first, second)]
+        section = next((one for one in found if one is not None), None)
+        if section is None:
+            continue
+        halves = [
+            element("div", element("h3", name), element("p", "Not in this report.", class_="soft") if one is None else one.body)
+            for name, one in zip(names, found, strict=True)
+        ]
+        shown.append((section, element("div", *halves, class_="two")))
+    return _document(f"{names[0]} and {names[1]}: quantization reports", head, shown)
+
+
+def _subtitle(reading: Reading) -> str:
+    settings, base = reading.mapping("settings"), reading.mapping("calibration").get("base_model")
+    source = f"{base} quantized" if isinstance(base, str) else "Quantized"
+    scheme, vision = settings.get("scheme"), settings.get("vision_scheme")
+    at = f" at {scheme}" if isinstance(scheme, str) else ""
+    tower = f", vision tower and projector at {vision}" if isinstance(vision, str) and len(reading.parts) > 1 else ""
+    return f"{source} with optimum-qvlm{at}{tower}."
+
+
+def _compared(first: Reading, second: Reading) -> Markup:
+    """The figures that stand first, of both."""
+    found = [{name: value for value, name, _ in overview.headline_figures(reading)} for reading in (first, second)]
+    rows = [[name, *(side.get(name, "") for side in found)] for name in dict.fromkeys([*found[0], *found[1]])]
+    names = [clipped(reading.name, 60) for reading in (first, second)]
+    return table(["figure", *names], rows, numbers=(1, 2))
+
+
+def _document(title: str, head: Markup, sections: Sequence[tuple[Section, Markup]]) -> str:
+    links = [element("a", section.title, href=f"#{section.anchor}") for section, _ in sections]
+    button = element("button", "Light or dark", id="theme", type="button", hidden="")
+    body = [
+        element(
+            "section",
+            element("h2", section.title),
+            element("p", section.lead, class_="lead") if section.lead else None,
+            content,
+            id=section.anchor,
+        )
+        for section, content in sections
+    ]
+    foot = element("footer", f"Written by optimum-qvlm {__version__}. Every number here is in qvlm_report.json.")
+    style, script = _resource("page.css"), _resource("page.js")
+    policy = (
+        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    page = joined(
+        [
+            Markup("<!doctype html>\n"),
+            element(
+                "html",
+                element(
+                    "head",
+                    void("meta", charset="utf-8"),
+                    void("meta", http_equiv="Content-Security-Policy", content=policy),
+                    void("meta", name_="viewport", content="width=device-width, initial-scale=1"),
+                    void("meta", name_="referrer", content="no-referrer"),
+                    element("title", title),
+                    element("style", Markup(style)),
+                ),
+                element(
+                    "body",
+                    head,
+                    element("nav", *links, button, aria_label="sections"),
+                    element("main", *body),
+                    foot,
+                    element("script", Markup(script)),
+                ),
+                lang="en",
+            ),
+            Markup("\n"),
+        ]
+    )
+    if len(page.encode()) > LARGEST:
+        raise QVLMError(f"the page would have {len(page.encode())} bytes, more than {LARGEST}")
+    return str(page)
+
+
+@cache
+def _resource(name: str) -> str:
+    return files("optimum_qvlm.report.page").joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(content: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"

@@ -1,0 +1,181 @@
+"""Maps of the model: a square for each linear, layer by layer, coloured by what it got."""
+
+from collections.abc import Callable, Sequence
+
+from markupsafe import Markup
+
+from optimum_qvlm.report.page.charts import Cell, Chart, grid, legend
+from optimum_qvlm.report.page.markup import joined
+from optimum_qvlm.report.page.numbers import readable
+from optimum_qvlm.report.page.reading import ModuleRow, Reading
+from optimum_qvlm.report.page.tables import Section, figure, panel, table
+from optimum_qvlm.report.precision import readable_scales
+
+COLOURS = 7
+"""Colours that can be told apart; whatever comes later shares the last."""
+
+MOST_COLUMNS = 200
+"""Layers drawn in one map."""
+
+MOST_KINDS = 60
+"""Rows drawn in one map."""
+
+
+def precision(reading: Reading) -> Section | None:
+    """Bits of every linear."""
+    if not reading.modules:
+        return None
+    schemes = list(dict.fromkeys(row.scheme for row in reading.modules if row.record is not None))
+    colours = {scheme: min(number + 1, COLOURS) for number, scheme in enumerate(schemes)}
+    entries: list[tuple[int | None, str]] = [(colour, scheme) for scheme, colour in colours.items()]
+    if any(row.record is None for row in reading.modules):
+        entries.append((None, "full precision"))
+    panels = maps(reading, lambda row: colours.get(row.scheme), lambda row: _grid_of(row), "precision")
+    return Section(
+        anchor="precision",
+        title="Precision of every linear",
+        lead="One square is one linear; w4a8 reads: weights in 4 bits, activations in 8.",
+        body=joined([legend(entries), figure("A map of the model", *panels, numbers=_precision_table(reading))]),
+    )
+
+
+def transforms(reading: Reading) -> Section | None:
+    """What each site's activations are multiplied by, and where they are clipped."""
+    rows = [row for row in reading.modules if row.record is not None]
+    if not rows:
+        return None
+    kinds = list(dict.fromkeys(_transform(row) for row in rows))
+    order = [kind for kind in ("none", "equalized", "rotated", "equalized and rotated") if kind in kinds]
+    colours = {kind: number + 1 for number, kind in enumerate(order)}
+    panels = maps(
+        reading,
+        lambda row: colours[_transform(row)] if row.record is not None else None,
+        lambda row: f"{_transform(row)}, {_clips(row)}" if row.record is not None else "full precision",
+        "transform",
+    )
+    counts = [[kind, str(sum(_transform(row) == kind for row in rows))] for kind in order]
+    clips = [[row.name, _transform(row), *_clip_cells(row)] for row in rows]
+    names = ["linear", "transform", "rotation", "activation clip", "weight clip"]
+    return Section(
+        anchor="transforms",
+        title="Transforms and clips",
+        lead=(
+            "Equalized: channels of the input are scaled against each other. Rotated: mixed by Hadamard blocks. A clip "
+            "is the share of the peak that the largest code stands for."
+        ),
+        body=joined(
+            [
+                legend([(colour, kind) for kind, colour in colours.items()]),
+                figure(
+                    "What each linear reads through",
+                    *panels,
+                    numbers=joined(
+                        [table(["transform", "linears"], counts, numbers=(1,)), table(names, clips, numbers=(2, 3, 4))]
+                    ),
+                ),
+            ]
+        ),
+    )
+
+
+def maps(
+    reading: Reading, colour: Callable[[ModuleRow], int | None], hint: Callable[[ModuleRow], str], what: str
+) -> list[Markup]:
+    """One panel for each run of layers, and one for what lies outside of layers."""
+    groups: dict[str, list[ModuleRow]] = {}
+    for row in reading.modules:
+        groups.setdefault(row.part if row.layer is not None else "", []).append(row)
+    alone = groups.pop("", [])
+    panels = [panel(part, _map(f"{what} of {part}", rows, colour, hint)) for part, rows in groups.items()]
+    if alone:
+        panels.append(panel("outside of layers", _map(f"{what} of other linears", alone, colour, hint)))
+    return panels
+
+
+def _map(
+    title: str,
+    rows: Sequence[ModuleRow],
+    colour: Callable[[ModuleRow], int | None],
+    hint: Callable[[ModuleRow], str],
+) -> Markup:
+    kinds = list(dict.fromkeys(row.kind for row in rows))[:MOST_KINDS]
+    layers = sorted({row.layer or 0 for row in rows})[:MOST_COLUMNS]
+    places = {layer: number for number, layer in enumerate(layers)}
+    cells: dict[tuple[int, int], list[ModuleRow]] = {}
+    for row in rows:
+        if row.kind in kinds and (row.layer or 0) in places:
+            cells.setdefault((kinds.index(row.kind), places[row.layer or 0]), []).append(row)
+    return grid(
+        Chart(title=title),
+        kinds,
+        [str(layer) for layer in layers],
+        [
+            Cell(row=row, column=column, colour=colour(members[0]), hint=_hint(members, hint))
+            for (row, column), members in cells.items()
+        ],
+    )
+
+
+def _hint(members: Sequence[ModuleRow], hint: Callable[[ModuleRow], str]) -> str:
+    """Experts of a layer share a square."""
+    said = list(dict.fromkeys(hint(row) for row in members))
+    more = "" if len(said) == 1 else f" and {len(said) - 1} others"
+    name = members[0].name if len(members) == 1 else f"{members[0].name} and {len(members) - 1} like it"
+    return f"{name}: {said[0]}{more}"
+
+
+def _grid_of(row: ModuleRow) -> str:
+    if row.record is None:
+        return "full precision"
+    weight, activation = row.record.weight, row.record.activation
+    scales = readable_scales(weight.group, symmetric=weight.symmetric, two_level=weight.two_level)
+    if activation is None:
+        return f"{row.scheme}, weight scale per {scales}"
+    shared = "token" if activation.group is None else f"token and {activation.group} channels"
+    shared = "tensor, fixed" if activation.static else shared
+    return f"{row.scheme}, weight scale per {scales}, activation scale per {shared}"
+
+
+def _precision_table(reading: Reading) -> Markup:
+    """Linears that differ in their layer's number alone share a row."""
+    groups: dict[tuple[str, str, str], list[ModuleRow]] = {}
+    for row in reading.modules:
+        groups.setdefault((row.part, row.kind, _grid_of(row)), []).append(row)
+    rows = [
+        [part, kind, spans([row.layer for row in members if row.layer is not None]), str(len(members)), grid_of]
+        for (part, kind, grid_of), members in groups.items()
+    ]
+    return table(["part", "linear", "layers", "count", "precision"], rows, numbers=(3,))
+
+
+def spans(layers: Sequence[int]) -> str:
+    """`[0, 1, 2, 5]` as `0-2, 5`."""
+    found: list[list[int]] = []
+    for layer in sorted(set(layers)):
+        if found and layer == found[-1][1] + 1:
+            found[-1][1] = layer
+        else:
+            found.append([layer, layer])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
+
+
+def _transform(row: ModuleRow) -> str:
+    equalized, rotated = (False, False) if row.record is None else (row.record.equalized, row.record.rotation)
+    if equalized and rotated:
+        return "equalized and rotated"
+    return "equalized" if equalized else "rotated" if rotated else "none"
+
+
+def _clips(row: ModuleRow) -> str:
+    assert row.record is not None
+    rounded = row.record.activation is not None
+    clip = f"activation clip {readable(row.record.activation_clip)}, " if rounded else ""
+    return f"{clip}weight clip {readable(row.record.weight_clip)}"
+
+
+def _clip_cells(row: ModuleRow) -> list[str]:
+    assert row.record is not None
+    rounded = row.record.activation is not None
+    rotation = "" if row.record.rotation is None else str(row.record.rotation)
+    clip = readable(row.record.activation_clip) if rounded else ""
+    return [rotation, clip, readable(row.record.weight_clip)]
