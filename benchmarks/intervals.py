@@ -1,5 +1,6 @@
 """Confidence intervals of the figures that the benchmarks print."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +17,18 @@ class Interval:
     low: float
     high: float
 
-    def text(self, places: int = 2) -> str:
-        """As the tables print it."""
-        return f"{self.value:+.{places}f} ({self.low:+.{places}f} .. {self.high:+.{places}f})"
+    def text(self, places: int = 2, sign: str = "+") -> str:
+        """As the tables print it; differences with a sign."""
+        form = f"{sign}.{places}f"
+        return f"{self.value:{form}} ({self.low:{form}} .. {self.high:{form}})"
 
     def scaled(self, factor: float) -> "Interval":
         """The same in another unit."""
         return Interval(self.value * factor, self.low * factor, self.high * factor)
+
+    def exp(self) -> "Interval":
+        """Of the exponential."""
+        return Interval(math.exp(self.value), math.exp(self.low), math.exp(self.high))
 
 
 def of_mean(values: Tensor, seed: int = 0) -> Interval:
@@ -31,6 +37,19 @@ def of_mean(values: Tensor, seed: int = 0) -> Interval:
     drawn = _draws(len(values), seed)
     means = values[drawn].mean(dim=1)
     return Interval(float(values.mean()), float(means.quantile(0.025)), float(means.quantile(0.975)))
+
+
+def of_ratio(sums: Tensor, weights: Tensor, clusters: Tensor | None = None, seed: int = 0) -> Interval:
+    """What `sums` are for each of `weights`, both [items] and added up, resampled over the items.
+
+    Items of one number in `clusters` are drawn together, since they are not independent.
+    """
+    names = torch.arange(len(sums)) if clusters is None else clusters
+    members, places = names.unique(return_inverse=True)
+    above, below = (torch.zeros(len(members)).double().index_add(0, places, x.double()) for x in (sums, weights))
+    drawn = _draws(len(members), seed)
+    ratios = above[drawn].sum(dim=1) / below[drawn].sum(dim=1)
+    return Interval(float(above.sum() / below.sum()), float(ratios.quantile(0.025)), float(ratios.quantile(0.975)))
 
 
 def of_correlation(

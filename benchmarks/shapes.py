@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,9 +21,16 @@ from optimum_qvlm.models.registry import adapter_for
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.modules.swap import replace_module
 from optimum_qvlm.pipeline.planner import make_plan
+from optimum_qvlm.spec import Scheme
 
 SPREAD = 0.02
 """Standard deviation of the weights."""
+
+LEVELS = "-levels"
+"""Behind a scheme: with scales that are multiples of one step per row."""
+
+ROTATED = "-rotated"
+"""Behind a scheme: activations are rotated first, as those of calibrated models are."""
 
 
 def llama(hidden: int, intermediate: int, layers: int, heads: int, key_heads: int, vocabulary: int) -> LlamaConfig:
@@ -123,3 +131,12 @@ def fill(module: nn.Module, device: str, generator: torch.Generator) -> None:
         setattr(module, name, nn.Parameter(value, requires_grad=False))
     if isinstance(module, QuantLinear):
         module.prepare()
+
+
+def format_of(name: str, channels: int) -> LinearFormat:
+    """The format of a linear over `channels`, of a scheme with `-levels` and `-rotated` behind it or not."""
+    scheme = Scheme.parse(name.replace(LEVELS, "").replace(ROTATED, ""))
+    weight = scheme.weight_spec(channels, "auto", symmetric=True)
+    weight = replace(weight, two_level=True) if LEVELS in name else weight
+    rotation = math.gcd(channels, 128) if ROTATED in name else None
+    return LinearFormat(weight=weight, activation=scheme.activation_spec(weight), rotation=rotation)

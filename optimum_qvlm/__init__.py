@@ -9,19 +9,24 @@ from optimum_qvlm.hf.register import register
 from optimum_qvlm.version import __version__
 
 if TYPE_CHECKING:
+    from optimum_qvlm.export.compressed_tensors import export_compressed_tensors
     from optimum_qvlm.hf.dry_run import dry_run
     from optimum_qvlm.hf.fusion import fuse_linears, unfuse_linears
     from optimum_qvlm.models.adapter import Adapter, Join, Part
     from optimum_qvlm.models.registry import register_adapter
+    from optimum_qvlm.settings import EncoderOptions, SearchOptions
 
 __all__ = [
     "Adapter",
+    "EncoderOptions",
     "Join",
     "Part",
     "QVLMConfig",
     "QVLMError",
+    "SearchOptions",
     "__version__",
     "dry_run",
+    "export_compressed_tensors",
     "fuse_linears",
     "register_adapter",
     "unfuse_linears",
@@ -29,9 +34,12 @@ __all__ = [
 
 _LATE = {
     "Adapter": "optimum_qvlm.models.adapter",
+    "EncoderOptions": "optimum_qvlm.settings",
     "Join": "optimum_qvlm.models.adapter",
     "Part": "optimum_qvlm.models.adapter",
+    "SearchOptions": "optimum_qvlm.settings",
     "dry_run": "optimum_qvlm.hf.dry_run",
+    "export_compressed_tensors": "optimum_qvlm.export.compressed_tensors",
     "fuse_linears": "optimum_qvlm.hf.fusion",
     "register_adapter": "optimum_qvlm.models.registry",
     "unfuse_linears": "optimum_qvlm.hf.fusion",

@@ -29,12 +29,20 @@ class CalibrationError(QVLMError):
     """A value met while calibrating that makes the result meaningless (NaN weights or activations)."""
 
 
+class JournalError(QVLMError):
+    """A journal of an interrupted calibration that is of another one, in use, or cannot be written."""
+
+
 class CheckpointError(QVLMError):
     """A checkpoint whose files do not hold what its configuration says."""
 
 
 class HubError(QVLMError):
     """The Hub could not be reached, or did not allow what was asked of it."""
+
+
+class DependencyError(QVLMError):
+    """A library whose installed release lacks something that this package uses of it."""
 
 
 class ReadOnlyError(QVLMError):

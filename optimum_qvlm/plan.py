@@ -1,10 +1,18 @@
 """What is going to be quantized, and what each linear got. Frozen values that can be printed and saved."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_type_hints
 
-from optimum_qvlm.spec import ActivationSpec, WeightSpec
+from optimum_qvlm.spec import (
+    ACTIVATION_NAMES,
+    WEIGHT_NAMES,
+    ActivationSpec,
+    LinearFormat,
+    WeightSpec,
+    flat_grids,
+    read_flat_grids,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,48 +133,79 @@ class QuantPlan:
 class ModuleRecord:
     """What one linear got: its effective precision. Saved in the checkpoint and asserted at load.
 
-    `activation_clip` is the ratio of the dynamic peak that the largest code stands for, `weight_clip` the mean
-    over rows and groups of the same ratio for the weight (already contained in the scales). `activation_static`
-    marks a scale fixed in calibration, `equalized` and `rotation` the transform of the site
-    (`optimum_qvlm.quant.transform`), `two_level` weight scales that are multiples of one step per row.
+    `weight_clip` is the mean over rows and groups of the ratio of the peak that the weight's grid covers; it is already
+    contained in the scales. `site` names the first linear of its site.
     """
 
     in_features: int
     out_features: int
     bias: bool
-    weight_bits: int
-    weight_group: int | None
-    symmetric: bool
+    format: LinearFormat
     scale_dtype: str
-    activation_bits: int | None
-    activation_group: int | None
-    activation_clip: float
     weight_clip: float
     site: str
-    activation_static: bool = False
-    equalized: bool = False
-    rotation: int | None = None
-    two_level: bool = False
 
     @property
     def weight(self) -> WeightSpec:
         """The weight's grid."""
-        return WeightSpec(
-            bits=self.weight_bits, group=self.weight_group, symmetric=self.symmetric, two_level=self.two_level
-        )
+        return self.format.weight
 
     @property
     def activation(self) -> ActivationSpec | None:
         """The activation's grid."""
-        if self.activation_bits is None:
-            return None
-        return ActivationSpec(bits=self.activation_bits, group=self.activation_group, static=self.activation_static)
+        return self.format.activation
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        """Plain JSON values in one flat row, under the names of `RECORD_TYPES`."""
+        own = {name: getattr(self, name) for name in _OWN_TYPES}
+        return (
+            own
+            | {name: getattr(self.format, name) for name in _FORMAT_TYPES}
+            | flat_grids(self.weight, self.activation)
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModuleRecord":
-        """Undo `to_dict`. Unknown or missing fields raise TypeError."""
-        return cls(**values)
+        """Undo `to_dict`.
+
+        Raises:
+            TypeError: a field is unknown, or one is missing that every release wrote.
+            SpecError: a grid that cannot be.
+        """
+        unknown, missing = values.keys() - RECORD_TYPES.keys(), REQUIRED_FIELDS - values.keys()
+        if unknown or missing:
+            kind, names = ("unknown", unknown) if unknown else ("missing", missing)
+            raise TypeError(f"{kind} fields: {', '.join(sorted(names))}")
+        weight, activation = read_flat_grids(values)
+        own, format = ({n: values[n] for n in types if n in values} for types in (_OWN_TYPES, _FORMAT_TYPES))
+        return cls(**own, format=LinearFormat(weight=weight, activation=activation, **format))
+
+
+def _types(kind: type, names: Mapping[str, str]) -> dict[str, Any]:
+    """Annotations by flat name."""
+    hints = get_type_hints(kind)
+    return {flat: hints[name] for flat, name in names.items()}
+
+
+def _own_types(kind: type, *nested: str) -> dict[str, Any]:
+    """Annotations of the fields that hold plain values."""
+    return _types(kind, {field.name: field.name for field in fields(kind) if field.name not in nested})
+
+
+_OWN_TYPES = _own_types(ModuleRecord, "format")
+_FORMAT_TYPES = _own_types(LinearFormat, "weight", "activation")
+
+RECORD_TYPES: dict[str, Any] = {
+    **_OWN_TYPES,
+    **_FORMAT_TYPES,
+    **_types(WeightSpec, WEIGHT_NAMES),
+    **_types(ActivationSpec, ACTIVATION_NAMES),
+    "activation_bits": int | None,
+}
+"""The fields of a record in JSON, and their types."""
+
+REQUIRED_FIELDS = {
+    "in_features", "out_features", "bias", "weight_bits", "weight_group", "symmetric", "scale_dtype",
+    "activation_bits", "activation_group", "activation_clip", "weight_clip", "site",
+}  # fmt: skip
+"""Those that the first release wrote. Later ones are missing in its checkpoints, and as usual there."""

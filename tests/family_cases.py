@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimum_qvlm import QVLMConfig
 from optimum_qvlm.pipeline import checks
 from optimum_qvlm.pipeline.capture import Tracer, first_tensor
+from tests.configs import make_config
 from tests.plans import CPU, plan_for
 from tests.tiny_families import Family
 
@@ -62,7 +62,7 @@ def examine(family: Family, folder: Path, scheme: str = "w4a8", **settings: Any)
     full = family.build()
     full.save_pretrained(folder / "full")
     batches = [family.batch(seed=0, padding=2), family.batch(rows=3, seed=1)]
-    config = QVLMConfig(scheme, **({"dataset": batches, "exact_decode": True} | settings))
+    config = make_config(scheme, **({"dataset": batches, "decode_tokens": 0} | settings))
 
     model = family.auto_class.from_pretrained(folder / "full", quantization_config=config)
     model.save_pretrained(folder / "quantized")

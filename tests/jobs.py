@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimum_qvlm import QVLMConfig
 from optimum_qvlm.hf.format.record import config_digest
+from tests.configs import make_config
 from tests.tiny_families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +36,7 @@ def make_batch(folder: Path, seed: int = 9, **shape: int) -> dict[str, Tensor]:
 def quantize(folder: Path, scheme: str = "w4a8", *, options: dict[str, Any] | None = None, **settings: Any) -> Any:
     """Quantize a tiny model on two ready batches; `settings` are those of `QVLMConfig`, `options` of loading."""
     settings = {"dataset": [make_batch(folder, seed=0, padding=2), make_batch(folder, seed=1)]} | settings
-    return load(folder, quantization_config=QVLMConfig(scheme, **settings), **(options or {}))
+    return load(folder, quantization_config=make_config(scheme, **settings), **(options or {}))
 
 
 def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:

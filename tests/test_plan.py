@@ -38,7 +38,7 @@ def record(**changes: object) -> ModuleRecord:
         "weight_clip": 0.85,
         "site": "layers.0.q_proj",
     }
-    return ModuleRecord(**(values | changes))
+    return ModuleRecord.from_dict(values | changes)
 
 
 def test_sites_and_linears_come_in_execution_order():

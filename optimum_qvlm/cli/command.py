@@ -16,12 +16,8 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
 from .qvlm_options import (
-    add_calibration_options,
-    add_encoder_options,
     add_model_options,
-    add_runtime_options,
-    add_scheme_options,
-    add_search_options,
+    add_setting_options,
     add_sharing_options,
     add_source_options,
     leave_out_defaults,
@@ -57,6 +53,9 @@ examples:
 
   Save, and upload to a private repository:
     optimum-cli export qvlm --model ./llava --push-to-hub me/llava-qvlm --private llava-w4a8/
+
+  A folder for stock vLLM and SGLang:
+    optimum-cli export qvlm --model ./llava --scheme w8a8 --servable --format compressed-tensors llava-ct/
 
   See in minutes whether that would work, how long it would take and how large the result would be:
     optimum-cli export qvlm --model ./llava --dry-run llava-w4a8/
@@ -127,11 +126,7 @@ class QVLMExportCommand(Command):
         add_model_options(parser)
         add_sharing_options(parser)
         kept = {"paper", *(action.dest for action in parser._actions)}
-        add_scheme_options(parser)
-        add_search_options(parser)
-        add_encoder_options(parser)
-        add_runtime_options(parser)
-        add_calibration_options(parser)
+        add_setting_options(parser)
         leave_out_defaults(parser, kept)
 
     def work(self) -> int:

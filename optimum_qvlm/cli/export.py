@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -14,9 +14,11 @@ from typing import Any
 
 from optimum_qvlm.cli.loading import how_to_load, load_model
 from optimum_qvlm.cli.outcome import finish, print_json, say
+from optimum_qvlm.cli.qvlm_options import COMPRESSED_TENSORS
 from optimum_qvlm.cli.records import read_dataset
-from optimum_qvlm.errors import QVLMError
+from optimum_qvlm.errors import ConfigError, QVLMError
 from optimum_qvlm.report.precision import readable_bytes
+from optimum_qvlm.settings import nested_names
 
 PROGRAM = "optimum-cli export qvlm"
 
@@ -36,6 +38,7 @@ def export(args: Namespace) -> None:
     from optimum_qvlm.hf.saving.save import require_writable
 
     config = make_config(args.paper, arguments)
+    require_exportable(args.format, config)
     require_writable(args.output)
     if args.dry_run:
         tried = try_out(args, config)
@@ -81,8 +84,27 @@ def config_arguments(args: Namespace) -> dict[str, Any]:
     from optimum_qvlm import QVLMConfig
 
     given = vars(args)
-    found = {name: given[name] for name in signature(QVLMConfig).parameters if name in given}
-    return found | ({"dataset": read_dataset(args.dataset)} if "dataset" in found else {})
+    asked = {name: given[name] for name in signature(QVLMConfig).parameters if name in given}
+    return asked | former_options(given) | ({"dataset": read_dataset(args.dataset)} if "dataset" in asked else {})
+
+
+def former_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that options of before ask for, each with a line on stderr that says how it is written now."""
+    moved: dict[str, Any] = {}
+    for former, (argument, name) in nested_names(former=True).items():
+        if former in given:
+            moved.setdefault(argument, dict(given.get(argument) or {}))[name] = given[former]
+            former_is_now(former, f"--{argument} {name}=VALUE")
+    if "exact_decode" in given:
+        moved["decode_tokens"] = 0
+        former_is_now("exact_decode", "--decode-tokens 0")
+    return moved
+
+
+def former_is_now(former: str, now: str) -> None:
+    """Say that an option will go."""
+    option = former.replace("_", "-")
+    print(f"{PROGRAM}: warning: --{option} is deprecated, write {now}", file=sys.stderr)
 
 
 def try_out(args: Namespace, config: Any) -> Any:
@@ -93,6 +115,15 @@ def try_out(args: Namespace, config: Any) -> Any:
     folder = next(parent for parent in (output, *output.parents) if parent.is_dir())
     auto_class, options = how_to_load(args, to_quantize=True)
     return dry_run(args.model, config, model_class=auto_class, folder=folder, **options)
+
+
+def require_exportable(form: str, config: Any) -> None:
+    """Refuse, before hours are spent, what could not be written in a format."""
+    if form == COMPRESSED_TENSORS and not config.servable:
+        raise ConfigError(
+            f"--format {form} writes what other runtimes can do in a forward, and without --servable the search would "
+            "use transforms that they cannot; add --servable, or leave --format out"
+        )
 
 
 def make_config(paper: int | None, arguments: dict[str, Any]) -> Any:
@@ -118,6 +149,10 @@ def outcome(output: Path, scheme: str, seconds: float) -> dict[str, Any]:
 
 def save_model(model: Any, args: Namespace) -> list[str]:
     """Save the model in the output folder; returns the names of its files."""
+    if args.format == COMPRESSED_TENSORS:
+        from optimum_qvlm import export_compressed_tensors
+
+        return export_compressed_tensors(model, args.output)
     from optimum_qvlm.hf.saving.save import save
 
     return save(model, args.output, repo_id=args.push_to_hub)

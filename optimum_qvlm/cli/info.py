@@ -12,7 +12,7 @@ from optimum_qvlm.report.precision import (
     bytes_of_modules,
     readable_activation,
     readable_bytes,
-    readable_group,
+    readable_scales,
     scheme_of,
     tensor_bytes,
 )
@@ -73,8 +73,8 @@ def as_text(found: Inspection) -> str:
             row.part,
             str(row.linears),
             row.scheme,
-            readable_group(row),
-            readable_activation(row),
+            readable_scales(row.weight),
+            readable_activation(row.activation),
             f"{row.weights:,}",
         ]
         parts.append([*shown, readable_bytes(row.bytes), error])
@@ -136,7 +136,7 @@ def _modules(modules: Mapping[str, ModuleRecord], sizes: Mapping[str, int]) -> l
     rows: dict[tuple[str, ...], list[str]] = {}
     for name, module in modules.items():
         pattern = ".".join("*" if component.isdigit() else component for component in name.split("."))
-        group = "row" if module.weight_group is None else str(module.weight_group)
+        group = "row" if module.weight.group is None else str(module.weight.group)
         key = (pattern, f"{module.out_features}x{module.in_features}", scheme_of(module), group)
         rows.setdefault(key, []).append(name)
     lines = [["module", "", "sizes", "precision", "weight scale per", "on disk"]]

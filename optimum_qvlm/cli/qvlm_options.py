@@ -1,13 +1,60 @@
 """The options of the commands, and how their words are read.
 
-The file lies beside the commands where they are registered, and imports nothing of ours for the same reason.
+The file lies beside the commands where they are registered, and imports nothing of ours for the same reason, but for
+the declaration of settings, of which a copy lies there too.
 """
 
 import argparse
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING or __package__ == "optimum_qvlm.cli":
+    from optimum_qvlm import settings as declared
+else:
+    from . import qvlm_settings as declared
+
+GROUPS = {
+    "quantization": (
+        "scheme",
+        "vision_scheme",
+        "group_size",
+        "symmetric",
+        "two_level_scales",
+        "modules_to_not_convert",
+        "overrides",
+    ),
+    "search": ("method", "effort", "servable"),
+    "at run time": ("decode_tokens",),
+    "calibration": ("dataset", "processor", "resume", "num_samples", "batch_size", "max_length", "seed"),
+}
+"""Settings that have an option of their own, by the title they stand under in the help."""
+
+HELP = {
+    "modules_to_not_convert": "module to keep in full precision; may be given more than once",
+    "overrides": "scheme of the modules whose names match, or none, or a JSON object with any of scheme, group_size "
+    "and symmetric; of several given, the first match decides",
+    "dataset": "a .jsonl file with image, question and answer in each line, image paths relative to it, or the name of "
+    "a preset (default: the packaged samples)",
+    "processor": "folder or Hub id of the processor that renders the samples (default: the model's own)",
+    "resume": "keep finished blocks in this folder, or in the cache if none is named, so that the same command goes on "
+    "where it was killed; removed once the model is saved",
+    "symmetric": "weight grids centred on zero; --no-symmetric adds a zero point per group",
+}
+"""Where a line of help says something else in a terminal than beside a Python argument."""
+
+METAVARS = {
+    "overrides": "PATTERN=SCHEME",
+    "modules_to_not_convert": "NAME",
+    "dataset": "FILE|NAME",
+    "processor": "NAME",
+}
+
+COMPRESSED_TENSORS = "compressed-tensors"
+FORMATS = ("qvlm", COMPRESSED_TENSORS)
+"""Of the folder that an export writes."""
 
 
 def positive_int(text: str) -> int:
@@ -111,6 +158,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """What is quantized, how it is loaded, where it goes."""
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder for the quantized model")
     parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help="of the folder: this package's own, or compressed-tensors, which stock vLLM and SGLang read too and which "
+        "wants --servable (%(default)s)",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="try everything on one sample, print each module's precision and what the export would cost, save nothing",
@@ -153,206 +207,116 @@ def add_source_options(group: Any) -> None:
     )
 
 
-def add_scheme_options(parser: argparse.ArgumentParser) -> None:
-    """How each part of the model is quantized."""
-    group = parser.add_argument_group("quantization")
-    group.add_argument(
-        "--scheme",
-        default="w4a8",
-        help="weight and activation bits of the language model: w4a16, w4a8, w4a4, w6a6, w8a8 (%(default)s)",
-    )
-    group.add_argument(
-        "--vision-scheme",
-        type=optional_scheme,
-        default="w8a8",
-        metavar="SCHEME",
-        help="the same for vision tower and projector; none keeps them in full precision (%(default)s)",
-    )
-    group.add_argument(
-        "--group-size",
-        type=group_size,
-        default="auto",
-        metavar="SIZE",
-        help="input channels that share a scale: auto, a number, or none for whole rows (%(default)s)",
-    )
-    group.add_argument(
-        "--symmetric",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="weight grids centred on zero; --no-symmetric adds a zero point per group",
-    )
-    group.add_argument(
-        "--two-level-scales",
-        action="store_true",
-        help="make weight scales of a row multiples of one step, so that a GPU reads long prompts faster",
-    )
-    group.add_argument(
-        "--method",
-        choices=("qvlm", "layerwise", "rtn"),
-        default="qvlm",
-        help="qvlm searches blocks, layerwise each layer alone; rtn rounds to nearest without data (%(default)s)",
-    )
-    group.add_argument(
-        "--modules-to-not-convert",
-        action="append",
-        metavar="NAME",
-        help="module to keep in full precision; may be given more than once",
-    )
-    group.add_argument(
-        "--override",
-        dest="overrides",
-        type=override,
-        action=AddOverride,
-        metavar="PATTERN=SCHEME",
-        help=(
-            "scheme of the modules whose names match, or none, or a JSON object with any of scheme, group_size and "
-            "symmetric; of several given, the first match decides"
-        ),
-    )
+def add_setting_options(parser: argparse.ArgumentParser) -> None:
+    """One option for each setting, read as its declaration says, and `--search` and `--encoder` for those in them."""
+    entries = {entry.name: entry for entry in fields(declared.Settings)}
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            option = "--override" if name == "overrides" else f"--{name.replace('_', '-')}"
+            group.add_argument(option, dest=name, **described(entries[name]))
+        if title == "search":
+            group.add_argument(
+                "--paper",
+                type=positive_int,
+                nargs="?",
+                const=4,
+                metavar="BITS",
+                help="the mode of the Q-VLM paper at so many bits (4 if none are given); other options adjust it",
+            )
+            for argument, options in declared.NESTED.items():
+                group.add_argument(
+                    f"--{argument}",
+                    action=AddField,
+                    metavar="NAME=VALUE",
+                    help=f"for experiments, may be given more than once: {listed(options)}",
+                )
+    add_former_options(parser)
 
 
-def add_search_options(parser: argparse.ArgumentParser) -> None:
-    """How roundings are searched."""
-    group = parser.add_argument_group("search")
-    group.add_argument(
-        "--effort",
-        choices=("balanced", "fast"),
-        default="balanced",
-        help="fast tries fewer candidates and searches no blocks jointly (%(default)s)",
-    )
-    group.add_argument(
-        "--paper",
-        type=positive_int,
-        nargs="?",
-        const=4,
-        metavar="BITS",
-        help="the mode of the Q-VLM paper at so many bits (4 if none are given); other options adjust it",
-    )
-    group.add_argument(
-        "--transforms",
-        choices=("auto", "off", "equalize", "rotate", "both"),
-        default="auto",
-        help="what is done to activations before they are rounded; auto chooses per input (%(default)s)",
-    )
-    group.add_argument(
-        "--error-feedback",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="let channels of a weight make good what rounding others did",
-    )
-    group.add_argument(
-        "--servable", action="store_true", help="use only transforms that norms can take up, as other runtimes need"
-    )
-    group.add_argument(
-        "--search-tokens",
-        type=positive_int,
-        default=2048,
-        metavar="N",
-        help="tokens on which candidates are compared (%(default)s)",
-    )
-    group.add_argument(
-        "--max-block-depth",
-        type=positive_int,
-        default=3,
-        metavar="N",
-        help="layers searched together at most (%(default)s)",
-    )
-    group.add_argument(
-        "--threshold",
-        type=float,
-        metavar="NATS",
-        help="dependency of layers above which they share a block (default: the model's median)",
-    )
-    group.add_argument(
-        "--soft-assignment",
-        choices=("step_squared", "step"),
-        default="step_squared",
-        help="what squared distances are divided by where dependency is measured (%(default)s)",
-    )
-    group.add_argument(
-        "--activation-range",
-        choices=("dynamic", "static"),
-        default="dynamic",
-        help="take ranges of activations from each input, or fix them in calibration (%(default)s)",
-    )
-    for name in ("activation", "weight"):
-        group.add_argument(
-            f"--{name}-clips",
-            type=clips,
-            metavar="RATIO,...",
-            help=f"candidates for clips of {name}s, 1 among them (default: a grid that suits the range)",
-        )
+def add_former_options(parser: argparse.ArgumentParser) -> None:
+    """Options of before, which the help does not show: `--search` and `--encoder` have taken their place."""
+    for former, (argument, name) in declared.nested_names(former=True).items():
+        entry = next(entry for entry in fields(declared.NESTED[argument]) if entry.name == name)
+        shown = described(entry) | {"help": argparse.SUPPRESS}
+        parser.add_argument(f"--{former.replace('_', '-')}", dest=former, **shown)
+    parser.add_argument("--exact-decode", action="store_true", help=argparse.SUPPRESS)
 
 
-def add_encoder_options(parser: argparse.ArgumentParser) -> None:
-    """How tower and projector are optimised."""
-    group = parser.add_argument_group("visual encoder")
-    group.add_argument(
-        "--encoder-epochs",
-        type=int,
-        default=0,
-        metavar="N",
-        help="passes that optimise its rounding through the language model; 0 leaves that out (%(default)s)",
-    )
-    factors = {
-        "lr": (1e-2, "learning rate of that"),
-        "eta": (1.0, "share of the final error in its loss"),
-        "l1": (1.0, "factor of the dependencies in its loss"),
-        "l2": (10.0, "factor of the errors in its loss"),
+def described(entry: Any) -> dict[str, Any]:
+    """What argparse is told of a setting's option."""
+    kind, default = declared.declaration(entry).kind, entry.default
+    shown = HELP.get(entry.name, declared.declaration(entry).help.replace("None", "none"))
+    values: dict[str, Any] = {"default": default, "help": shown}
+    if isinstance(kind, declared.Switch):
+        return values | {"action": argparse.BooleanOptionalAction if default else "store_true"}
+    if default is not None:
+        values["help"] += " (%(default)s)"
+    if isinstance(kind, declared.Choice):
+        return values | {"choices": kind.words}
+    if isinstance(kind, declared.Patterns):
+        return values | {"action": "append", "metavar": METAVARS[entry.name]}
+    if isinstance(kind, declared.Schemes):
+        return values | {"action": AddOverride, "type": override, "metavar": METAVARS[entry.name]}
+    if isinstance(kind, declared.Place):
+        return values | {"nargs": "?", "const": True, "metavar": "FOLDER"}
+    return values | {"type": reader(entry), "metavar": METAVARS.get(entry.name, _metavar(kind))}
+
+
+def reader(entry: Any) -> Callable[[str], Any]:
+    """How the word behind a setting's option is read."""
+    kind = declared.declaration(entry).kind
+    if isinstance(kind, declared.Whole):
+        return positive_int if kind.least == 1 else int
+    if isinstance(kind, declared.Other):
+        return optional_scheme if entry.name == "vision_scheme" else str
+    readers: dict[type, Callable[[str], Any]] = {
+        declared.Number: float,
+        declared.Group: group_size,
+        declared.Clips: clips,
+        declared.Switch: switch,
     }
-    for name, (default, shown) in factors.items():
-        group.add_argument(f"--encoder-{name}", type=float, default=default, metavar="X", help=f"{shown} (%(default)s)")
+    return readers.get(type(kind), str)
 
 
-def add_runtime_options(parser: argparse.ArgumentParser) -> None:
-    """What the saved model computes."""
-    group = parser.add_argument_group("at run time")
-    group.add_argument(
-        "--decode-tokens",
-        type=int,
-        default=16,
-        metavar="N",
-        help="up to this many tokens in one call activations are not rounded (%(default)s)",
-    )
-    group.add_argument(
-        "--exact-decode", action="store_true", help="round activations at every number of tokens, as the scheme says"
-    )
+def _metavar(kind: Any) -> str:
+    metavars = {declared.Whole: "N", declared.Number: "X", declared.Group: "SIZE", declared.Clips: "RATIO,..."}
+    return metavars.get(type(kind), "SCHEME")
 
 
-def add_calibration_options(parser: argparse.ArgumentParser) -> None:
-    """What the model is calibrated on."""
-    group = parser.add_argument_group("calibration")
-    group.add_argument(
-        "--dataset",
-        metavar="FILE|NAME",
-        help=(
-            "a .jsonl file with image, question and answer in each line, image paths relative to it, "
-            "or the name of a preset (default: the packaged samples)"
-        ),
-    )
-    group.add_argument(
-        "--processor",
-        metavar="NAME",
-        help="folder or Hub id of the processor that renders the samples (default: the model's own)",
-    )
-    group.add_argument(
-        "--num-samples",
-        type=positive_int,
-        default=64,
-        metavar="N",
-        help="samples to calibrate on (%(default)s)",
-    )
-    group.add_argument(
-        "--batch-size", type=positive_int, default=8, metavar="N", help="samples at a time (%(default)s)"
-    )
-    group.add_argument(
-        "--max-length",
-        type=positive_int,
-        default=2048,
-        metavar="N",
-        help="tokens a sample at most (%(default)s)",
-    )
-    group.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+def listed(options: type) -> str:
+    """The fields of nested settings with their defaults, for the help."""
+    return ", ".join(f"{entry.name}={str(entry.default).lower()}" for entry in fields(options))
+
+
+def switch(text: str) -> bool:
+    """`true` or `false`."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return text.lower() == "true"
+
+
+class AddField(argparse.Action):
+    """Collects `NAME=VALUE` in a dict; unknown names and values that cannot be read are usage errors."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        entries = {entry.name: entry for entry in fields(declared.NESTED[self.dest])}
+        name, equals, text = str(values).partition("=")
+        if not equals or name not in entries:
+            parser.error(
+                f"argument {option_string}: must read NAME=VALUE with one of {', '.join(entries)}, got {values!r}"
+            )
+        try:
+            value = None if text == "none" and entries[name].default is None else reader(entries[name])(text)
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            parser.error(f"argument {option_string}: {name}: {error}")
+        setattr(namespace, self.dest, {**(getattr(namespace, self.dest, None) or {}), name: value})
 
 
 def add_sharing_options(parser: argparse.ArgumentParser) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image, ImageFile
-from transformers.image_utils import load_image
 
+from optimum_qvlm.compat.transformers import upright_image
 from optimum_qvlm.errors import DataError
 
 DAMAGE = (
@@ -109,7 +109,7 @@ def _decode(source: object) -> Image.Image:
 
 
 def _upright(image: str | Image.Image) -> Image.Image:
-    return load_image(image)  # type: ignore[no-any-return]
+    return upright_image(image)  # type: ignore[no-any-return]
 
 
 def _undecoded_file(image: Image.Image) -> str | None:

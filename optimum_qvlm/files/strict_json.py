@@ -16,6 +16,15 @@ def dumps(value: Any, **layout: Any) -> str:
         raise ValueError("it is nested too deep") from error
 
 
+def as_file(value: Any) -> bytes:
+    """The content of a file as transformers writes config.json: indented, and sorted by name.
+
+    Raises:
+        ValueError: as `dumps`.
+    """
+    return (dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
 def loads(data: str | bytes) -> Any:
     """The value of a JSON text.
 

@@ -1,10 +1,14 @@
 """How the user's `from_pretrained` reaches the Hub and what it trusts, for what the quantizer loads itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-METHOD = "adjust_generation_fn"
+from transformers.utils import logging
+
+from optimum_qvlm.compat.transformers import unwatch_options, watch_options
+
+logger = logging.get_logger("transformers.optimum_qvlm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,15 +20,17 @@ class Access:
         cache_dir: in place of the client's cache.
         local_files_only: whether the cache has to do.
         trust_remote_code: whether Python code that comes with the model may run. It is not pickled either.
+        told: whether transformers told the others; if not, they are what is safe.
     """
 
     token: str | bool | None = field(default=None, repr=False)
     cache_dir: Any = None
     local_files_only: bool = False
     trust_remote_code: bool = False
+    told: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.options() | {"token": None, "trust_remote_code": False}
+        return self.options() | {"told": self.told, "token": None, "trust_remote_code": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
@@ -36,34 +42,36 @@ class Access:
 
     def options(self) -> dict[str, Any]:
         """The same as keyword arguments."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "told"}
+
+    def say_what_is_unknown(self) -> None:
+        """Log, before something is fetched, that the options which the user gave are not known here."""
+        if not self.told:
+            logger.warning(
+                "transformers did not tell token, cache_dir, local_files_only and trust_remote_code of "
+                "from_pretrained, as the model cannot generate: processor and tokenizer are fetched without them. For "
+                "private ones log in with `hf auth login` or set HF_TOKEN; HF_HUB_OFFLINE=1 keeps to the cache"
+            )
 
 
 def watch_access(model: Any, note: Callable[[Access], None]) -> None:
     """Have `note` called once `from_pretrained` says how it reaches the Hub, which is before it has us calibrate.
 
-    No hook of quantizers is told; the model's own method for its generation files is. Our stand-in on the instance
-    notes what it is given, removes itself and calls that method. Of models that cannot generate nothing is heard.
+    Of models that cannot generate it is never called.
     """
-    method = getattr(model, METHOD, None)
-    if method is None:
-        return
-
-    def adjust(*args: Any, **kwargs: Any) -> Any:
-        unwatch_access(model)
-        note(
-            Access(
-                token=kwargs.get("token"),
-                cache_dir=kwargs.get("cache_dir"),
-                local_files_only=bool(kwargs.get("local_files_only")),
-                trust_remote_code=bool(kwargs.get("trust_remote_code")),
-            )
-        )
-        return method(*args, **kwargs)
-
-    setattr(model, METHOD, adjust)
+    watch_options(model, lambda options: note(_access_of(options)))
 
 
 def unwatch_access(model: Any) -> None:
     """Undo `watch_access`."""
-    vars(model).pop(METHOD, None)
+    unwatch_options(model)
+
+
+def _access_of(options: Mapping[str, Any]) -> Access:
+    return Access(
+        token=options.get("token"),
+        cache_dir=options.get("cache_dir"),
+        local_files_only=bool(options.get("local_files_only")),
+        trust_remote_code=bool(options.get("trust_remote_code")),
+        told=True,
+    )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoProcessor
 
+from optimum_qvlm.compat.transformers import tied_keys, was_loaded
 from optimum_qvlm.data.inputs import stands_for_image
 from optimum_qvlm.data.loader import (
     Batch,
@@ -47,9 +48,9 @@ def require_all_loaded(model: Any) -> None:
             a head that this class adds to the saved one, which stays in full precision: not an output embedding,
             without which no fidelity could be measured.
     """
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tied = tied_keys(model).keys()
     state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in tied}
-    given = {name for name, tensor in state.items() if getattr(tensor, "_is_hf_initialized", False)}
+    given = {name for name, tensor in state.items() if was_loaded(tensor)}
     random = [name for name in state if name not in given]
     missing = without_new_heads(model, random, given | _output_parameters(model))
     if missing:
@@ -112,8 +113,9 @@ def try_data(model: Any, plan: QuantPlan, config: QVLMConfig, source: Source, de
         (sample,) = loaded.render((with_image or loaded.conversations)[:1])
     else:
         sample = next((batch for batch in batches if loaded.holds_image(batch)), batches[0])
+    (labels,) = loaded.data([sample]).labels
     return TriedData(
-        workload=Workload(sample=sample, batches=batches, answer_seconds=answer_seconds),
+        workload=Workload(sample=sample, labels=labels, batches=batches, answer_seconds=answer_seconds),
         recipe=data.recipe,
         missing_answers=len(unanswered),
     )
@@ -152,7 +154,7 @@ class _Loaded:
 
     def render(self, samples: list[Sample]) -> list[Batch]:
         """Batches of model inputs, with labels where the encoder step will want them and all answers are known."""
-        labelled = self.config.encoder_epochs > 0 and all(s.answer is not None or s.text is not None for s in samples)
+        labelled = self.config.encoder.epochs > 0 and all(s.answer is not None or s.text is not None for s in samples)
         make = make_labelled_batches if labelled else make_batches
         return make(samples, self.processor, self.options, self.image_tokens)
 
@@ -237,6 +239,7 @@ def users_processor(config: QVLMConfig, access: Access) -> Any:
     """
     if not isinstance(config.processor, str):
         return config.processor
+    access.say_what_is_unknown()
     try:
         return AutoProcessor.from_pretrained(config.processor, **access.options())
     except (OSError, ValueError) as error:

@@ -1,28 +1,54 @@
 """`QVLMConfig`: what the user asks for, and after calibration what every module got."""
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from inspect import Signature, signature
-from typing import Any, Literal, Self
+import difflib
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from inspect import Parameter, Signature
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.files import strict_json
+from optimum_qvlm.hf.deprecated import EXACT_DECODE, as_fields, made_of, move_deprecated
 from optimum_qvlm.hf.format.migration import migrate
 from optimum_qvlm.hf.format.record import SEALS, CalibrationRecord, config_digest, config_identity, read_record
-from optimum_qvlm.hf.settings import LISTS, idle_settings, require_group, require_levels, require_valid
+from optimum_qvlm.hf.settings import (
+    DEFAULTS,
+    HELD,
+    RUN_TIME,
+    SAVED,
+    idle_settings,
+    require_agreement,
+    require_levels,
+    saved_values,
+)
 from optimum_qvlm.pipeline.options import (
     FAST_CLIPS,
     FEEDBACK_CLIPS,
     CalibrationOptions,
     Effort,
     LinearChoice,
+    Method,
+    Transforms,
     site_options,
 )
-from optimum_qvlm.search.encoder_loss import EncoderOptions
+from optimum_qvlm.quant.entropy import Softness
 from optimum_qvlm.search.site import ClipGrids
+from optimum_qvlm.settings import (
+    NESTED,
+    EncoderOptions,
+    Group,
+    SearchOptions,
+    Settings,
+    Switch,
+    declaration,
+    nested_names,
+    require,
+)
 from optimum_qvlm.spec import GroupSize, Scheme
 
 QUANT_METHOD = "qvlm"
@@ -30,56 +56,18 @@ FORMAT_VERSION = 1
 
 PAPER_QUANTILES = (1.0, 0.995, 0.99, 0.985, 0.98)
 
+PAPER_SEARCH = {
+    "max_block_depth": 3,
+    "activation_range": "static",
+    "activation_clips": PAPER_QUANTILES,
+    "soft_assignment": "step",
+    "transforms": "off",
+    "error_feedback": False,
+    "token_weights": False,
+}
+"""The paper's search: static bounds, nothing done to activations, each weight rounded on its own."""
+
 Override = str | None | Mapping[str, Any]
-
-_SETTINGS = (
-    "scheme",
-    "group_size",
-    "vision_scheme",
-    "symmetric",
-    "modules_to_not_convert",
-    "overrides",
-    "num_samples",
-    "batch_size",
-    "max_length",
-    "seed",
-    "method",
-    "search_tokens",
-    "max_block_depth",
-    "threshold",
-    "activation_range",
-    "activation_clips",
-    "weight_clips",
-    "soft_assignment",
-    "decode_tokens",
-    "exact_decode",
-    "effort",
-    "transforms",
-    "error_feedback",
-    "servable",
-    "two_level_scales",
-    "encoder_epochs",
-    "encoder_lr",
-    "encoder_eta",
-    "encoder_l1",
-    "encoder_l2",
-)
-_RUN_TIME = ("decode_tokens", "exact_decode", "dequantize")
-"""Settings that `from_pretrained` takes beside a quantized checkpoint."""
-
-_PRECISION = (
-    "scheme",
-    "group_size",
-    "vision_scheme",
-    "symmetric",
-    "modules_to_not_convert",
-    "overrides",
-    "activation_range",
-    "transforms",
-    "servable",
-    "two_level_scales",
-)
-"""Settings that say what a checkpoint holds: another value asked for when it is loaded is an error."""
 
 _RESULTS = ("modules", "blocks", "calibration", *SEALS)
 
@@ -90,66 +78,43 @@ class QVLMConfig(QuantizationConfigMixin):
     Args:
         scheme: bits of the language model's linears, `"w4a16"`, `"w4a8"`, `"w4a4"`, `"w6a6"`, `"w8a8"` or any
             `w<2..8>a<2..8 or 16>`; a16 leaves activations in floating point.
-        group_size: input channels that share a weight scale in the language model's linears below 8 bits.
-            "auto" takes the largest of 128, 64, 32, 16 that divides a linear's inputs; None shares whole rows.
-        vision_scheme: bits of the vision tower's and the projector's linears; None leaves them as they are.
-        symmetric: weight grids centred on zero; False adds a zero point per group.
-        modules_to_not_convert: name patterns that stay in full precision.
-        overrides: pattern -> scheme, None (full precision) or {"scheme", "group_size", "symmetric"}; the first
-            pattern that matches a name decides. A pattern is shell-style, or a run of whole dotted components;
-            names are those of the tensors on disk, as the plan and the report print them.
-        dataset: calibration samples. None is the packaged set; a preset's name; a `datasets.Dataset` or list of
-            dicts with image(s), question and answer; a list of chat messages; or a list of ready model inputs.
-        processor: the processor (or tokenizer) that renders samples; by default the checkpoint's own.
-        num_samples: how many samples to calibrate on.
-        batch_size: samples per forward.
-        max_length: longest sequence in tokens; image tokens are never cut.
-        seed: seed of every random choice.
-        method: "qvlm" searches blocks of dependent layers, "layerwise" each site alone, "rtn" rounds to nearest
-            without data.
-        search_tokens: how many tokens the search looks at.
-        max_block_depth: layers that are searched together at most.
-        threshold: dependency per pair of layers above which they share a block, in nats (h0 in the paper); None is
-            the median over the model.
-        activation_range: "dynamic" takes the range of activations from each input, "static" from the calibration.
-        activation_clips: candidates for the clip of a site's activations, 1.0 among them: ratios of the peak where
-            ranges are dynamic, quantiles of the magnitudes where they are static. None is a default for each.
-        weight_clips: candidates for the clip of weights, ratios of the peak, 1.0 among them; None is the default.
-        soft_assignment: what squared distances are divided by where dependency is measured: "step_squared", which
-            does not depend on units, or the grid's "step", as the paper prints.
-        decode_tokens: up to this many tokens in one call, a quantized linear leaves activations in floating point,
-            on every device, whatever the scheme says: decoding is no slower for it, and closer to full precision.
-        exact_decode: True rounds activations at every number of tokens, as the scheme says.
-        effort: "balanced", or "fast", which tries fewer candidates and searches no blocks jointly.
-        transforms: "auto" chooses per site whether its activations are equalized, rotated, both or neither; "off",
-            "equalize", "rotate" and "both" decide for all sites.
-        error_feedback: let each channel of a weight make good what rounding the ones before it did wrong; False
-            rounds each weight on its own.
-        servable: leave out what other runtimes cannot do in a forward: of transforms, only equalizers that the norm
-            before a site can take up are used.
-        two_level_scales: make the weight scales of a row whole multiples of one step, so that long prompts run as
-            products of bytes on a GPU. For symmetric weights of 2 to 4 bits in groups, with activations rounded to one
-            scale per token (8 bits) or to fixed ones; other linears that overrides ask for, and those of the vision
-            tower, keep their scales.
-        encoder_epochs: passes over the samples in which tower and projector are optimised by gradients through the
-            language model, after their search; 0 leaves that out.
-        encoder_lr: learning rate of that.
-        encoder_eta: share of the language model's final error beside the error of the encoder's output.
-        encoder_l1: factor of the weighted dependencies of layers in its loss.
-        encoder_l2: factor of the two errors in its loss.
-        dequantize: load a quantized checkpoint as a model of plain linears with the rounded weights, as the model's
-            `dequantize()` gives. It is never saved.
+        search: how roundings are searched: `SearchOptions` or a dict with some of its fields.
+        encoder: how tower and projector are optimised: `EncoderOptions` or a dict with some of its fields.
+        settings: everything else by name, see `optimum_qvlm.settings.Settings`, where each is declared with its default
+            and what it may be. Names of `overrides` are those of the tensors on disk, as plan and report print them.
 
-    Beside a quantized checkpoint `decode_tokens`, `exact_decode` and `dequantize` hold where they are given; other
-    settings must be those that were saved, or are not given.
+    Beside a quantized checkpoint `decode_tokens` and `dequantize` hold where they are given; other settings must be
+    those that were saved, or are not given. Fields of `SearchOptions` and `EncoderOptions` are still accepted under
+    their names of before as arguments, with a DeprecationWarning.
 
     Raises:
         ConfigError, SpecError: a field is not valid.
+        TypeError: there is no such setting.
 
     Example:
         >>> QVLMConfig("w4a8", vision_scheme=None).scheme
         'w4a8'
     """
+
+    if TYPE_CHECKING:  # what `__init__` sets from the declaration
+        vision_scheme: str | None
+        group_size: GroupSize
+        symmetric: bool
+        two_level_scales: bool
+        modules_to_not_convert: list[str] | None
+        overrides: dict[str, Override] | None
+        method: Method
+        effort: Effort
+        servable: bool
+        dataset: Any
+        processor: Any
+        resume: str | PathLike[str] | Literal[True] | None
+        num_samples: int
+        batch_size: int
+        max_length: int
+        seed: int
+        decode_tokens: int
+        dequantize: bool
 
     rehearse = False
     """Set by `dry_run` on its copy: try the calibration out in place of doing it. No setting, and never saved."""
@@ -163,141 +128,93 @@ class QVLMConfig(QuantizationConfigMixin):
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Note what is given: a default that nobody asked for overwrites nothing that was saved."""
         config: Self = object.__new__(cls)
-        config.given = frozenset((*kwargs, "scheme") if args else kwargs)
+        given = {*kwargs, "scheme"} if args else set(kwargs)
+        config.given = frozenset({"decode_tokens" if name == EXACT_DECODE else name for name in given})
         return config
 
     def __init__(
         self,
         scheme: str = "w4a8",
         *,
-        group_size: GroupSize = "auto",
-        vision_scheme: str | None = "w8a8",
-        symmetric: bool = True,
-        modules_to_not_convert: list[str] | None = None,
-        overrides: Mapping[str, Override] | None = None,
-        dataset: Any = None,
-        processor: Any = None,
-        num_samples: int = 64,
-        batch_size: int = 8,
-        max_length: int = 2048,
-        seed: int = 0,
-        method: Literal["qvlm", "layerwise", "rtn"] = "qvlm",
-        search_tokens: int = 2048,
-        max_block_depth: int = 3,
-        threshold: float | None = None,
-        activation_range: Literal["dynamic", "static"] = "dynamic",
-        activation_clips: Sequence[float] | None = None,
-        weight_clips: Sequence[float] | None = None,
-        soft_assignment: Literal["step_squared", "step"] = "step_squared",
-        decode_tokens: int = 16,
-        exact_decode: bool = False,
-        effort: Effort = "balanced",
-        transforms: Literal["auto", "off", "equalize", "rotate", "both"] = "auto",
-        error_feedback: bool = True,
-        servable: bool = False,
-        two_level_scales: bool = False,
-        encoder_epochs: int = 0,
-        encoder_lr: float = 1e-2,
-        encoder_eta: float = 1.0,
-        encoder_l1: float = 1.0,
-        encoder_l2: float = 10.0,
-        dequantize: bool = False,
+        search: SearchOptions | Mapping[str, Any] | None = None,
+        encoder: EncoderOptions | Mapping[str, Any] | None = None,
+        **settings: Any,
     ) -> None:
+        nested = {"search": as_fields(search, SearchOptions), "encoder": as_fields(encoder, EncoderOptions)}
+        move_deprecated(settings, nested)
+        declared = {entry.name: entry.default for entry in fields(Settings)}
+        unknown = sorted(set(settings) - set(declared))
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], [*declared, *NESTED], n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise TypeError(f"QVLMConfig has no setting {', '.join(unknown)}{hint}")
         self.quant_method = QUANT_METHOD
         self.scheme = scheme
-        self.group_size = group_size
-        self.vision_scheme = vision_scheme
-        self.symmetric = symmetric
-        self.modules_to_not_convert = modules_to_not_convert
-        self.overrides = dict(overrides) if isinstance(overrides, Mapping) else overrides
-        self.dataset = dataset
-        self.processor = processor
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.max_length = max_length
-        self.seed = seed
-        self.method = method
-        self.search_tokens = search_tokens
-        self.max_block_depth = max_block_depth
-        self.threshold = threshold
-        self.activation_range = activation_range
-        self.activation_clips = activation_clips
-        self.weight_clips = weight_clips
-        self.soft_assignment = soft_assignment
-        self.decode_tokens = decode_tokens
-        self.exact_decode = exact_decode
-        self.effort = effort
-        self.transforms = transforms
-        self.error_feedback = error_feedback
-        self.servable = servable
-        self.two_level_scales = two_level_scales
-        self.encoder_epochs = encoder_epochs
-        self.encoder_lr = encoder_lr
-        self.encoder_eta = encoder_eta
-        self.encoder_l1 = encoder_l1
-        self.encoder_l2 = encoder_l2
-        self.dequantize = dequantize
+        self.__dict__.update(declared | settings | {"scheme": scheme})
+        self.search = made_of(SearchOptions, nested["search"])
+        self.encoder = made_of(EncoderOptions, nested["encoder"])
         self.record: CalibrationRecord | None = None
         self._validate()
 
-    __signature__ = Signature([*signature(__init__).parameters.values()][1:])
-    """Of `__init__`: without it, help and editors would show that of `__new__`."""
+    __signature__ = Signature(
+        [
+            Parameter("scheme", Parameter.POSITIONAL_OR_KEYWORD, default="w4a8", annotation=str),
+            *(
+                Parameter(entry.name, Parameter.KEYWORD_ONLY, default=entry.default, annotation=entry.type)
+                for entry in fields(Settings)[1:]
+            ),
+            *(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=made) for name, made in NESTED.items()),
+        ]
+    )
+    """What help and editors show: the declared settings."""
 
     @classmethod
     def paper(cls, bits: int = 4, **settings: Any) -> Self:
         """The paper's mode: static bounds at quantiles 1.0 to 0.98, blocks of up to 3 layers, the tower at `bits` too.
 
-        `settings` are further arguments, or replace those of the mode.
+        `settings` are further arguments, or replace those of the mode: of `search` and `encoder` what differs from
+        their defaults.
         """
         scheme = f"w{bits}a{bits}"
-        mode: dict[str, Any] = {
-            "scheme": scheme,
-            "vision_scheme": scheme,
-            "num_samples": 64,
-            "max_block_depth": 3,
-            "activation_range": "static",
-            "activation_clips": PAPER_QUANTILES,
-            "soft_assignment": "step",
-            "transforms": "off",
-            "error_feedback": False,
-            "encoder_epochs": 10,
-        }
-        return cls(**(mode | settings))
+        nested = {name: as_fields(settings.pop(name, None), options) for name, options in NESTED.items()}
+        move_deprecated(settings, nested)
+        mode: dict[str, Any] = {"scheme": scheme, "vision_scheme": scheme, "num_samples": 64}
+        return cls(
+            **(mode | settings),
+            search=PAPER_SEARCH | nested["search"],
+            encoder={"epochs": 10} | nested["encoder"],
+        )
 
     def options(self) -> CalibrationOptions:
         """The same as validated values."""
-        static = self.activation_range == "static"
+        static = self.search.activation_range == "static"
         return CalibrationOptions(
             language=self._language(static),
             vision=LinearChoice(
                 scheme=None if self.vision_scheme is None else Scheme.parse(self.vision_scheme),
                 symmetric=self.symmetric,
                 static=static,
+                fitted=not self.servable,
             ),
             keep=tuple(self.modules_to_not_convert or ()),
             overrides=tuple((pattern, self._override(pattern)) for pattern in self.overrides or {}),
             method=self.method,
             seed=self.seed,
-            search_tokens=self.search_tokens,
+            search_tokens=self.search.tokens,
             search=site_options(
                 self._grids(static),
                 self.effort,
-                self.transforms,
-                error_feedback=self.error_feedback,
+                cast(Transforms, self.search.transforms),
+                error_feedback=self.search.error_feedback,
                 fold=self.servable,
             ),
             fold=self.servable,
             joint=self.method == "qvlm" and self.effort == "balanced",
-            max_block_depth=self.max_block_depth,
-            threshold=self.threshold,
-            softness=self.soft_assignment,
-            encoder=EncoderOptions(
-                epochs=self.encoder_epochs,
-                learning_rate=self.encoder_lr,
-                entropy_weight=self.encoder_l1,
-                error_weight=self.encoder_l2,
-                final_share=self.encoder_eta,
-            ),
+            max_block_depth=self.search.max_block_depth,
+            threshold=self.search.threshold,
+            softness=cast(Softness, self.search.soft_assignment),
+            encoder=self.encoder,
+            weighs_tokens=self.search.token_weights,
         )
 
     def _language(self, static: bool) -> LinearChoice:
@@ -315,25 +232,29 @@ class QVLMConfig(QuantizationConfigMixin):
             symmetric=self.symmetric,
             static=static,
             two_level=self.two_level_scales,
+            fitted=not self.servable,
         )
 
     def _grids(self, static: bool) -> ClipGrids:
         """A quantile is a static bound, whose gain needs no margin."""
         default = FAST_CLIPS if self.effort == "fast" else ClipGrids()
-        if self.error_feedback:
+        asked = self.search
+        if asked.error_feedback:
             default = replace(default, weight=FEEDBACK_CLIPS[:: 2 if self.effort == "fast" else 1])
         if static:
             default = replace(default, activation=PAPER_QUANTILES, activation_margin=0.0)
+        elif self.servable:  # other runtimes take the peak of each token
+            default = replace(default, activation=(1.0,))
         return replace(
             default,
-            activation=default.activation if self.activation_clips is None else tuple(self.activation_clips),
-            weight=default.weight if self.weight_clips is None else tuple(self.weight_clips),
+            activation=default.activation if asked.activation_clips is None else tuple(asked.activation_clips),
+            weight=default.weight if asked.weight_clips is None else tuple(asked.weight_clips),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: settings, and after calibration the results. Never data or processors."""
         values: dict[str, Any] = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
-        values |= {name: getattr(self, name) for name in _SETTINGS}
+        values |= self._saved()
         values["dataset"] = self.dataset if isinstance(self.dataset, str) else None
         if self.record is not None:
             values["modules"] = {name: record.to_dict() for name, record in self.record.modules.items()}
@@ -355,10 +276,16 @@ class QVLMConfig(QuantizationConfigMixin):
         values = migrate(dict(config_dict), FORMAT_VERSION)
         values.pop("quant_method", None)
         results = {name: values.pop(name) for name in _RESULTS if name in values}
-        unknown = set(values) - {*_SETTINGS, "dataset", "processor"}
+        unknown = set(values) - {*SAVED, EXACT_DECODE, "dataset", "processor"}
         if unknown:
             raise ConfigError(f"unknown fields in quantization_config: {', '.join(sorted(map(str, unknown)))}")
-        config = cls(**values)
+        nested: dict[str, Any] = {name: {} for name in NESTED}
+        for name, (argument, own) in nested_names().items():
+            if name in values:
+                nested[argument][own] = values.pop(name)
+        if values.pop(EXACT_DECODE, False) is True:
+            values["decode_tokens"] = 0
+        config = cls(**values, **nested)
         if results:
             config.record = read_record(results)
             config.record.found_digest = config_digest(config_dict)
@@ -367,20 +294,21 @@ class QVLMConfig(QuantizationConfigMixin):
 
     def idle_settings(self) -> list[str]:
         """Sentences about settings that were changed but have no effect beside others; empty where there are none."""
-        return idle_settings(vars(self), _defaults())
+        return idle_settings(self)
 
     def weight_only_tokens(self) -> int:
         """Up to how many tokens activations are not rounded."""
-        return 0 if self.exact_decode else self.decode_tokens
+        return self.decode_tokens
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What transformers carries over from this configuration to that of a quantized checkpoint.
 
         Of settings that cannot be changed any more only `requests`, for `take_requests` to look at.
         """
-        asked = {name: getattr(self, name) for name in (*_RUN_TIME, *_PRECISION) if self._is_asked_for(name)}
-        run_time = {name: value for name, value in asked.items() if name in _RUN_TIME}
-        return {**run_time, "requests": asked} if len(run_time) < len(asked) else run_time
+        saved = self._saved()
+        held = {name: saved[name] for name in HELD if self._is_asked_for(name, saved[name])}
+        run_time = {name: getattr(self, name) for name in RUN_TIME if self._is_asked_for(name, getattr(self, name))}
+        return {**run_time, "requests": run_time | held} if held else run_time
 
     def take_requests(self) -> None:
         """Compare what was asked for beside the checkpoint with what it holds.
@@ -389,29 +317,43 @@ class QVLMConfig(QuantizationConfigMixin):
             ConfigError: they differ.
         """
         requests, self.requests = self.requests or {}, None
-        for name in _PRECISION:
-            if name in requests and strict_json.dumps(requests[name]) != strict_json.dumps(getattr(self, name)):
+        saved = self._saved()
+        for name in HELD:
+            if name in requests and strict_json.dumps(requests[name]) != strict_json.dumps(saved[name]):
                 raise ConfigError(
                     f"quantization_config asks for {name}={requests[name]!r}, but the checkpoint is quantized with "
-                    f"{name}={getattr(self, name)!r}; leave it out to load the checkpoint as it is, or quantize the "
+                    f"{name}={saved[name]!r}; leave it out to load the checkpoint as it is, or quantize the "
                     "full-precision model"
                 )
 
-    def _is_asked_for(self, name: str) -> bool:
+    def _is_asked_for(self, name: str, value: Any) -> bool:
         """Given, or changed since."""
-        return name in self.given or getattr(self, name) != _defaults()[name]
+        return name in self.given or value != DEFAULTS[name]
+
+    def _saved(self) -> dict[str, Any]:
+        """Settings under their flat names in config.json."""
+        return saved_values(self) | {n: v for name in NESTED for n, v in saved_values(getattr(self, name)).items()}
+
+    def __getattr__(self, name: str) -> Any:
+        """Settings that moved into `search` and `encoder`, under their names of before."""
+        argument, own = nested_names(former=True).get(name, (None, ""))
+        if argument is None or argument not in vars(self):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        warnings.warn(f"{name} is read as {argument}.{own} now", DeprecationWarning, stacklevel=2)
+        return getattr(vars(self)[argument], own)
 
     def drop_data(self) -> None:
-        """Forget dataset and processor objects; a preset's name stays, as a record."""
+        """Forget dataset and processor objects and the journal; a preset's name stays, as a record."""
         self.dataset = self.dataset if isinstance(self.dataset, str) else None
         self.processor = None
+        self.resume = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy that shares dataset and processor, which may be large or hold open files."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__dict__.update(self.__dict__)
-        for name in ("overrides", *LISTS):
+        for name in ("overrides", "modules_to_not_convert"):
             value = getattr(self, name)
             setattr(copied, name, None if value is None else value.copy())
         copied.record = copy.deepcopy(self.record, memo)
@@ -424,22 +366,27 @@ class QVLMConfig(QuantizationConfigMixin):
 
     def _override(self, pattern: str) -> LinearChoice:
         value = (self.overrides or {})[pattern]
-        static = self.activation_range == "static"
+        static = self.search.activation_range == "static"
         if value is None:
             return LinearChoice(scheme=None)
         if isinstance(value, str):
             scheme, levels = Scheme.parse(value), self.two_level_scales
-            return LinearChoice(scheme=scheme, symmetric=self.symmetric, static=static, two_level=levels)
+            return LinearChoice(
+                scheme=scheme,
+                symmetric=self.symmetric,
+                static=static,
+                two_level=levels,
+                fitted=not self.servable,
+            )
         if not isinstance(value, Mapping) or set(value) - {"scheme", "group_size", "symmetric"}:
             raise ConfigError(
                 f"overrides[{pattern!r}] must be a scheme, None, or a dict with scheme, group_size, symmetric; "
                 f"got {value!r}"
             )
         group_size = value.get("group_size", "auto")
-        require_group(group_size, f"overrides[{pattern!r}]: group_size")
+        require(Group(), group_size, f"overrides[{pattern!r}]: group_size")
         symmetric = value.get("symmetric", self.symmetric)
-        if not isinstance(symmetric, bool):
-            raise ConfigError(f"overrides[{pattern!r}]: symmetric must be True or False, got {symmetric!r}")
+        require(Switch(), symmetric, f"overrides[{pattern!r}]: symmetric")
         scheme = value.get("scheme", self.scheme)
         return LinearChoice(
             scheme=None if scheme is None else Scheme.parse(scheme),
@@ -447,16 +394,15 @@ class QVLMConfig(QuantizationConfigMixin):
             symmetric=symmetric,
             static=static,
             two_level=self.two_level_scales,
+            fitted=not self.servable,
         )
 
     def _validate(self) -> None:
-        require_valid(vars(self))
-        for name in LISTS:
-            value = getattr(self, name)
-            setattr(self, name, None if value is None else list(value))
+        if isinstance(self.overrides, Mapping):
+            self.overrides = dict(self.overrides)
+        for entry in fields(Settings):
+            require(declaration(entry).kind, getattr(self, entry.name), entry.name)
+        keep = self.modules_to_not_convert
+        self.modules_to_not_convert = None if keep is None else list(keep)
+        require_agreement(self)
         self.options()
-
-
-def _defaults() -> dict[str, Any]:
-    """What each setting is where it is not given."""
-    return {name: parameter.default for name, parameter in signature(QVLMConfig).parameters.items()}

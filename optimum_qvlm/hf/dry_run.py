@@ -16,7 +16,8 @@ from optimum_qvlm.hf.format.modules import packed_bytes
 from optimum_qvlm.hf.model_class import choose_auto_class, read_model_config
 from optimum_qvlm.hf.saving.source import Source
 from optimum_qvlm.pipeline.calibrate import calibrate
-from optimum_qvlm.pipeline.rehearsal import Cost, rehearse
+from optimum_qvlm.pipeline.cost import Cost
+from optimum_qvlm.pipeline.rehearsal import rehearse
 from optimum_qvlm.pipeline.result import CalibrationResult
 from optimum_qvlm.plan import QuantPlan
 from optimum_qvlm.report.dry_run import DryRun, module_rows
@@ -75,25 +76,22 @@ def try_out(
     bytes_before = packed_bytes(model)
     before = {linear.name: packed_bytes(model.get_submodule(linear.path)) for linear in plan.linears()}
     if options.method == "rtn":
-        tried, rehearsal = None, None
+        tried = None
         result = calibrate(model, plan, options, None, device)
         largest = max(before.values())
         cost = Cost(seconds=result.seconds, answer_seconds=0, host_bytes=bytes_before, device_bytes=4 * largest)
     else:
         tried = try_data(model, plan, config, source, device)
         rehearsal = rehearse(model, plan, options, tried.workload, device)
-        rest = calibrate(model, rehearsal.rest, options, None, device)
-        modules = rehearsal.modules | rest.modules
-        plan = rehearsal.plan
-        result = CalibrationResult(plan=plan, modules=modules, recipe=tried.recipe, seconds=rest.seconds)
-        cost = rehearsal.cost
+        result, cost = replace(rehearsal.result, recipe=tried.recipe), rehearsal.cost
+        plan = result.plan
     after = {linear.name: packed_bytes(model.get_submodule(linear.path)) for linear in plan.linears()}
     shown = DryRun(
         modules=module_rows(plan, result.modules, before, after),
         kept=plan.kept,
         samples=0 if tried is None else tried.recipe.samples,
         missing_answers=0 if tried is None else tried.missing_answers,
-        chain={} if rehearsal is None else rehearsal.chain,
+        chain=dict(result.differences),
         cost=cost,
         bytes_before=bytes_before,
         bytes_after=packed_bytes(model),

@@ -5,10 +5,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import nn
 from transformers.utils import logging
 
+from optimum_qvlm.compat.accelerate import attach_hook, detach_hook, hook_of, offloads
+from optimum_qvlm.compat.transformers import has_adapters, parallel_size
 from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.hf.format.modules import quantized_modules
 from optimum_qvlm.hf.format.names import runtime_modules
@@ -131,8 +132,8 @@ def unfuse_linears(model: nn.Module) -> None:
     """Undo `fuse_linears`: each linear has its own weight again, bit for bit."""
     for path, linear in quantized_modules(model).items():
         if isinstance(linear, FusedLinear):
-            alone, hook = linear.apart(), getattr(linear.joint, "_hf_hook", None)
-            replace_module(model, path, alone if hook is None else add_hook_to_module(alone, hook))
+            alone, hook = linear.apart(), hook_of(linear.joint)
+            replace_module(model, path, alone if hook is None else attach_hook(alone, hook))
 
 
 def _fuse_site(model: nn.Module, paths: tuple[str, ...], places: Mapping[int, int]) -> str | None:
@@ -152,17 +153,17 @@ def _fuse_site(model: nn.Module, paths: tuple[str, ...], places: Mapping[int, in
     reason = why_apart(linears)
     if reason is not None:
         return reason
-    hook = getattr(linears[0], "_hf_hook", None)
-    joined = fuse([remove_hook_from_module(linear) for linear in linears])
+    hook = hook_of(linears[0])
+    joined = fuse([detach_hook(linear) for linear in linears])
     if hook is not None:
-        add_hook_to_module(joined[0].joint, hook)
+        attach_hook(joined[0].joint, hook)
     for path, linear in zip(paths, joined, strict=True):
         replace_module(model, path, linear)
     return None
 
 
 def _refuse_adapters(model: nn.Module) -> None:
-    loaded = getattr(model, "_hf_peft_config_loaded", False) or getattr(model, "peft_config", None) is not None
+    loaded = has_adapters(model) or getattr(model, "peft_config", None) is not None
     path = next((path for path, module in model.named_modules() if hasattr(module, "base_layer")), None)
     if loaded or path is not None:
         where = "" if path is None else f" (at {path})"
@@ -172,14 +173,14 @@ def _refuse_adapters(model: nn.Module) -> None:
 def _refuse_split(model: nn.Module) -> None:
     """Tensor parallelism gives each device rows or columns of a linear."""
     split = next((name for name, tensor in model.named_parameters() if hasattr(tensor, "device_mesh")), None)
-    if split is None and (getattr(model, "_tp_size", None) or 1) > 1:
+    if split is None and parallel_size(model) > 1:
         split = "the model"
     if split is not None:
         raise ConfigError(f"{split} is split over a device mesh, where linears cannot be fused; load without tp_plan")
 
 
 def _refuse_offload(model: nn.Module) -> None:
-    hooked = (path for path, module in model.named_modules() if _offloads(getattr(module, "_hf_hook", None)))
+    hooked = (path for path, module in model.named_modules() if offloads(hook_of(module)))
     path = next(hooked, None)
     if path is None:
         path = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
@@ -188,7 +189,3 @@ def _refuse_offload(model: nn.Module) -> None:
             f"{path or 'the model'} is offloaded or not loaded, so that linears cannot be fused; load the model with a "
             "device_map that keeps it in memory"
         )
-
-
-def _offloads(hook: Any) -> bool:
-    return bool(getattr(hook, "offload", False)) or any(map(_offloads, getattr(hook, "hooks", ())))

@@ -3,6 +3,7 @@
 from types import MethodType
 from typing import Any
 
+from optimum_qvlm.compat.torch import own_parameters
 from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.hf.format.modules import quantized_modules
 from optimum_qvlm.modules.qlinear import PackedLinear
@@ -13,14 +14,14 @@ STORED = ("weight_packed", "weight_scale", "weight_zero_point", "input_equalizer
 
 def wrap_methods(model: Any) -> None:
     """Give the instance our methods; a deep copy of the model gets ones bound to the copy."""
-    model.num_parameters = MethodType(num_parameters, model)
-    model.resize_token_embeddings = MethodType(resize_token_embeddings, model)
+    for method in METHODS:
+        setattr(model, method.__name__, MethodType(method, model))
 
 
 def unwrap_methods(model: Any) -> None:
     """Undo `wrap_methods`."""
-    for name in ("num_parameters", "resize_token_embeddings"):
-        vars(model).pop(name, None)
+    for method in METHODS:
+        vars(model).pop(method.__name__, None)
 
 
 def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -32,9 +33,8 @@ def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: 
     if only_trainable:
         return counted
     packed = [module for module in self.modules() if isinstance(module, PackedLinear)]
-    held = {
-        id(p): p.numel() for module in packed for n, p in module._parameters.items() if n in STORED and p is not None
-    }
+    parameters = [entry for module in packed for entry in own_parameters(module).items()]
+    held = {id(tensor): tensor.numel() for name, tensor in parameters if name in STORED and tensor is not None}
     values = sum(module.in_features * module.out_features for module in quantized_modules(self).values())
     return counted - sum(held.values()) + values
 
@@ -59,3 +59,6 @@ def resize_token_embeddings(
                 "embedding, or resize what dequantize() returns"
             )
     return type(self).resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+
+METHODS = (num_parameters, resize_token_embeddings)

@@ -4,8 +4,8 @@ from typing import Any
 
 from huggingface_hub.errors import HTTPError, StrictDataclassError  # type: ignore[attr-defined]
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
-from transformers.models.auto import modeling_auto
 
+from optimum_qvlm.compat.transformers import model_types
 from optimum_qvlm.errors import HubError, QVLMError
 from optimum_qvlm.hf.format.model_sizes import require_buildable
 from optimum_qvlm.hf.saving.source import is_folder
@@ -39,7 +39,7 @@ def choose_auto_class(task: str, config: Any) -> Any:
     if task == "auto":
         remote_classes = getattr(config, "auto_map", None) or {}
         takes_images = (
-            config.model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+            config.model_type in model_types("AutoModelForImageTextToText")
             or "AutoModelForImageTextToText" in remote_classes
         )
         task = "image-text-to-text" if takes_images else "text-generation"
@@ -52,12 +52,8 @@ def require_class(model: str, config: Any, auto_class: Any) -> None:
     Raises:
         QVLMError: names its type.
     """
-    kinds = {
-        "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-        "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    }
     name = auto_class.__name__
-    if config.model_type not in kinds[name] and name not in (getattr(config, "auto_map", None) or {}):
+    if config.model_type not in model_types(name) and name not in (getattr(config, "auto_map", None) or {}):
         raise QVLMError(
             f"model {model} is of type {config.model_type!r}, which {name} does not load; name a model that answers "
             "in text, or another --task"

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
-from accelerate.utils import get_balanced_memory
 
+from optimum_qvlm.compat.accelerate import balanced_memory
+from optimum_qvlm.compat.transformers import unmoved_arguments, unsplit_classes
 from optimum_qvlm.errors import ConfigError
 
 DeviceMap = dict[str, Any]
@@ -52,11 +53,11 @@ class Placement:
             ConfigError: it does not fit the memory that was given without the disk.
         """
         self.max_memory = dict(max_memory)
-        unsplit = list(skeleton._no_split_modules or ())
+        unsplit = unsplit_classes(skeleton)
         limits = self.max_memory
         if self.requested != "sequential":
             low_zero = self.requested == "balanced_low_0"
-            limits = get_balanced_memory(skeleton, dict(limits), no_split_module_classes=unsplit, low_zero=low_zero)
+            limits = balanced_memory(skeleton, limits, unsplit, low_zero=low_zero)
         self.final = dict(infer_auto_device_map(skeleton, limits, no_split_module_classes=unsplit))
         _refuse_disk(self.final)
         return {"cpu": sys.maxsize}
@@ -79,7 +80,7 @@ class Placement:
         if len(devices) == 1:
             torch.nn.Module.to(model, torch.device(devices.pop()))
         else:
-            dispatch_model(model, device_map, skip_keys=model._skip_keys_device_placement)
+            dispatch_model(model, device_map, skip_keys=unmoved_arguments(model))
         model.hf_device_map = device_map
 
 

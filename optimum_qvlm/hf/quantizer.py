@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
+from optimum_qvlm.compat.transformers import QuantizerBase, has_adapters, kept_in_float32
 from optimum_qvlm.errors import CheckpointError, ConfigError
 from optimum_qvlm.hf.config import QVLMConfig
 from optimum_qvlm.hf.format.record import CalibrationRecord, config_identity
@@ -18,7 +18,7 @@ from optimum_qvlm.hf.format.record import CalibrationRecord, config_identity
 logger = logging.get_logger("transformers.optimum_qvlm")
 
 
-class QVLMQuantizer(HfQuantizer):
+class QVLMQuantizer(QuantizerBase):
     """Calibrates a full-precision checkpoint, or loads one that was saved quantized.
 
     Attributes:
@@ -27,6 +27,7 @@ class QVLMQuantizer(HfQuantizer):
         processor_files: name -> content of a processor that the user passed and the source lacks.
         report: content of `qvlm_report.json`, None where the source's own is copied.
         dry_run: what a dry run showed, None after a real one.
+        journal: folder of what the calibration has kept, until the model is saved as a whole; None where there is none.
     """
 
     requires_calibration = False
@@ -44,6 +45,7 @@ class QVLMQuantizer(HfQuantizer):
         self.processor_files: dict[str, bytes] = {}
         self.report: dict[str, Any] | None = None
         self.dry_run: Any = None
+        self.journal: Path | None = None
         self._placement: Any = None
         self._plan: Any = None
         self._model: Any = None
@@ -80,9 +82,8 @@ class QVLMQuantizer(HfQuantizer):
         self._placement.require_devices()
         return self._placement.on_cpu()  # type: ignore[no-any-return]
 
-    def update_attn_implementation(self, config: Any) -> Any:
-        """Look at the model's sizes and at the index of a local checkpoint. Attention is as it was asked for: this is
-        the one hook that knows configuration and folder before the model is built and the index read."""
+    def before_building(self, config: Any) -> None:
+        """Look at the model's sizes, and of a quantized checkpoint at the index of its folder."""
         from optimum_qvlm.hf.format.model_sizes import require_buildable
 
         require_buildable(config.to_dict(), config.name_or_path or "the model")
@@ -91,17 +92,12 @@ class QVLMQuantizer(HfQuantizer):
 
             require_index_of(self.config, config.name_or_path or "")
             self._require_same_model(config, config.name_or_path or None)
-        return config
 
     def _require_same_model(self, config: Any, folder: str | Path | None) -> None:
         from optimum_qvlm.hf.format.model_config import require_same_model
 
         if folder is not None:
             require_same_model(self.config.record, config, Path(folder) / "config.json")
-
-    def update_tp_plan(self, config: Any) -> Any:
-        """The same hook in releases of transformers before there was `update_attn_implementation`, as 5.16."""
-        return self.update_attn_implementation(config)
 
     def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
         """The only hook that sees `max_memory`."""
@@ -111,13 +107,18 @@ class QVLMQuantizer(HfQuantizer):
 
         return self._placement.note_memory(max_memory, quantized_skeleton(self._model, self._plan))  # type: ignore[no-any-return]
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+    def before_loading(self, model: Any, files: list[str]) -> None:
+        """Hold the files beside the weights, and check the checkpoint or plan the calibration before anything is read.
+
+        Raises:
+            CheckpointError: the checkpoint does not hold what its configuration says.
+            ConfigError: the settings do not fit the model.
+        """
         from optimum_qvlm.hf.access import watch_access
         from optimum_qvlm.hf.format.coverage import require_coverage
         from optimum_qvlm.hf.format.modules import extra_tensors, require_checkpoint, swap_in_quantized
         from optimum_qvlm.hf.saving.source import Source, require_weights_inside
 
-        files = kwargs.get("checkpoint_files")
         if not files:
             raise CheckpointError("a model is quantized from the files of a checkpoint; none were given")
         require_weights_inside(model.config.name_or_path, files)
@@ -132,9 +133,9 @@ class QVLMQuantizer(HfQuantizer):
             self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         else:
             self._prepare(model, files)
-        return model
 
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+    def after_loading(self, model: Any) -> Any:
+        """Calibrate, or finish what was loaded, and give the model our methods."""
         from optimum_qvlm.hf.access import unwatch_access
         from optimum_qvlm.hf.format.modules import prepare_modules
         from optimum_qvlm.hf.fusion import fuse_where_it_pays
@@ -147,7 +148,7 @@ class QVLMQuantizer(HfQuantizer):
         else:
             self._calibrate(model)
         if self.config.dequantize:
-            return self._dequantize(model, model.config.dtype)
+            return self.to_plain(model, model.config.dtype)
         prepare_modules(model, self.config.weight_only_tokens())
         if self._reference is not None:
             self._compare(model)
@@ -168,7 +169,12 @@ class QVLMQuantizer(HfQuantizer):
         entries = {path: record.modules[name] for name, path in paths.items()}
         return stored_state(model, config_identity(self.config.to_dict()), entries), {}
 
-    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+    def to_plain(self, model: Any, dtype: Any = None) -> Any:
+        """The model with plain linears, of `dtype` where it is given, else of that of the scales.
+
+        Raises:
+            ConfigError: a parameter is offloaded.
+        """
         from optimum_qvlm.hf.format.modules import quantized_modules
         from optimum_qvlm.hf.methods import unwrap_methods
         from optimum_qvlm.hf.saving.save import unwrap_saving
@@ -201,10 +207,16 @@ class QVLMQuantizer(HfQuantizer):
 
         record = self.config.record
         assert record is not None
-        if getattr(model, "_hf_peft_config_loaded", False):
+        if has_adapters(model):
             return  # only adapters are written
         paths, quantized = runtime_modules(model, record.modules, "weight_packed"), quantized_modules(model)
         absent = next((name for name in record.modules if paths.get(name) not in quantized), None)
+        adapted = next((path.partition(".base_layer")[0] for path in quantized if ".base_layer" in path), None)
+        if adapted is not None:
+            raise CheckpointError(
+                f"{adapted} has an adapter, which is no part of the checkpoint; save what unload() of the PEFT model "
+                "returns, or the adapter alone by save_pretrained() of the PEFT model"
+            )
         if absent is not None:
             raise CheckpointError(
                 f"{absent} was quantized, but the model has another module in its place, so that it cannot be saved as "
@@ -238,15 +250,16 @@ class QVLMQuantizer(HfQuantizer):
 
         if learns_encoder(self._plan, self.config.options()) and not predicts_tokens(model):
             raise ConfigError(
-                f"encoder_epochs={self.config.encoder_epochs} learns from the answers that the language model predicts,"
+                f"encoder.epochs={self.config.encoder.epochs} learns from the answers that the language model predicts,"
                 f" and {type(model).__name__} has no output embedding to predict them; load a class with a language "
-                "model head, as AutoModelForImageTextToText, or set encoder_epochs=0"
+                "model head, as AutoModelForImageTextToText, or set encoder.epochs to 0"
             )
 
     def _calibrate(self, model: Any) -> None:
         from optimum_qvlm.hf.calibration_data import prepare_data, require_all_loaded, users_processor
         from optimum_qvlm.hf.dry_run import try_out
         from optimum_qvlm.hf.format.modules import packed_bytes
+        from optimum_qvlm.hf.resume import journal_of
         from optimum_qvlm.pipeline.calibrate import calibrate
         from optimum_qvlm.report.summary import summarize
 
@@ -263,7 +276,9 @@ class QVLMQuantizer(HfQuantizer):
             if self.config.method != "rtn":
                 data = prepare_data(model, self._plan, self.config, self.source, device)
                 self._note_reference(model, data.held_out, device)
-            result = calibrate(model, self._plan, self.config.options(), data, device)
+            with journal_of(model, self._plan, self.config, data, device) as journal:
+                result = calibrate(model, self._plan, self.config.options(), data, device, journal=journal)
+                self.journal = None if journal is None else journal.folder
         if self.config.processor is not None:
             self._keep_processor(self.config.processor)
         self.report = summarize(result, self.config.to_dict(), bytes_before=before, bytes_after=packed_bytes(model))
@@ -277,7 +292,7 @@ class QVLMQuantizer(HfQuantizer):
     def _cast(self, model: Any) -> None:
         """Give parameters the dtype that the user asked for: of quantized checkpoints, older transformers keep
         the stored one for every key that it renames."""
-        kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+        kept = kept_in_float32(model)
         for name, parameter in model.named_parameters():
             wanted = self._dtypes.get(name, parameter.dtype)
             if parameter.is_meta or parameter.dtype == wanted or kept.intersection(name.split(".")):

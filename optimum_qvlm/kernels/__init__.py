@@ -1,6 +1,5 @@
 """The tensor operations of quantized inference. The torch definition of each is its specification."""
 
-from optimum_qvlm.kernels.checks import FULL_BITS
 from optimum_qvlm.kernels.ops import quantize
 from optimum_qvlm.kernels.reference import (
     dequantize_tokens,
@@ -18,22 +17,21 @@ from optimum_qvlm.kernels.weights import (
     NOTHING,
     PACKED,
     TRANSIENT,
-    CodedWeight,
+    LinearGrid,
+    QuantizedWeight,
     Rounding,
     StoredWeight,
-    WeightGrid,
 )
 
 __all__ = [
     "CHECKPOINT_LAYOUTS",
-    "FULL_BITS",
     "NOTHING",
     "PACKED",
     "TRANSIENT",
-    "CodedWeight",
+    "LinearGrid",
+    "QuantizedWeight",
     "Rounding",
     "StoredWeight",
-    "WeightGrid",
     "dequantize_tokens",
     "fake_quantize_static",
     "fake_quantize_tokens",

@@ -4,20 +4,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from optimum_qvlm.compat.torch import dispatch_mode_check, tracing_check, transform_check
 from optimum_qvlm.kernels import dispatch
 from optimum_qvlm.kernels.checks import require_activations, require_rounding, require_same_device
-from optimum_qvlm.kernels.weights import Rounding, StoredWeight, WeightGrid
+from optimum_qvlm.kernels.weights import LinearGrid, Rounding, StoredWeight
+
+_in_dispatch_mode, _is_traced, _transform = dispatch_mode_check(), tracing_check(), transform_check()
 
 
 def is_plain(x: Tensor, bias: Tensor | None) -> bool:
     """Whether nobody traces, transforms or differentiates what is done to `x`, so that an operation may be left out."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or is_in_torch_dispatch_mode():
+    if torch.compiler.is_compiling() or type(x) is not Tensor or _in_dispatch_mode():
         return False
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return False
-    return not torch._C._is_tracing() and torch._C._functorch.peek_interpreter_stack() is None
+    return not _is_traced() and _transform() is None
 
 
 class BoundLinear:
@@ -27,14 +29,14 @@ class BoundLinear:
     """
 
     def __init__(
-        self, stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: WeightGrid, settings: str = ""
+        self, stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: LinearGrid, settings: str = ""
     ) -> None:
         """Settle all but the activation. `settings` are for the owner, see `is_of`.
 
         Raises:
             SpecError: tensors lie on several devices, or the rounding does not fit the channels.
         """
-        require_rounding(stored.values.new_empty(0, grid.in_features), *_grid_of(rounding))
+        require_rounding(stored.values.new_empty(0, grid.in_features), rounding)
         require_same_device(stored.values, scale=stored.scale, bias=bias, equalizer=rounding.equalizer)
         self.settings = settings
         self.values, self.scale, self.zero_point = stored.values, stored.scale, stored.zero_point
@@ -70,7 +72,3 @@ class BoundLinear:
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()
-
-
-def _grid_of(rounding: Rounding) -> tuple[int, int | None, float, int | None]:
-    return rounding.bits, rounding.group, rounding.clip, rounding.rotation

@@ -3,8 +3,7 @@
 from torch import Tensor
 
 from optimum_qvlm.errors import SpecError
-
-FULL_BITS = 16
+from optimum_qvlm.kernels.weights import Rounding
 
 
 def require_activations(x: Tensor, channels: int | None = None) -> None:
@@ -19,17 +18,17 @@ def require_activations(x: Tensor, channels: int | None = None) -> None:
         raise SpecError(f"the activation has {x.shape[-1]} channels, the weight has in_features={channels}")
 
 
-def require_rounding(x: Tensor, bits: int, group: int | None, clip: float, rotation: int | None) -> None:
-    """A grid that fits the channels of `x`; `bits` may be 16, which rounds nothing.
+def require_rounding(x: Tensor, rounding: Rounding) -> None:
+    """A grid and a rotation that fit the channels of `x`.
 
     Raises:
-        SpecError: it does not.
+        SpecError: they do not.
     """
-    if bits != FULL_BITS and not 2 <= bits <= 8:
-        raise SpecError(f"activation bits must lie in 2..8, or be {FULL_BITS} to leave them, got {bits}")
-    if not 0.0 < clip <= 1.0:
-        raise SpecError(f"clip must lie above 0 and at most at 1, got {clip}")
-    for name, size in (("group", group), ("rotation", rotation)):
+    if rounding.bits is not None and not 2 <= rounding.bits <= 8:
+        raise SpecError(f"activation bits must lie in 2..8, or be None to leave them, got {rounding.bits}")
+    if not 0.0 < rounding.clip <= 1.0:
+        raise SpecError(f"clip must lie above 0 and at most at 1, got {rounding.clip}")
+    for name, size in (("group", rounding.group), ("rotation", rounding.rotation)):
         if size is not None and (size < 1 or x.shape[-1] % size != 0):
             raise SpecError(f"{name}={size} does not divide the {x.shape[-1]} channels of the activation")
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optimum_qvlm.spec import ActivationSpec, WeightSpec
+
 PACKED = "packed"
 """The layout of the checkpoint, which every device can run, by the definition."""
 
@@ -15,41 +17,39 @@ CHECKPOINT_LAYOUTS = (PACKED, TRANSIENT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WeightGrid:
+class LinearGrid:
     """What a layout has to hold, and for which activations.
 
     Attributes:
         in_features, out_features: sizes of the weight [out_features, in_features].
-        bits: 2..8.
-        group: input channels that share a scale; None shares the row.
-        zero_point: whether groups have zero points.
-        scale_dtype: dtype of the scales.
-        activation_bits: 2..8, or 16 where activations are not rounded.
-        activation_group: channels of a token that share a scale; None shares the token.
-        decode_tokens: up to how many tokens activations are not rounded whatever `activation_bits` says.
-        two_level: whether scales of a row are multiples of one step, see `optimum_qvlm.kernels.levels`.
+        weight: its grid.
+        activation: the grid of activations; None where they are not rounded.
+        scale_dtype: dtype of the weight's scales.
+        decode_tokens: up to how many tokens activations are not rounded whatever `activation` says.
     """
 
     in_features: int
     out_features: int
-    bits: int
-    group: int | None = None
-    zero_point: bool = False
+    weight: WeightSpec
+    activation: ActivationSpec | None = None
     scale_dtype: torch.dtype = torch.float32
-    activation_bits: int = 16
-    activation_group: int | None = None
     decode_tokens: int = 0
-    two_level: bool = False
 
     @property
     def groups(self) -> int:
         """Number of scales per row."""
-        return 1 if self.group is None else self.in_features // self.group
+        return self.weight.groups(self.in_features)
 
 
 @dataclass(frozen=True, slots=True)
-class CodedWeight:
-    """int8 codes [out_features, in_features], scales [out_features, groups], int8 zero points of that shape or None."""
+class QuantizedWeight:
+    """Codes of one weight with what turns them back.
+
+    Attributes:
+        codes: int8 [out_features, in_features], in -2^(bits-1) .. 2^(bits-1)-1.
+        scale: [out_features, groups], in the dtype that is stored. Not zero; negative ones turn the grid around.
+        zero_point: int8 [out_features, groups], or None on a symmetric grid.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -71,26 +71,49 @@ class Rounding:
     """What happens to activations [..., channels] before the product.
 
     Attributes:
-        bits: 2..8, or 16 to leave them.
+        bits: 2..8, or None to leave them.
         group: channels of a token that share a scale; None shares the token.
         clip: ratio of the peak that maps to the largest code.
         scale: fp32 [1], the fixed scale of a static grid; None on dynamic ones.
         equalizer: fp32 [channels], multiplies activations first; None for ones.
         rotation: size of the Hadamard blocks applied next; None for none.
+        fitted: fit sign and size of each dynamic scale, see `quantize_tokens`.
     """
 
-    bits: int = 16
+    bits: int | None = None
     group: int | None = None
     clip: float = 1.0
     scale: Tensor | None = None
     equalizer: Tensor | None = None
     rotation: int | None = None
+    fitted: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        activation: ActivationSpec | None,
+        *,
+        clip: float = 1.0,
+        scale: Tensor | None = None,
+        equalizer: Tensor | None = None,
+        rotation: int | None = None,
+    ) -> "Rounding":
+        """Rounding to a grid behind a transform; `NOTHING` where there is neither."""
+        if activation is not None:
+            return cls(
+                bits=activation.bits,
+                group=activation.group,
+                clip=clip,
+                scale=scale,
+                equalizer=equalizer,
+                rotation=rotation,
+                fitted=activation.fitted,
+            )
+        return NOTHING if equalizer is None and rotation is None else cls(equalizer=equalizer, rotation=rotation)
 
     def unrounded(self) -> "Rounding":
         """The transform alone."""
-        if self.equalizer is None and self.rotation is None:
-            return NOTHING
-        return Rounding(equalizer=self.equalizer, rotation=self.rotation)
+        return Rounding.of(None, equalizer=self.equalizer, rotation=self.rotation)
 
 
 NOTHING = Rounding()

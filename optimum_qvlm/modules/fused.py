@@ -11,8 +11,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from optimum_qvlm.compat.accelerate import HOOK, offloads
+from optimum_qvlm.compat.torch import StateModule, has_hooks, own_modules, own_parameters, tensor_version
 from optimum_qvlm.errors import ConfigError
-from optimum_qvlm.kernels import PACKED, TRANSIENT, CodedWeight, StoredWeight, WeightGrid, dispatch
+from optimum_qvlm.kernels import PACKED, TRANSIENT, LinearGrid, QuantizedWeight, StoredWeight, dispatch
 from optimum_qvlm.modules.qlinear import PackedLinear, QuantLinear
 
 CANNOT_OFFLOAD = "fused linears cannot be offloaded; call optimum_qvlm.unfuse_linears(model) first"
@@ -43,8 +45,9 @@ class JointLinear(PackedLinear):
         )
         joint.handover, joint.decode_tokens = Handover(), first.decode_tokens
         joint.sizes = [linear.out_features for linear in linears]
+        joint.path = ", ".join(linear.path for linear in linears if linear.path)
         zeros = [weight.zero_point for weight in weights if weight.zero_point is not None]
-        weight = CodedWeight(
+        weight = QuantizedWeight(
             torch.cat([weight.codes for weight in weights]),
             torch.cat([weight.scale for weight in weights]),
             torch.cat(zeros) if zeros else None,
@@ -66,7 +69,7 @@ class JointLinear(PackedLinear):
         codes[rows], scale[rows] = other.codes, other.scale
         if zero is not None and other.zero_point is not None:
             zero[rows] = other.zero_point
-        self._hold(dispatch.store(CodedWeight(codes, scale, zero), self.grid, self.layout))
+        self._hold(dispatch.store(QuantizedWeight(codes, scale, zero), self.grid, self.layout))
         for name in ("input_equalizer", "input_scale"):
             shared, given = getattr(self, name), getattr(linear, name)
             if shared is not None:
@@ -78,14 +81,12 @@ class JointLinear(PackedLinear):
         """Nothing: see the linears."""
         return {} if destination is None else destination
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def take_state(self, *args: Any) -> None:
         """The linears say that they take none."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse the hook of accelerate that would look for its weights under a name that no state has."""
-        if name == "_hf_hook" and any(
-            getattr(hook, "offload", False) for hook in (value, *getattr(value, "hooks", ()))
-        ):
+        if name == HOOK and offloads(value):
             raise ConfigError(f"{CANNOT_OFFLOAD}, and load the model again, as its weights were taken away already")
         super().__setattr__(name, value)
 
@@ -105,14 +106,19 @@ class Handover:
         return Handover, ()
 
 
+_ROWS = {"weight_packed": "values", "weight_scale": "scale", "weight_zero_point": "zero_point"}
+_SHARED = ("decode_tokens", "input_equalizer", "input_scale")
+
+
 class FusedLinear(QuantLinear):
     """A linear whose rows lie in a `JointLinear`. Its parameters are computed from there, as the checkpoint has them.
 
     Called with the tensor that another linear of the group was just called with, it returns its rows of that product;
     with any other tensor, or a second time, it computes the product anew. The product is let go when each has taken its
     rows. On a GPU the rows are a view. They are a copy where gradients are recorded, as views would share a version
-    counter, and on a CPU: PyTorch's elementwise functions (SiLU, GELU) round the last elements of a strided row with
-    other code than those of a contiguous tensor, so that a view would change the model by a bit.
+    counter and refuse to be changed in place, and on a CPU: PyTorch's elementwise functions (SiLU, GELU) round the last
+    elements of a strided row with other code than those of a contiguous tensor, so that a view would change the model
+    by a bit.
     """
 
     joint: JointLinear
@@ -121,12 +127,12 @@ class FusedLinear(QuantLinear):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.format = joint.in_features, joint.sizes[index], joint.format
         self.joint, self.start = joint, sum(joint.sizes[:index])
-        self.index = index
+        self.index, self.layout = index, PACKED
         self.training = joint.training
 
     def forward(self, input: Tensor) -> Tensor:
         """Product of the rounded input [..., in_features] with the weight, plus bias, in the input's dtype."""
-        joint: JointLinear = self._modules["joint"]  # type: ignore[assignment]
+        joint: JointLinear = own_modules(self)["joint"]  # type: ignore[assignment]
         handover, moment, bit = joint.handover, _moment(input), 1 << self.index
         kept = handover.kept
         if kept is not None and kept[0] is input and kept[1] == moment and kept[3] & bit:
@@ -136,16 +142,16 @@ class FusedLinear(QuantLinear):
             waiting = (1 << len(rows)) - 1 & ~bit
         handover.kept = (input, moment, rows, waiting) if waiting else None
         mine = rows[self.index]
-        if mine.requires_grad:
+        if torch.is_grad_enabled():
             return mine.clone(memory_format=torch.contiguous_format)
         return mine.contiguous() if mine.device.type == "cpu" else mine
 
-    def quantized_rows(self) -> CodedWeight:
+    def quantized_rows(self) -> QuantizedWeight:
         """Codes, scales and zero points of its own rows."""
         weight = dispatch.restore(self.joint._stored(), self.joint.grid)
         rows = slice(self.start, self.start + self.out_features)
         zero = None if weight.zero_point is None else weight.zero_point[rows]
-        return CodedWeight(weight.codes[rows], weight.scale[rows].clone(), zero)
+        return QuantizedWeight(weight.codes[rows], weight.scale[rows].clone(), zero)
 
     def apart(self) -> QuantLinear:
         """The linear as it was before it was fused."""
@@ -157,7 +163,7 @@ class FusedLinear(QuantLinear):
             scale_dtype=self.grid.scale_dtype,
             device="meta",
         )
-        alone.decode_tokens = self.decode_tokens
+        alone.decode_tokens, alone.path = self.decode_tokens, self.path
         alone._hold(self._stored())
         for name in ("input_equalizer", "input_scale"):
             shared = getattr(self, name)
@@ -169,54 +175,28 @@ class FusedLinear(QuantLinear):
         return alone if self.joint.layout == PACKED else alone.prepare()
 
     @property
-    def grid(self) -> WeightGrid:
+    def grid(self) -> LinearGrid:
         """The format as kernels read it."""
         return dataclasses.replace(self.joint.grid, out_features=self.out_features)
 
-    @property
-    def layout(self) -> str:  # type: ignore[override]
-        """That of the checkpoint, in which its parameters are given; the joint weight has its own."""
-        return PACKED
+    def __getattr__(self, name: str) -> Any:
+        """What it does not hold: its rows of the joint weight as the checkpoint has them, its part of the joint bias (a
+        view), and what the whole group shares."""
+        if name in _ROWS:
+            return getattr(self._stored(), _ROWS[name])
+        if name in _SHARED:
+            return getattr(self.joint, name)
+        if name == "bias":
+            shift = self.joint.bias
+            return None if shift is None else shift.narrow(0, self.start, self.out_features)
+        return super().__getattr__(name)
 
-    @property
-    def decode_tokens(self) -> int:
-        """Up to how many tokens activations are not rounded, for the whole group."""
-        return self.joint.decode_tokens
-
-    @decode_tokens.setter
-    def decode_tokens(self, tokens: int) -> None:
-        self.joint.decode_tokens = tokens
-
-    @property
-    def weight_packed(self) -> Tensor:  # type: ignore[override]
-        """int32 [out_features, words]."""
-        return self._stored().values
-
-    @property
-    def weight_scale(self) -> Tensor:  # type: ignore[override]
-        """[out_features, groups]."""
-        return self._stored().scale
-
-    @property
-    def weight_zero_point(self) -> Tensor | None:  # type: ignore[override]
-        """int32 [words, groups], or None."""
-        return self._stored().zero_point
-
-    @property
-    def input_equalizer(self) -> Tensor | None:  # type: ignore[override]
-        """fp32 [in_features], of the whole group."""
-        return self.joint.input_equalizer
-
-    @property
-    def input_scale(self) -> Tensor | None:  # type: ignore[override]
-        """fp32 [1], of the whole group."""
-        return self.joint.input_scale
-
-    @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]
-        """[out_features], a view of the joint bias, or None."""
-        shift: Tensor | None = self.joint.bias
-        return None if shift is None else shift.narrow(0, self.start, self.out_features)
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set `decode_tokens` for the whole group."""
+        if name == "decode_tokens":
+            self.joint.decode_tokens = value
+        else:
+            super().__setattr__(name, value)
 
     def prepare(self, *, transient: bool = False) -> Self:
         """Put the joint weight into the layout that is fastest on its device.
@@ -240,7 +220,7 @@ class FusedLinear(QuantLinear):
     def _stored(self) -> StoredWeight:
         return dispatch.store(self.quantized_rows(), self.grid, PACKED)
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def give_state(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """The tensors of the linear before it was fused, in their order, none of which share memory."""
         destination.update({f"{prefix}{name}": tensor for name, tensor in self.packed_state().items()})
         for name in ("input_equalizer", "input_scale", "bias"):
@@ -248,24 +228,25 @@ class FusedLinear(QuantLinear):
             if tensor is not None:
                 destination[f"{prefix}{name}"] = tensor.detach().clone()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def take_state(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the weight of the linear into its rows; a state without it, as that of adapters, changes nothing."""
         if not any(f"{prefix}{name}" in state_dict for name in self._written_names()):
             _, strict, missing, *_ = args
             missing.extend(f"{prefix}{name}" for name in self._written_names() if strict)
             return
         alone = self.apart()
-        alone._load_from_state_dict(state_dict, prefix, *args)
+        alone.take_state(state_dict, prefix, *args)
         self.joint.put(self.start, alone)
 
     def _written_names(self) -> list[str]:
         """Names of the tensors in a state of the linear."""
         given = ("weight_zero_point", "input_equalizer", "input_scale", "bias")
-        return ["weight_packed", "weight_scale", *(name for name in given if self.joint._parameters[name] is not None)]
+        held = own_parameters(self.joint)
+        return ["weight_packed", "weight_scale", *(name for name in given if held[name] is not None)]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def apply_to_tensors(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move and cast the joint weight; for the second of a group there is nothing left to do."""
-        nn.Module._apply(self, fn, recurse)
+        StateModule.apply_to_tensors(self, fn, recurse)
         return self
 
     def extra_repr(self) -> str:
@@ -276,14 +257,17 @@ class FusedLinear(QuantLinear):
 def fuse(linears: Sequence[QuantLinear]) -> list[FusedLinear]:
     """Linears over one joint weight in place of these, of which `why_apart` says nothing."""
     joint = JointLinear.of(linears)
-    return [FusedLinear(joint, index) for index in range(len(linears))]
+    fused = [FusedLinear(joint, index) for index in range(len(linears))]
+    for linear, apart in zip(fused, linears, strict=True):
+        linear.path = apart.path
+    return fused
 
 
 def why_apart(linears: Sequence[QuantLinear]) -> str | None:
     """Why linears cannot be fused; None where they can."""
     if any(linear.layout == TRANSIENT or linear.weight_packed.is_meta for linear in linears):
         return "their weights are not in memory"
-    if any(linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks for linear in linears):
+    if any(has_hooks(linear) for linear in linears):
         return "they have hooks"
     for what, values in _properties(linears).items():
         if any(value != values[0] for value in values):
@@ -321,4 +305,4 @@ def _moment(input: Tensor) -> tuple[Any, ...]:
     recorded = torch.is_grad_enabled(), input.requires_grad
     if torch.compiler.is_compiling():
         return recorded
-    return *recorded, torch.is_inference_mode_enabled(), None if input.is_inference() else input._version
+    return *recorded, torch.is_inference_mode_enabled(), None if input.is_inference() else tensor_version(input)

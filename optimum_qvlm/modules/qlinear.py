@@ -1,53 +1,42 @@
 """A linear layer whose weight is stored as packed integers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from optimum_qvlm.compat.torch import StateModule, own_parameters
+from optimum_qvlm.compat.transformers import spared_by_initialisation
 from optimum_qvlm.kernels import (
     CHECKPOINT_LAYOUTS,
-    FULL_BITS,
     PACKED,
     TRANSIENT,
-    CodedWeight,
+    LinearGrid,
+    QuantizedWeight,
     Rounding,
     StoredWeight,
-    WeightGrid,
     dispatch,
+    schema,
 )
 from optimum_qvlm.kernels.bound import BoundLinear, is_plain
+from optimum_qvlm.modules.frozen import refuse_training
 from optimum_qvlm.modules.read_only import ReadOnlyWeight, refusal
-from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight
+from optimum_qvlm.quant.affine import dequantize_weight
 from optimum_qvlm.quant.packing import packed_width
 from optimum_qvlm.quant.transform import SiteTransform
-from optimum_qvlm.spec import ActivationSpec, WeightSpec
+from optimum_qvlm.spec import LinearFormat
+
+__all__ = ["PACKED_PARAMETERS", "LinearFormat", "PackedLinear", "QuantLinear"]
 
 PACKED_PARAMETERS = ("weight_packed", "weight_scale", "weight_zero_point", "input_equalizer", "input_scale")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinearFormat:
-    """How one linear is quantized: its grids, the clip of its activations, the transform of its site.
-
-    `activation_clip` is the ratio of each token's (or group's) peak that the largest code stands for; `equalized`
-    and `rotation` say what `optimum_qvlm.quant.transform.SiteTransform` does to the activations.
-    """
-
-    weight: WeightSpec
-    activation: ActivationSpec | None = None
-    activation_clip: float = 1.0
-    equalized: bool = False
-    rotation: int | None = None
-
-
 _SETTINGS = ("in_features", "out_features", "format", "layout", "decode_tokens")
-_ABSENT, _YES, _NO = "-", "yes", "no"
 
 
-class PackedLinear(nn.Module):
+@spared_by_initialisation  # which would dequantize each weight, to fill a copy with random values
+class PackedLinear(StateModule):
     """A product with packed integers: `y = Q(x T) dequantize(W)^T + b`.
 
     Parameters, of which only the bias can be trained:
@@ -59,7 +48,8 @@ class PackedLinear(nn.Module):
         bias: [out_features] or None.
 
     `format` holds the grids. `weight` is a property that dequantizes on demand, for code that looks at it. Up to
-    `decode_tokens` tokens, activations are not rounded.
+    `decode_tokens` tokens, activations are not rounded. `path` is where in a model it lies, for errors; `bound_linear`
+    is kept of a call that could do without PyTorch's dispatcher, for the next one.
 
     The shapes above are those of the checkpoint, layout `"packed"`. `prepare` puts the first three parameters into the
     layout that is fastest on their device, in place, and `pack` back; `layout` names what they hold. Both lose nothing.
@@ -70,14 +60,14 @@ class PackedLinear(nn.Module):
     layout: str
     decode_tokens: int
     settings: str
+    path = ""
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     input_equalizer: Tensor | None
     input_scale: Tensor | None
     bias: Tensor | None
-    _bound_linear: BoundLinear | None = None
-    _is_hf_initialized = True  # transformers would dequantize each weight at load, to fill a copy with random values
+    bound_linear: BoundLinear | None = None
 
     def __init__(
         self,
@@ -132,7 +122,7 @@ class PackedLinear(nn.Module):
             scale_dtype=quantized.scale.dtype,
             device=torch.device("meta"),
         )
-        weight = CodedWeight(quantized.codes, quantized.scale.detach().clone(), quantized.zero_point)
+        weight = QuantizedWeight(quantized.codes, quantized.scale.detach().clone(), quantized.zero_point)
         module._hold(dispatch.store(weight, module.grid, PACKED))
         if input_equalizer is not None:
             module.input_equalizer = _frozen(input_equalizer.detach().float().clone())
@@ -144,20 +134,15 @@ class PackedLinear(nn.Module):
         return module
 
     @property
-    def grid(self) -> WeightGrid:
+    def grid(self) -> LinearGrid:
         """The format as kernels read it."""
-        weight, activation = self.format.weight, self.format.activation
-        return WeightGrid(
+        return LinearGrid(
             in_features=self.in_features,
             out_features=self.out_features,
-            bits=weight.bits,
-            group=weight.group,
-            zero_point=not weight.symmetric,
+            weight=self.format.weight,
+            activation=self.format.activation,
             scale_dtype=self.weight_scale.dtype,
-            activation_bits=FULL_BITS if activation is None else activation.bits,
-            activation_group=None if activation is None else activation.group,
             decode_tokens=self.decode_tokens,
-            two_level=weight.two_level,
         )
 
     def prepare(self, *, transient: bool = False) -> Self:
@@ -170,15 +155,18 @@ class PackedLinear(nn.Module):
             self.pack().layout = TRANSIENT
             return self
         layout = PACKED if self.weight_packed.is_meta else dispatch.choose_layout(self.grid, self.weight_packed.device)
-        if layout != self.layout:
-            self._hold(dispatch.store(dispatch.restore(self._stored(), self.grid), self.grid, layout))
-        return self
+        return self if layout == self.layout else self.put_into(layout)
 
     def pack(self) -> Self:
         """Put the weight back into the layout of the checkpoint."""
         if not self._holds_checkpoint():
-            self._hold(dispatch.store(dispatch.restore(self._stored(), self.grid), self.grid, PACKED))
+            self.put_into(PACKED)
         self.layout = PACKED
+        return self
+
+    def put_into(self, layout: str) -> Self:
+        """Put the weight into a layout by its name, whatever is fastest here; nothing is lost."""
+        self._hold(dispatch.store(dispatch.restore(self._stored(), self.grid), self.grid, layout))
         return self
 
     def packed_state(self) -> dict[str, Tensor]:
@@ -194,8 +182,7 @@ class PackedLinear(nn.Module):
 
     def quantized(self) -> QuantizedWeight:
         """The codes, scales and zero points, unpacked."""
-        weight = dispatch.restore(self._stored(), self.grid)
-        return QuantizedWeight(weight.codes, weight.scale, weight.zero_point)
+        return dispatch.restore(self._stored(), self.grid)
 
     @property
     def weight(self) -> Tensor:
@@ -207,15 +194,15 @@ class PackedLinear(nn.Module):
         if torch.compiler.is_compiling():
             return self._weight_values()
         like = torch.empty(self.out_features, self.in_features, dtype=self.grid.scale_dtype, device="meta")
-        return ReadOnlyWeight(self._weight_values, self._owner(), like, self._device())
+        return ReadOnlyWeight(self._weight_values, self.owner(), like, self._device())
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        raise refusal(self._owner())
+        raise refusal(self.owner())
 
     @weight.deleter
     def weight(self) -> None:
-        raise refusal(self._owner())
+        raise refusal(self.owner())
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Add a parameter. What is packed asks for no gradients, and there is no weight beside it.
@@ -224,10 +211,19 @@ class PackedLinear(nn.Module):
             ReadOnlyError: `name` is "weight".
         """
         if name == "weight":
-            raise refusal(self._owner())
+            raise refusal(self.owner())
         if param is not None and name in PACKED_PARAMETERS:
             param.requires_grad_(False)
         super().register_parameter(name, param)
+        if name == "weight_packed" and param is not None:
+            refuse_training(param, self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As of any module, for copies and pickles."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        packed = own_parameters(self).get("weight_packed")
+        if packed is not None:
+            refuse_training(packed, self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep `settings` in step: what the operation takes beside tensors, in one string.
@@ -236,62 +232,50 @@ class PackedLinear(nn.Module):
         """
         super().__setattr__(name, value)
         if name in _SETTINGS and all(each in self.__dict__ for each in _SETTINGS):
-            self.__dict__["settings"] = _written(self)
+            sizes = self.in_features, self.out_features, self.decode_tokens
+            self.__dict__["settings"] = schema.written(self.layout, *sizes, self.format)
 
     def forward(self, input: Tensor) -> Tensor:
         """Product of the rounded input [..., in_features] with the weight, plus bias, in the input's dtype."""
-        held = self._parameters
+        held = own_parameters(self)
         bias = held["bias"]
         if is_plain(input, bias) and self.layout not in CHECKPOINT_LAYOUTS:
-            bound = self._bound_linear
+            bound = self.bound_linear
             if bound is None or not bound.is_of(self.settings, held):
                 bound = self._bind()
             return bound(input)
-        layout, ins, outs, bits, group, levels, rounds, extent, clip, rotation, few, zero, equal, fixed = (
-            self.settings.split()
-        )
+        read = schema.parsed if torch.compiler.is_compiling() else schema.remembered
+        zero, equalized, static, values = read(self.settings)
         y: Tensor = torch.ops.optimum_qvlm.linear.default(
             input,
             held["weight_packed"],
             held["weight_scale"],
-            held["weight_zero_point"] if zero == _YES else None,
+            held["weight_zero_point"] if zero else None,
             bias,
-            held["input_equalizer"] if equal == _YES else None,
-            held["input_scale"] if fixed == _YES else None,
-            layout,
-            int(ins),
-            int(outs),
-            int(bits),
-            None if group == _ABSENT else int(group),
-            levels == _YES,
-            int(rounds),
-            None if extent == _ABSENT else int(extent),
-            float(clip),
-            None if rotation == _ABSENT else int(rotation),
-            int(few),
+            held["input_equalizer"] if equalized else None,
+            held["input_scale"] if static else None,
+            *values,
         )
         return y
 
     def _bind(self) -> BoundLinear:
         """The product as it is now."""
-        activation = self.format.activation
-        rounding = Rounding(
-            bits=FULL_BITS if activation is None else activation.bits,
-            group=None if activation is None else activation.group,
+        rounding = Rounding.of(
+            self.format.activation,
             clip=self.format.activation_clip,
             scale=self.input_scale,
             equalizer=self.input_equalizer,
             rotation=self.format.rotation,
         )
-        self._bound_linear = BoundLinear(self._stored(), self.bias, rounding, self.grid, self.settings)
-        return self._bound_linear
+        self.bound_linear = BoundLinear(self._stored(), self.bias, rounding, self.grid, self.settings)
+        return self.bound_linear
 
     def _stored(self) -> StoredWeight:
         return StoredWeight(self.layout, self.weight_packed, self.weight_scale, self.weight_zero_point)
 
     def _hold(self, stored: StoredWeight) -> None:
         """Replace the parameters of the weight by tensors of another layout."""
-        self.layout, self._bound_linear = stored.layout, None
+        self.layout, self.bound_linear = stored.layout, None
         self.weight_packed, self.weight_scale = _frozen(stored.values), _frozen(stored.scale)
         if stored.zero_point is not None:
             self.weight_zero_point = _frozen(stored.zero_point)
@@ -299,9 +283,10 @@ class PackedLinear(nn.Module):
     def _device(self) -> torch.device:
         return self.weight_packed.device
 
-    def _owner(self) -> str:
-        """What errors call it; a module does not know its name in the model."""
-        return f"a quantized linear of {self.out_features}x{self.in_features}"
+    def owner(self) -> str:
+        """What errors call it."""
+        sizes = f"{self.out_features}x{self.in_features}"
+        return f"{self.path} (quantized, {sizes})" if self.path else f"a quantized linear of {sizes}"
 
     def _weight_values(self) -> Tensor:
         return self._plain_weight().to(self.grid.scale_dtype)
@@ -311,42 +296,42 @@ class PackedLinear(nn.Module):
         weight = dequantize_weight(self.quantized())
         return weight if transform.is_identity else transform.unfold(weight)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def apply_to_tensors(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move and cast as any module, except that scales keep their dtype: codes were chosen for it.
 
         On a device of another type the layout is chosen anew.
         """
         here = self.weight_packed.device
-        self._bound_linear = None
+        self.bound_linear = None
         prepared = not self._holds_checkpoint()
         moves = prepared and fn(torch.empty(0, dtype=torch.float32, device=here)).device.type != here.type
         if moves:
             self.pack()
         fixed = ("weight_scale", "input_equalizer", "input_scale")
         before = [(name, kept.detach()) for name in fixed if (kept := getattr(self, name)) is not None]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super().apply_to_tensors(fn, recurse)
         for name, kept in before:
             found = getattr(self, name)
             if found.dtype != kept.dtype:
                 setattr(self, name, _frozen(kept.to(found.device)))
         return self.prepare() if moves else self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def take_state(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the weight in the layout of the checkpoint or in the one of this device, whichever is given."""
         found, prepared = state_dict.get(f"{prefix}weight_packed"), not self._holds_checkpoint()
         if found is not None and (found.dtype == torch.int32) == prepared:
             layout = PACKED if prepared else dispatch.choose_layout(self.grid, found.device)
             self._hold(dispatch.store(self._blank(), self.grid, layout))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super().take_state(state_dict, prefix, *args)
         if prepared:
             self.prepare()
 
-    def _blank(self) -> CodedWeight:
+    def _blank(self) -> QuantizedWeight:
         """Zeros in place of the weight."""
         device, rows = self.weight_packed.device, self.out_features
         scale = torch.ones(rows, self.grid.groups, dtype=self.weight_scale.dtype, device=device)
         zero = None if self.format.weight.symmetric else torch.zeros_like(scale, dtype=torch.int8)
-        return CodedWeight(torch.zeros(rows, self.in_features, dtype=torch.int8, device=device), scale, zero)
+        return QuantizedWeight(torch.zeros(rows, self.in_features, dtype=torch.int8, device=device), scale, zero)
 
     def reset_parameters(self) -> None:
         """Nothing to initialise: packed weights only come from a rounding or a checkpoint."""
@@ -378,19 +363,6 @@ class PackedLinear(nn.Module):
 
 class QuantLinear(PackedLinear, nn.Linear):  # type: ignore[misc]
     """A linear of a model: what looks for `nn.Linear` finds it."""
-
-
-def _written(linear: PackedLinear) -> str:
-    """Layout, features, grids and which tensors there are, as `forward` reads them."""
-    weight, activation, format = linear.format.weight, linear.format.activation, linear.format
-    static = activation is not None and activation.static
-    values = (
-        linear.layout, linear.in_features, linear.out_features, weight.bits, weight.group, weight.two_level,
-        FULL_BITS if activation is None else activation.bits, None if activation is None else activation.group,
-        format.activation_clip, format.rotation, linear.decode_tokens, not weight.symmetric, format.equalized, static,
-    )  # fmt: skip
-    names = {None: _ABSENT, True: _YES, False: _NO}
-    return " ".join(names[value] if value is None or isinstance(value, bool) else str(value) for value in values)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

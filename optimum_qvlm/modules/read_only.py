@@ -1,12 +1,13 @@
 """A weight that can be read as any tensor, but not written to."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from optimum_qvlm.compat.torch import bare_wrapper, flatten, map_leaves, memory_of, plain_functions, written_arguments
+from optimum_qvlm.compat.transformers import spared_by_initialisation
 from optimum_qvlm.errors import ReadOnlyError
 
 # Setters that never reach torch's dispatcher, each with the one value that asks for no change.
@@ -33,6 +34,7 @@ _READERS = frozenset(
 )
 
 
+@spared_by_initialisation
 class ReadOnlyWeight(Tensor):
     """The tensor that `read` gives, which is called when values are first needed: shape, dtype and device are free.
 
@@ -43,7 +45,6 @@ class ReadOnlyWeight(Tensor):
         ReadOnlyError: whatever would write to it or have it trained, instead of doing so.
     """
 
-    _is_hf_initialized = True  # transformers' own initialisation passes over what a checkpoint gave
     _read: Callable[[], Tensor]
     _plain: Tensor | None
     _owner: str
@@ -51,14 +52,7 @@ class ReadOnlyWeight(Tensor):
     @staticmethod
     def __new__(cls, read: Callable[[], Tensor], owner: str, like: Tensor, device: torch.device) -> Self:
         """`like` has the shape, strides and dtype of what `read` gives; `owner` says whose weight it is."""
-        weight: Self = Tensor._make_wrapper_subclass(
-            cls,
-            like.shape,
-            strides=like.stride(),
-            storage_offset=like.storage_offset(),
-            dtype=like.dtype,
-            device=device,
-        )
+        weight = bare_wrapper(cls, like, device)
         weight._read, weight._owner, weight._plain = read, owner, None
         return weight
 
@@ -96,7 +90,7 @@ class ReadOnlyWeight(Tensor):
             if func in (Tensor.numpy, Tensor.__array__):
                 read.flags.writeable = False
             return read
-        with torch._C.DisableTorchFunctionSubclass():
+        with plain_functions():
             return func(*args, **kwargs)
 
     @classmethod
@@ -105,11 +99,11 @@ class ReadOnlyWeight(Tensor):
     ) -> Any:
         """Run an operator on the values, unless its schema says that it writes to them."""
         kwargs = kwargs or {}
-        for weight in _of(cls, list(_written(func, args, kwargs))):
+        for weight in _of(cls, list(written_arguments(func, args, kwargs))):
             raise refusal(weight._owner)
-        memory = {_memory(weight.plain): weight for weight in _of(cls, (args, kwargs))}
-        args, kwargs = tree_map_only(cls, lambda weight: weight.plain, (args, kwargs))
-        return tree_map_only(Tensor, lambda made: _guard(made, memory.get(_memory(made))), func(*args, **kwargs))
+        memory = {memory_of(weight.plain): weight for weight in _of(cls, (args, kwargs))}
+        args, kwargs = map_leaves(cls, lambda weight: weight.plain, (args, kwargs))
+        return map_leaves(Tensor, lambda made: _guard(made, memory.get(memory_of(made))), func(*args, **kwargs))
 
 
 def refusal(owner: str) -> ReadOnlyError:
@@ -125,16 +119,5 @@ def _guard(made: Tensor, weight: ReadOnlyWeight | None) -> Tensor:
     return made if weight is None else ReadOnlyWeight(lambda: made, weight._owner, made, made.device)
 
 
-def _memory(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
 def _of(cls: type, tree: Any) -> list[Any]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, cls)]
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-    """The arguments that an operator writes to."""
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.is_write:
-            yield args[position] if position < len(args) else kwargs.get(argument.name)
+    return [leaf for leaf in flatten(tree)[0] if isinstance(leaf, cls)]

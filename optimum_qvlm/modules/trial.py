@@ -4,7 +4,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from optimum_qvlm.kernels import FULL_BITS, NOTHING, Rounding, quantized_linear
+from optimum_qvlm.kernels import NOTHING, Rounding, quantized_linear
 from optimum_qvlm.quant.affine import QuantizedWeight, dequantize_weight
 from optimum_qvlm.quant.transform import SiteTransform
 from optimum_qvlm.spec import ActivationSpec
@@ -37,9 +37,8 @@ class TrialLinear(nn.Linear):
         assert spec is None or spec.static == (input_scale is not None)
         self.dense = dequantize_weight(weight)
         self.weight = nn.Parameter(self.dense.to(self.weight.dtype), requires_grad=False)
-        self.rounding = Rounding(
-            bits=FULL_BITS if spec is None else spec.bits,
-            group=None if spec is None else spec.group,
+        self.rounding = Rounding.of(
+            spec,
             clip=activation_clip,
             scale=input_scale,
             equalizer=transform.equalizer,

@@ -11,7 +11,7 @@ from optimum_qvlm.modules.swap import replace_module
 from optimum_qvlm.modules.trial import TrialLinear
 from optimum_qvlm.pipeline.hidden_chains import Chain, some_runs
 from optimum_qvlm.pipeline.result import BlockError
-from optimum_qvlm.plan import Block, PlannedPart, Site
+from optimum_qvlm.plan import Block, PlannedLayer, Site
 from optimum_qvlm.search.block import Choice, search_block
 from optimum_qvlm.search.site_problem import SiteChoice
 
@@ -32,48 +32,39 @@ class BlockTrial:
     Layers before the first that a choice changes are not run again.
 
     Attributes:
-        model: holds a `TrialLinear` for every linear of the block's sites; its layers are on the device.
-        part: the part of the block.
-        block: which layers.
+        block: which layers. They are on the device, and hold a `TrialLinear` for every linear of the sites.
         sites: candidates in execution order.
-        chain: stands in front of the block with its quantized hidden states.
-        wanted: full-precision output of the block per run, on the CPU.
-        chosen: numbers of the runs that are looked at.
+        entering: the runs that are looked at, in front of the block, where it stays.
+        target: full-precision output of the block for each of them, on the CPU.
     """
 
-    model: nn.Module
-    part: PlannedPart
     block: Block
     sites: Sequence[SiteCandidates]
-    chain: Chain
-    wanted: Sequence[Tensor]
-    chosen: Sequence[int]
-    _entering: dict[int, list[Tensor]] = field(default_factory=dict)
+    entering: Chain
+    target: Sequence[Tensor]
+    _before: dict[int, Chain] = field(default_factory=dict)
     _held: Choice | None = None
 
     def error(self, choice: Choice) -> float:
         """Relative squared error of the block's output; not finite where the output is not."""
         start = self._install(choice)
-        hidden = self._entering[start]
-        for number in range(start, self.block.last + 1):
-            self._entering[number] = hidden
-            module = self.model.get_submodule(self.part.layers[number].path)
-            hidden = [
-                self.chain.output(module, number, index, states).cpu()
-                for index, states in zip(self.chosen, hidden, strict=True)
-            ]
-        return self.chain.relative_error(zip(self.chosen, hidden, strict=True), self.wanted)
+        chain = self._before[start]
+        while chain.position <= self.block.last:
+            self._before[chain.position] = chain
+            chain = chain.fork()
+            chain.advance(finite=False)
+        return chain.error(self.target)
 
     def _install(self, choice: Choice) -> int:
         """Round as chosen. Returns the first layer that is not as it was in the last run."""
         if self._held is None:
-            self._entering = {self.block.first: [self.chain.quantized[index] for index in self.chosen]}
+            self._before = {self.block.first: self.entering}
         changed = [n for n in range(len(choice)) if self._held is None or self._held[n] != choice[n]]
         for number in changed:
-            install(self.model, self.sites[number].site, self.sites[number].choices[choice[number]])
+            install(self.entering.model, self.sites[number].site, self.sites[number].choices[choice[number]])
         self._held = choice
         first = self.block.first if not changed else self.sites[changed[0]].layer
-        return first if first in self._entering else self.block.first
+        return first if first in self._before else self.block.first
 
 
 def install(model: nn.Module, site: Site, choice: SiteChoice) -> None:
@@ -88,33 +79,41 @@ def install(model: nn.Module, site: Site, choice: SiteChoice) -> None:
         linear.set_rounding(weight, choice.activation_clip, choice.transform, choice.input_scale)
 
 
+def held_bytes(model: nn.Module, layers: Sequence[PlannedLayer], sites: Sequence[SiteCandidates]) -> int:
+    """What layers under trial take on the device, with the values that their linears use and all candidates."""
+    modules = [module for layer in layers for module in model.get_submodule(layer.path).modules()]
+    tensors = [tensor for module in modules for tensor in (*module.parameters(False), *module.buffers(False))]
+    tensors += [module.dense for module in modules if isinstance(module, TrialLinear)]
+    for weight in (weight for site in sites for choice in site.choices for weight in choice.weights.values()):
+        tensors += [weight.codes, weight.scale]
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+
+
 def search_jointly(
-    model: nn.Module,
-    part: PlannedPart,
-    block: Block,
-    sites: Sequence[SiteCandidates],
-    chain: Chain,
-    wanted: Sequence[Tensor],
-    *,
-    tokens: int,
-    seed: int,
+    block: Block, sites: Sequence[SiteCandidates], chain: Chain, target: Sequence[Tensor], *, tokens: int, seed: int
 ) -> tuple[Choice, BlockError]:
     """A candidate per site, chosen on runs of at least `tokens` tokens that are drawn with the seed.
 
-    The chain stands in front of the block and stays there.
+    Args:
+        block: which layers.
+        sites: candidates in execution order, the first of which are installed.
+        chain: stands in front of the block and stays there.
+        target: full-precision output of the block per run, on the CPU.
     """
     started = time.perf_counter()
-    chosen = some_runs(chain.quantized, tokens, seed)
-    trial = BlockTrial(model=model, part=part, block=block, sites=sites, chain=chain, wanted=wanted, chosen=chosen)
+    chosen = some_runs(chain.hidden, tokens, seed)
+    trial = BlockTrial(
+        block=block, sites=sites, entering=chain.some(chosen), target=[target[number] for number in chosen]
+    )
     with torch.no_grad():
-        found = search_block([len(entry.choices) for entry in sites], trial.error)
-    held = sum(chain.quantized[index].shape[:-1].numel() for index in chosen)
+        outcome = search_block([len(entry.choices) for entry in sites], trial.error)
+    held = sum(chain.hidden[number].shape[:-1].numel() for number in chosen)
     error = BlockError(
         block=block,
-        before=found.before,
-        after=found.after,
-        forwards=found.forwards,
-        share=held / sum(states.shape[:-1].numel() for states in chain.quantized),
+        before=outcome.before,
+        after=outcome.after,
+        forwards=outcome.forwards,
+        share=held / sum(states.shape[:-1].numel() for states in chain.hidden),
         seconds=time.perf_counter() - started,
     )
-    return found.choice, error
+    return outcome.choice, error

@@ -1,7 +1,7 @@
 """What reaches the layers of a model in a real forward, so that each layer can be run again alone."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimum_qvlm.compat.torch import flatten
 from optimum_qvlm.errors import CalibrationError, UnsupportedModelError
 from optimum_qvlm.models.adapter import Join
 from optimum_qvlm.models.registry import adapter_for
@@ -142,7 +143,7 @@ class Tracer:
 
         def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal remaining
-            hidden = _hidden_of(args, kwargs, part.layers[0].name)[1]
+            hidden = hidden_of(args, kwargs, part.layers[0].name)[1]
             seen.append(runs[len(seen)].entering(hidden.cpu(), current.owners.get(part.name)))
             remaining -= 1
             if remaining == 0:
@@ -205,7 +206,7 @@ class Tracer:
         for number, layer in enumerate(part.layers):
 
             def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int = number) -> None:
-                name, hidden = _hidden_of(args, kwargs, part.layers[number].name)
+                name, hidden = hidden_of(args, kwargs, part.layers[number].name)
                 if number == 0:
                     runs.append(Run(current.batch, hidden.detach().to("cpu", copy=True)))
                 elif not runs or len(runs[-1].calls) != number:
@@ -270,7 +271,19 @@ def linear_inputs(layer: nn.Module, paths: Sequence[str], run: Callable[[], Tens
     return seen
 
 
-def _hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], layer: str) -> tuple[str | None, Tensor]:
+def held_bytes(parts: Iterable[Sequence[Run]]) -> int:
+    """Bytes that runs leave on the CPU: arguments once, hidden states for the two chains that start from them."""
+    tensors: dict[int, Tensor] = {}
+    hidden = 0
+    for run in (run for runs in parts for run in runs):
+        hidden += 2 * run.hidden.nbytes
+        for call in run.calls:
+            arguments = (call.args, call.kwargs, None if call.mixing is None else call.mixing.arguments)
+            tensors |= {id(leaf): leaf for leaf in flatten(arguments)[0] if isinstance(leaf, Tensor)}
+    return hidden + sum(tensor.nbytes for tensor in tensors.values())
+
+
+def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], layer: str) -> tuple[str | None, Tensor]:
     """The hidden states among the arguments of a layer's call, with their keyword: None where they come first.
 
     Without a first argument they are called `hidden_states`, or are the first keyword that holds a tensor.

@@ -11,8 +11,8 @@ from optimum_qvlm.modules.swap import replace_module
 from optimum_qvlm.modules.trial import TrialLinear
 from optimum_qvlm.pipeline.hidden_chains import Chain, some_runs
 from optimum_qvlm.pipeline.layer_streaming import resident
-from optimum_qvlm.pipeline.tokens import TokenSampler, seeded_order
-from optimum_qvlm.plan import Dependency, PlannedLayer, PlannedPart, QuantPlan
+from optimum_qvlm.pipeline.tokens import seeded_order
+from optimum_qvlm.plan import Dependency, PlannedLayer, QuantPlan
 from optimum_qvlm.quant.affine import quantize_weight
 from optimum_qvlm.quant.entropy import (
     Positions,
@@ -58,30 +58,25 @@ class EntropyOptions:
         return cls(bits=bits, static=any(spec.static for spec in specs), softness=softness, tokens=tokens, seed=seed)
 
 
-def measure_part(model: nn.Module, part: PlannedPart, chain: Chain, options: EntropyOptions) -> list[Dependency]:
-    """Dependency of every consecutive pair of layers of `part`, on outputs of layers that are rounded to nearest.
+def measure_part(front: Chain, options: EntropyOptions) -> list[Dependency]:
+    """Dependency of every consecutive pair of layers of a part, on outputs of layers that are rounded to nearest.
 
-    Starts from the full-precision inputs of the part. The model is left as it was; one layer at a time is on the
-    device.
+    Starts from the full-precision inputs of the part, where `front` stands and stays. The model is left as it was; one
+    layer at a time is on the device.
     """
-    chosen = some_runs([run.hidden for run in chain.runs], options.tokens, options.seed)
-    sampler = TokenSampler([chain.sampler.mask(number) for number in chosen], TOKENS, options.seed)
-    hidden = [chain.runs[number].hidden for number in chosen]
-    found: list[Dependency] = []
+    chosen = some_runs(front.hidden, options.tokens, options.seed)
+    chain = front.some(chosen, tokens=TOKENS)
+    measured: list[Dependency] = []
     before: Tensor | None = None
-    for number, layer in enumerate(part.layers):
-        with torch.no_grad(), resident(model, layer.path, chain.device), _rounded(model, layer):
-            module = model.get_submodule(layer.path)
-            hidden = [
-                chain.step(module, number, index, states, layer.name).cpu()
-                for index, states in zip(chosen, hidden, strict=True)
-            ]
-        after = torch.cat([sampler.take(index, states) for index, states in enumerate(hidden)])
+    for number, layer in enumerate(chain.part.layers):
+        with torch.no_grad(), resident(chain.model, layer.path, chain.device), _rounded(chain.model, layer):
+            chain.advance()
+        after = chain.sampled(chain.hidden)
         if before is not None:
             entropy, marginal = dependency(before, after, options)
-            found.append(Dependency(part=part.name, layer=number - 1, entropy=entropy, marginal=marginal))
+            measured.append(Dependency(part=chain.part.name, layer=number - 1, entropy=entropy, marginal=marginal))
         before = after
-    return found
+    return measured
 
 
 def dependency(first: Tensor, second: Tensor, options: EntropyOptions) -> tuple[float, bool]:

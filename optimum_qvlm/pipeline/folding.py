@@ -46,6 +46,11 @@ class FoldingNorm:
             if isinstance(bias, Tensor):
                 bias.copy_(bias.float() * equalizer)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What `take_up` changes, by path in the layer."""
+        held = {name: getattr(self.module, name, None) for name in ("weight", "bias")}
+        return {f"{self.path}.{name}": tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
+
     def _weight(self, equalizer: Tensor) -> Tensor:
         weight: Tensor = self.module.weight.detach()
         return ((weight.float() + self.offset) * equalizer - self.offset).to(weight.dtype)

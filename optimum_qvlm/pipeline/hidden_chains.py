@@ -1,76 +1,130 @@
-"""The hidden states of one part, run by run: the full-precision chain and the quantized one, on the CPU."""
+"""Hidden states of one part of a model, run by run, on their way from layer to layer."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from optimum_qvlm.pipeline.capture import LayerCall, Run, linear_inputs, observe_inputs, require_finite
+from optimum_qvlm.pipeline.cost import Meter
 from optimum_qvlm.pipeline.tokens import TokenSampler, seeded_order
-from optimum_qvlm.plan import PlannedLayer, Site
+from optimum_qvlm.plan import PlannedLayer, PlannedPart, Site
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Chain:
-    """Both chains stand in front of one layer and are moved on layer by layer.
+    """Hidden states in front of one layer, which are moved on layer by layer and never back.
+
+    A part has two while it is quantized: one that goes through its layers in full precision, and one that goes through
+    them as they are by then. Whoever wants to look ahead moves a `fork`.
 
     Attributes:
-        runs: passes through the part; their `hidden` is the full-precision chain.
-        quantized: hidden states [rows, tokens, channels] that went through the quantized layers, one per run.
-        calls: of the quantized chain, per run and layer: what is added between layers may come from quantized parts.
+        model: holds the layers; the one in front is on `device`.
+        part: whose layers the chain goes through.
+        hidden: hidden states [rows, tokens, channels] of each run, on the CPU.
+        calls: per run and layer, with the arguments of this chain's own: what is added between layers may come from
+            quantized parts.
+        batches: number of the calibration batch of each run.
         sampler: draws tokens, and knows which are padding.
         device: where layers run.
-        references: full-precision inputs of the sites of the layer that was run last, by site, one tensor per run.
+        meter: what forwards take is noted there.
+        position: number of the layer in front.
     """
 
-    runs: list[Run]
-    quantized: list[Tensor]
+    model: nn.Module
+    part: PlannedPart
+    hidden: list[Tensor]
     calls: list[list[LayerCall]]
+    batches: list[int]
     sampler: TokenSampler
     device: torch.device
-    references: dict[str, list[Tensor]] = field(default_factory=dict)
+    meter: Meter
+    position: int = 0
 
-    @classmethod
-    def of(cls, runs: list[Run], sampler: TokenSampler, device: torch.device) -> Self:
-        """Both chains at the front of a part, with nothing quantized before it."""
-        return cls(runs, [run.hidden for run in runs], [run.calls for run in runs], sampler, device)
+    @property
+    def layer(self) -> PlannedLayer:
+        """The layer in front."""
+        return self.part.layers[self.position]
 
-    def enter(self, runs: Sequence[Run]) -> None:
-        """Put the quantized chain at the front of the part, with what enters there now."""
-        self.quantized, self.calls = [run.hidden for run in runs], [run.calls for run in runs]
+    @property
+    def module(self) -> nn.Module:
+        """The same in the model."""
+        return self.model.get_submodule(self.layer.path)
 
-    def full_precision(self, module: nn.Module, number: int, layer: PlannedLayer) -> list[Tensor]:
-        """Outputs of the layer before it is quantized, on full-precision inputs, which they replace.
+    def runs(self) -> list[Run]:
+        """The passes through the part, with the hidden states as they are now."""
+        return [Run(*run) for run in zip(self.batches, self.hidden, self.calls, strict=True)]
 
-        What its sites see on the way is kept in `references`.
+    def fork(self) -> Self:
+        """A chain at the same place that can be moved without this one; it takes no memory until then."""
+        return replace(self, hidden=list(self.hidden))
+
+    def with_runs(self, runs: Sequence[Run]) -> Self:
+        """A chain at the front of the part with the same passes, as they enter there now."""
+        return replace(self, hidden=[run.hidden for run in runs], calls=[run.calls for run in runs], position=0)
+
+    def some(self, chosen: Sequence[int], *, tokens: int | None = None) -> Self:
+        """A fork of the runs with these numbers alone, of which `tokens` are drawn if that is given."""
+        return replace(
+            self,
+            hidden=[self.hidden[number] for number in chosen],
+            calls=[self.calls[number] for number in chosen],
+            batches=[self.batches[number] for number in chosen],
+            sampler=self.sampler.some(chosen, tokens),
+        )
+
+    def forward(self, index: int) -> Tensor:
+        """What the layer in front makes of one run, on the device; the chain stays where it is."""
+        hidden = self.hidden[index].to(self.device)
+        return self.calls[index][self.position](self.module, hidden, self.device)
+
+    def advance(self, *, finite: bool = True) -> None:
+        """Move on through the layer in front, and refuse what is not finite, if asked for.
+
+        Raises:
+            CalibrationError: names the layer and the batch.
         """
-        local = {site.name: _local(site, layer.path) for site in layer.sites}
-        self.references = {name: [] for name in local}
-        for run in self.runs:
-            run_layer = _bind(run.calls[number], module, run.hidden.to(self.device), self.device)
-            output, seen = observe_inputs(module, list(local.values()), run_layer)
-            run.hidden = output.cpu()
-            for name, path in local.items():
-                self.references[name].append(seen[path].cpu())
-        return [run.hidden for run in self.runs]
+        with self.meter.timed("forward", self.part.name):
+            for index, batch in enumerate(self.batches):
+                output = self.forward(index)
+                if finite:
+                    require_finite(output, self.layer.name, batch)
+                self.hidden[index] = output.cpu()
+        self.position += 1
 
-    def first_run(self, module: nn.Module, number: int) -> Callable[[], Tensor]:
-        """The full-precision layer on the first run, whose hidden states stand in front of it."""
-        run = self.runs[0]
-        return _bind(run.calls[number], module, run.hidden.to(self.device), self.device)
+    def observe(self) -> dict[str, list[Tensor]]:
+        """Move on through the layer in front. Returns what its sites saw on the way, by site, one tensor per run."""
+        local = {site.name: self._local(site) for site in self.layer.sites}
+        inputs: dict[str, list[Tensor]] = {name: [] for name in local}
+        with self.meter.timed("forward", self.part.name):
+            for index in range(len(self.hidden)):
+                output, seen = observe_inputs(self.module, list(local.values()), self._bound(index))
+                self.hidden[index] = output.cpu()
+                for name, path in local.items():
+                    inputs[name].append(seen[path].cpu())
+        self.position += 1
+        return inputs
 
-    def site_inputs(self, module: nn.Module, number: int, site: Site, layer_path: str) -> list[Tensor]:
-        """What reaches the site through the quantized prefix, run by run, on the CPU."""
-        local = _local(site, layer_path)
-        found = []
-        for index, (run, hidden) in enumerate(zip(self.runs, self.quantized, strict=True)):
-            run_layer = _bind(self.calls[index][number], module, hidden.to(self.device), self.device)
-            tensor = linear_inputs(module, [local], run_layer)[local]
-            require_finite(tensor, site.name, run.batch)
-            found.append(tensor.cpu())
-        return found
+    def first_run(self) -> Callable[[], Tensor]:
+        """The layer in front on the first run, to be called as often as needed."""
+        return self._bound(0)
+
+    def site_inputs(self, site: Site) -> list[Tensor]:
+        """What reaches a site of the layer in front, run by run, on the CPU; the chain stays where it is.
+
+        Raises:
+            CalibrationError: it is not finite.
+        """
+        local = self._local(site)
+        inputs = []
+        with self.meter.timed("forward", self.part.name):
+            for index, batch in enumerate(self.batches):
+                tensor = linear_inputs(self.module, [local], self._bound(index))[local]
+                require_finite(tensor, site.name, batch)
+                inputs.append(tensor.cpu())
+        return inputs
 
     def sampled(self, tensors: Sequence[Tensor]) -> Tensor:
         """The tokens [tokens, channels] that candidates are compared on."""
@@ -80,36 +134,23 @@ class Chain:
         """All tokens but padding, run by run."""
         return [self.sampler.real(index, tensor) for index, tensor in enumerate(tensors)]
 
-    def step(self, module: nn.Module, number: int, index: int, hidden: Tensor, name: str) -> Tensor:
-        """One layer on the hidden states of one run; the output stays on the device.
-
-        Raises:
-            CalibrationError: it is not finite.
-        """
-        output = self.output(module, number, index, hidden)
-        require_finite(output, name, self.runs[index].batch)
-        return output
-
-    def output(self, module: nn.Module, number: int, index: int, hidden: Tensor) -> Tensor:
-        """As `step`, whatever comes out."""
-        return self.calls[index][number](module, hidden.to(self.device), self.device)
-
-    def advance(self, module: nn.Module, number: int, name: str) -> None:
-        """Push the quantized chain through a layer."""
-        for index, hidden in enumerate(self.quantized):
-            self.quantized[index] = self.step(module, number, index, hidden, name).cpu()
-
-    def error(self, wanted: Sequence[Tensor]) -> float:
-        """Relative squared difference of the quantized chain from what it should be, padding left out."""
-        return self.relative_error(enumerate(self.quantized), wanted)
-
-    def relative_error(self, found: Iterable[tuple[int, Tensor]], wanted: Sequence[Tensor]) -> float:
-        """The same for the runs whose numbers are given with their hidden states."""
+    def error(self, target: Sequence[Tensor]) -> float:
+        """Relative squared difference of the hidden states from what they should be, padding left out."""
         error = norm = 0.0
-        for index, hidden in found:
-            change, size = self.sampler.relative_error(index, hidden.to(self.device), wanted[index].to(self.device))
+        for index, (hidden, right) in enumerate(zip(self.hidden, target, strict=True)):
+            change, size = self.sampler.relative_error(index, hidden.to(self.device), right.to(self.device))
             error, norm = error + change, norm + size
         return error / max(norm, 1e-30)
+
+    def _bound(self, index: int) -> Callable[[], Tensor]:
+        """The layer in front on the hidden states that a run has now, also after the chain has moved."""
+        hidden, module = self.hidden[index].to(self.device), self.module
+        call = self.calls[index][self.position]
+        return lambda: call(module, hidden, self.device)
+
+    def _local(self, site: Site) -> str:
+        """The path of the site's first linear inside the layer in front, empty where the layer is that linear."""
+        return site.linears[0].path.removeprefix(self.layer.path).removeprefix(".")
 
 
 def some_runs(hidden: Sequence[Tensor], tokens: int, seed: int) -> list[int]:
@@ -121,12 +162,3 @@ def some_runs(hidden: Sequence[Tensor], tokens: int, seed: int) -> list[int]:
         chosen.append(number)
         held += hidden[number].shape[:-1].numel()
     return sorted(chosen)
-
-
-def _bind(call: LayerCall, module: nn.Module, hidden: Tensor, device: torch.device) -> Callable[[], Tensor]:
-    return lambda: call(module, hidden, device)
-
-
-def _local(site: Site, layer_path: str) -> str:
-    """The path of the site's first linear inside its layer, empty where the layer is that linear."""
-    return site.linears[0].path.removeprefix(layer_path).removeprefix(".")

@@ -39,7 +39,7 @@ def streamed(model: nn.Module, layers: Iterable[str], device: torch.device) -> I
             after = module.register_forward_hook(lambda m, _args, _out: _move(m, torch.device("cpu")), always_call=True)
             stack.callback(before.remove)
             stack.callback(after.remove)
-        for holder in _holders(model, set(layers)):
+        for holder in holders(model, set(layers)):
             stack.callback(_move_own, holder, torch.device("cpu"))
             _move_own(holder, device)
         yield
@@ -55,7 +55,7 @@ def units(model: nn.Module, layers: set[str], prefix: str = "") -> Iterator[nn.M
             yield from units(child, layers, f"{path}.")
 
 
-def _holders(model: nn.Module, layers: set[str]) -> Iterator[nn.Module]:
+def holders(model: nn.Module, layers: set[str]) -> Iterator[nn.Module]:
     """Modules with a layer below them."""
     for name, module in model.named_modules():
         if any(layer.startswith(f"{name}." if name else "") and layer != name for layer in layers):
@@ -71,4 +71,4 @@ def _move_own(module: nn.Module, device: torch.device) -> None:
     for parameter in module.parameters(recurse=False):
         parameter.data = parameter.data.to(device)
     for name, buffer in list(module.named_buffers(recurse=False)):
-        module._buffers[name] = buffer.to(device)
+        setattr(module, name, buffer.to(device))

@@ -10,10 +10,10 @@ from typing import Literal
 from optimum_qvlm.errors import ConfigError
 from optimum_qvlm.plan import Block
 from optimum_qvlm.quant.entropy import Softness
-from optimum_qvlm.search.encoder_loss import EncoderOptions
 from optimum_qvlm.search.error_feedback import FeedbackOptions
 from optimum_qvlm.search.site import ClipGrids, SiteOptions
 from optimum_qvlm.search.transforms import KINDS, Kind, TransformOptions
+from optimum_qvlm.settings import EncoderOptions
 from optimum_qvlm.spec import GroupSize, Scheme
 
 Method = Literal["qvlm", "layerwise", "rtn"]
@@ -41,7 +41,8 @@ class LinearChoice:
 
     `static` fixes the range of activations in calibration. `two_level` makes the scales of a row multiples of one step
     where that makes a product one of bytes: with symmetric weights of at most four bits in groups, and activations that
-    are rounded with one scale per token or for all.
+    are rounded with one scale per token or for all. `fitted` lets dynamic activations of few bits choose sign and size
+    of each scale, which other runtimes do not.
     """
 
     scheme: Scheme | None
@@ -49,6 +50,7 @@ class LinearChoice:
     symmetric: bool = True
     static: bool = False
     two_level: bool = False
+    fitted: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +73,8 @@ class CalibrationOptions:
         blocks: to search in place of those that the measured dependency gives; every layer once, in order.
         encoder: how tower and projector are optimised after their search.
         fold: let norms take up the equalizers; sites behind none get no transform.
+        weighs_tokens: let errors of tokens count by what they do to the model's predictions, see
+            `optimum_qvlm.pipeline.token_weights`.
     """
 
     language: LinearChoice
@@ -88,6 +92,7 @@ class CalibrationOptions:
     blocks: tuple[Block, ...] | None = None
     encoder: EncoderOptions = field(default_factory=EncoderOptions)
     fold: bool = False
+    weighs_tokens: bool = True
 
 
 def site_options(

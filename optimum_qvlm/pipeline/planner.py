@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
+from optimum_qvlm.compat.transformers import tied_keys
 from optimum_qvlm.errors import ConfigError, SpecError, UnsupportedModelError
 from optimum_qvlm.models.adapter import Adapter, Part
 from optimum_qvlm.pipeline.options import CalibrationOptions, LinearChoice, keeps, matches, require_matches
@@ -94,7 +94,7 @@ class _Planner:
         choice = self._override(self.names[path])
         if choice is None or choice.scheme is None:
             return None
-        tied: Any = getattr(self.model, "all_tied_weights_keys", None) or {}
+        tied = tied_keys(self.model)
         if f"{path}.weight" in {*tied.keys(), *tied.values()}:
             raise ConfigError(
                 f"{self.names[path]} shares its weight with the input embedding and cannot be quantized alone; "
@@ -137,7 +137,9 @@ class _Planner:
         try:
             weight = choice.scheme.weight_spec(module.in_features, choice.group_size, symmetric=choice.symmetric)
             unseen = any(path.startswith(f"{layer}.") for layer in part.unused)  # nothing is measured there
-            activation = choice.scheme.activation_spec(weight, static=choice.static and not unseen)
+            activation = choice.scheme.activation_spec(
+                weight, static=choice.static and not unseen, fitted=choice.fitted
+            )
             if choice.two_level and not part.vision:
                 weight = on_two_levels(weight, activation, module.in_features)
         except SpecError as error:

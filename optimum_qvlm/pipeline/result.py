@@ -1,5 +1,6 @@
 """What a calibration produced."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,7 +61,9 @@ class CalibrationResult:
     """Plan with the blocks that were formed, records by disk name, errors and cost of one calibration.
 
     `recipe` is None where no data was used. `seconds` is wall-clock time of the search, data excluded. `folded` names
-    the norms that have taken up an equalizer, by the site behind them.
+    the norms that have taken up an equalizer, by the site behind them. `differences` are those of the layers, run alone
+    on one sample, to the model's own forward, relative and by part; `captured_bytes` what hidden states and arguments
+    of all samples take on the CPU.
     """
 
     plan: QuantPlan
@@ -72,6 +75,8 @@ class CalibrationResult:
     joint: list[BlockError] = field(default_factory=list)
     encoder: EncoderResult | None = None
     folded: dict[str, str] = field(default_factory=dict)
+    differences: Mapping[str, float] = field(default_factory=dict)
+    captured_bytes: int = 0
 
     def blocks(self) -> list[dict[str, Any]]:
         """The partition as plain JSON values."""

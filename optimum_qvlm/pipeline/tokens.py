@@ -1,6 +1,7 @@
 """Which tokens the search looks at."""
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -23,12 +24,13 @@ class TokenSampler:
     """
 
     def __init__(self, masks: Sequence[Tensor | None], budget: int, seed: int) -> None:
-        self._masks, self._seed = masks, seed
+        self._masks, self._budget, self._seed = masks, budget, seed
         self._share = -(-budget // max(len(masks), 1))
 
-    def mask(self, number: int) -> Tensor | None:
-        """The mask that a run was given."""
-        return self._masks[number]
+    def some(self, runs: Sequence[int], budget: int | None = None) -> Self:
+        """A sampler of the runs with these numbers, which are counted anew, with as many tokens or `budget` of them."""
+        masks = [self._masks[number] for number in runs]
+        return type(self)(masks, self._budget if budget is None else budget, self._seed)
 
     def valid(self, number: int, rows: int, tokens: int) -> Tensor | None:
         """Mask [rows * tokens] of tokens that are not padding in a run, None where all are real."""

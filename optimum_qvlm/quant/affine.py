@@ -1,28 +1,15 @@
 """Rounding of weights: scales, zero points, codes."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from optimum_qvlm.errors import SpecError
+from optimum_qvlm.kernels import QuantizedWeight
+from optimum_qvlm.kernels.reference import dequantize_rows
 from optimum_qvlm.quant.levels import fit_steps, to_multiples
 from optimum_qvlm.spec import WeightSpec
 
-
-@dataclass(frozen=True, slots=True)
-class QuantizedWeight:
-    """Codes of one weight with what turns them back.
-
-    Attributes:
-        codes: int8 [out_features, in_features], in -2^(bits-1) .. 2^(bits-1)-1.
-        scale: [out_features, groups], in the dtype that is stored. Not zero; negative ones turn the grid around.
-        zero_point: int8 [out_features, groups], or None on a symmetric grid.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor | None = None
+__all__ = ["QuantizedWeight", "dequantize_weight", "quantize_weight", "split_groups"]
 
 
 def quantize_weight(
@@ -82,11 +69,7 @@ def quantize_weight(
 
 def dequantize_weight(quantized: QuantizedWeight) -> Tensor:
     """fp32 weight [out_features, in_features]."""
-    rows, groups = quantized.scale.shape
-    grouped = quantized.codes.reshape(rows, groups, quantized.codes.shape[1] // groups).float()
-    if quantized.zero_point is not None:
-        grouped = grouped - quantized.zero_point.unsqueeze(-1).float()
-    return (grouped * quantized.scale.unsqueeze(-1).float()).reshape(quantized.codes.shape)
+    return dequantize_rows(quantized, 0, quantized.codes.shape[0])
 
 
 def split_groups(weight: Tensor, spec: WeightSpec) -> Tensor:

@@ -21,7 +21,7 @@ from optimum_qvlm.report.precision import (
     bytes_of_modules,
     readable_activation,
     readable_bytes,
-    readable_group,
+    readable_scales,
     tensor_bytes,
 )
 
@@ -153,8 +153,8 @@ def _precision(facts: CardFacts) -> str:
     for row in facts.rows:
         error = "" if row.error is None else f"{row.error:.2e}"
         lines.append(
-            f"| `{row.part}` | {row.linears} | {row.scheme} | {readable_group(row)} | {readable_activation(row)} "
-            f"| {row.weights:,} | {readable_bytes(row.bytes)} | {error} |"
+            f"| `{row.part}` | {row.linears} | {row.scheme} | {readable_scales(row.weight)} "
+            f"| {readable_activation(row.activation)} | {row.weights:,} | {readable_bytes(row.bytes)} | {error} |"
         )
     manifest = facts.values.get("manifest", {})
     modules = bytes_of_modules(manifest)

@@ -1,12 +1,13 @@
 """What a dry run shows: every module with its grid, site, block and bytes, and the expected cost."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from optimum_qvlm.pipeline.rehearsal import Cost
+from optimum_qvlm.pipeline.cost import Cost
 from optimum_qvlm.plan import ModuleRecord, PlannedLayer, QuantPlan
-from optimum_qvlm.report.precision import readable_bytes, readable_scales, scheme_of
+from optimum_qvlm.report.precision import readable_bytes, readable_scales
+from optimum_qvlm.spec import ActivationSpec, Scheme, WeightSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,8 +19,8 @@ class ModuleRow:
         part: the chain that it belongs to; "unused" where nothing reads its layer.
         block: number of its block, from 1, formed on one sample: all of them may give other blocks; None in an unused
             layer.
-        scheme: its effective bits, as in "w4a8".
-        group: input channels that share a weight scale; None for the whole row.
+        weight: the grid of its weight.
+        activation: the grid of its activations; None where these are not rounded.
         site: disk name of the site's first linear.
         bytes_before, bytes_after: its tensors in memory, unquantized and quantized.
     """
@@ -27,13 +28,22 @@ class ModuleRow:
     name: str
     part: str
     block: int | None
-    scheme: str
-    group: int | None
-    symmetric: bool
-    two_level: bool
+    weight: WeightSpec
+    activation: ActivationSpec | None
     site: str
     bytes_before: int
     bytes_after: int
+
+    @property
+    def scheme(self) -> str:
+        """Its effective bits, as in "w4a8"."""
+        return str(Scheme.of(self.weight, self.activation))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values in one flat row: the weight's grid, with bits as the scheme."""
+        grid = {"scheme": self.scheme} | {n: value for n, value in asdict(self.weight).items() if n != "bits"}
+        names = ("name", "part", "block", "site", "bytes_before", "bytes_after")
+        return {name: getattr(self, name) for name in names} | grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +75,8 @@ class DryRun:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        rows = [row.to_dict() for row in self.modules]
+        return {**asdict(replace(self, modules=())), "modules": rows}
 
     def __str__(self) -> str:
         """A table of the modules and the estimate below it, for people."""
@@ -86,10 +97,8 @@ def module_rows(
             name=linear.name,
             part=part,
             block=block,
-            scheme=scheme_of(records[linear.name]),
-            group=records[linear.name].weight_group,
-            symmetric=records[linear.name].symmetric,
-            two_level=records[linear.name].two_level,
+            weight=records[linear.name].weight,
+            activation=records[linear.name].activation,
             site=site.name,
             bytes_before=before[linear.name],
             bytes_after=after[linear.name],
@@ -113,7 +122,7 @@ def _cells(row: ModuleRow) -> tuple[str, ...]:
         row.part,
         row.name,
         row.scheme,
-        readable_scales(row.group, symmetric=row.symmetric, two_level=row.two_level),
+        readable_scales(row.weight),
         "own" if row.site == row.name else f"of {row.site.rpartition('.')[2]}",
         readable_bytes(row.bytes_before),
         readable_bytes(row.bytes_after),

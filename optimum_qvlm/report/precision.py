@@ -6,6 +6,7 @@ from math import prod
 from typing import Any
 
 from optimum_qvlm.plan import ModuleRecord
+from optimum_qvlm.spec import ActivationSpec, Scheme, WeightSpec, flat_grids
 
 BITS = {
     "F64": 64,
@@ -35,37 +36,38 @@ class PartRow:
 
     Attributes:
         part: leading components of their names, up to the first layer number.
-        scheme: as in `w4a8`.
-        weight_group: input channels that share a weight scale, None for whole rows.
-        activation_group: channels of a token that share a scale, None for whole tokens or no rounding.
-        activation_static: whether calibration fixed the range of activations.
-        symmetric: whether weight grids have no zero points.
-        two_level: whether weight scales are multiples of one step per row.
+        weight: the grid of their weights.
+        activation: the grid of their activations, None where these are not rounded.
+        linears: how many they are.
         weights: how many weights they hold.
         bytes: all their tensors on disk.
         error: of the output of the part's last layer, None where no calibration measured it.
     """
 
     part: str
-    scheme: str
-    weight_group: int | None
-    activation_group: int | None
-    activation_static: bool
-    symmetric: bool
-    two_level: bool
+    weight: WeightSpec
+    activation: ActivationSpec | None
     linears: int
     weights: int
     bytes: int
     error: float | None = None
 
+    @property
+    def scheme(self) -> str:
+        """As in `w4a8`."""
+        return str(Scheme.of(self.weight, self.activation))
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        """Plain JSON values in one flat row, bits as the scheme."""
+        grids = flat_grids(self.weight, self.activation)
+        rest = {name: getattr(self, name) for name in ("linears", "weights", "bytes", "error")}
+        shown = {name: value for name, value in grids.items() if name not in ("weight_bits", "activation_bits")}
+        return {"part": self.part, "scheme": self.scheme} | shown | rest
 
 
 def scheme_of(record: ModuleRecord) -> str:
     """As in `w4a8`; 16 stands for activations that are not rounded."""
-    return f"w{record.weight_bits}a{record.activation_bits or 16}"
+    return str(Scheme.of(record.weight, record.activation))
 
 
 def part_of(name: str) -> str:
@@ -88,35 +90,20 @@ def part_rows(
     """One row per part and precision, in the order of the record. `layers` are those of the report."""
     errors = {part_of(f"{layer['layer']}.last"): float(layer["error"]) for layer in layers}
     sizes = bytes_of_modules(manifest)
-    found: dict[tuple[Any, ...], list[str]] = {}
+    alike: dict[tuple[str, WeightSpec, ActivationSpec | None], list[str]] = {}
     for name, record in modules.items():
-        activation = (record.activation_group, record.activation_static)
-        grid = (record.symmetric, record.two_level)
-        key = (part_of(name), scheme_of(record), record.weight_group, *activation, *grid)
-        found.setdefault(key, []).append(name)
+        alike.setdefault((part_of(name), record.weight, record.activation), []).append(name)
     return [
         PartRow(
             part=part,
-            scheme=scheme,
-            weight_group=weight_group,
-            activation_group=activation_group,
-            activation_static=activation_static,
-            symmetric=symmetric,
-            two_level=two_level,
+            weight=weight,
+            activation=activation,
             linears=len(names),
             weights=sum(modules[name].in_features * modules[name].out_features for name in names),
             bytes=sum(sizes.get(name, 0) for name in names),
             error=errors.get(part),
         )
-        for (
-            part,
-            scheme,
-            weight_group,
-            activation_group,
-            activation_static,
-            symmetric,
-            two_level,
-        ), names in found.items()
+        for (part, weight, activation), names in alike.items()
     ]
 
 
@@ -143,23 +130,18 @@ def readable_bytes(count: int | float) -> str:
     return f"{count} bytes"
 
 
-def readable_group(row: PartRow) -> str:
-    """How weights share scales, as in `64, zero point`."""
-    return readable_scales(row.weight_group, symmetric=row.symmetric, two_level=row.two_level)
-
-
-def readable_scales(group: int | None, *, symmetric: bool, two_level: bool) -> str:
-    """The same of a grid: the channels of a scale, and what is special about it."""
-    shared = "row" if group is None else str(group)
-    if two_level:
+def readable_scales(weight: WeightSpec) -> str:
+    """How weights share scales, as in `64, zero point`: the channels of a scale, and what is special about it."""
+    shared = "row" if weight.group is None else str(weight.group)
+    if weight.two_level:
         return f"{shared}, two levels"
-    return shared if symmetric else f"{shared}, zero point"
+    return shared if weight.symmetric else f"{shared}, zero point"
 
 
-def readable_activation(row: PartRow) -> str:
+def readable_activation(activation: ActivationSpec | None) -> str:
     """What activations share a scale, as in `token, 64`; nothing where they are not rounded."""
-    if row.scheme.endswith("a16"):
+    if activation is None:
         return ""
-    if row.activation_static:
+    if activation.static:
         return "tensor, fixed"
-    return "token" if row.activation_group is None else f"token, {row.activation_group}"
+    return "token" if activation.group is None else f"token, {activation.group}"

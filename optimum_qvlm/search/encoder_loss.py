@@ -11,39 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from optimum_qvlm.errors import SpecError
-from optimum_qvlm.kernels import fake_quantize_static, fake_quantize_tokens, hadamard
+from optimum_qvlm.kernels import dequantize_tokens, fake_quantize_static, hadamard, quantize_tokens
 from optimum_qvlm.quant.affine import QuantizedWeight, split_groups
 from optimum_qvlm.quant.entropy import Positions, Softness, soft_assignment
+from optimum_qvlm.settings import EncoderOptions
 from optimum_qvlm.spec import ActivationSpec, WeightSpec
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncoderOptions:
-    """How the encoder is optimised.
-
-    Attributes:
-        epochs: passes over the calibration set; 0 leaves the step out.
-        learning_rate: of Adam, on the logarithms of clips, scales and equalizers.
-        entropy_weight: lambda 1, of the weighted dependencies (in nats).
-        error_weight: lambda 2, of the two error terms (relative).
-        final_share: eta, of the final error beside the encoder's.
-    """
-
-    epochs: int = 0
-    learning_rate: float = 1e-2
-    entropy_weight: float = 1.0
-    error_weight: float = 10.0
-    final_share: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.epochs < 0:
-            raise SpecError(f"encoder epochs must be 0 or more, got {self.epochs}")
-        if not self.learning_rate > 0:
-            raise SpecError(f"the encoder's learning rate must be above 0, got {self.learning_rate}")
-        for name in ("entropy_weight", "error_weight", "final_share"):
-            if not getattr(self, name) >= 0:
-                raise SpecError(f"{name} of the encoder's loss must be 0 or more, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,14 +92,18 @@ def round_through(x: Tensor) -> Tensor:
 def learned_tokens(x: Tensor, spec: ActivationSpec, log_clip: Tensor, clip: float) -> Tensor:
     """Dynamic activations rounded with the clip `clip * exp(log_clip)`; values are those of the real operation.
 
-    `x` is [..., channels], `log_clip` a scalar. The peak of a token or group counts as constant.
+    `x` is [..., channels], `log_clip` a scalar. What the scale is a share of counts as constant.
     """
-    exact = fake_quantize_tokens(x.detach(), spec.bits, spec.group, learned_clip(log_clip, clip))
+    codes, scale = quantize_tokens(x.detach(), spec.bits, spec.group, learned_clip(log_clip, clip), fitted=spec.fitted)
+    exact = dequantize_tokens(codes, scale).to(x.dtype)
     grouped = x.float() if spec.group is None else x.float().unflatten(-1, (-1, spec.group))
-    qmax = 2 ** (spec.bits - 1) - 1
-    scale = grouped.detach().abs().amax(dim=-1, keepdim=True) * (clip * log_clip.exp() / qmax)
-    scale = torch.where(scale > 0, scale, 1.0)
-    surrogate = (round_through(grouped / scale).clamp(-qmax, qmax) * scale).reshape(x.shape).to(x.dtype)
+    if spec.group is not None:
+        scale = scale.unsqueeze(-1)
+    change = log_clip.exp()
+    scale = scale * (change / change.detach())  # the scale as it is, with the gradient of its clip
+    high = 2 ** (spec.bits - 1) - 1
+    low = -high - 1 if spec.fitted else -high
+    surrogate = (round_through(grouped / scale).clamp(low, high) * scale).reshape(x.shape).to(x.dtype)
     return _with_gradient(exact, surrogate)
 
 

@@ -75,18 +75,22 @@ class Moments:
 
 
 def site_moments(problem: SiteProblem, rounding: SiteRounding, asymmetry: float) -> tuple[Moments, Moments]:
-    """Second moments over all calibration tokens of the problem: of the first half of each piece, and of the second."""
+    """Second moments over all calibration tokens of the problem, each times its weight, in two halves.
+
+    Tokens go to the halves in turn, so that both hold some of every image and every text.
+    """
     channels, device = problem.inputs.shape[1], problem.inputs.device
     halves = tuple(
         Moments(*(torch.zeros(channels, channels, dtype=torch.float32, device=device) for _ in range(2)))
         for _ in range(2)
     )
-    for found, wanted in problem.pieces():
-        middle = -(-len(found) // 2)
-        for half, part in zip(halves, (slice(middle), slice(middle, None)), strict=True):
-            rounded = rounding(found[part])
-            half.hessian.addmm_(rounded.T, rounded)
-            half.cross.addmm_(torch.lerp(found[part].float(), wanted[part].float(), asymmetry).T, rounded)
+    for tokens, reference, weight in problem.pieces():
+        for half, part in zip(halves, (slice(0, None, 2), slice(1, None, 2)), strict=True):
+            rounded = rounding(tokens[part])
+            target = torch.lerp(tokens[part].float(), reference[part].float(), asymmetry)
+            weighed = rounded if weight is None else rounded * weight[part]
+            half.hessian.addmm_(weighed.T, rounded)
+            half.cross.addmm_(target.T, weighed)
     return halves[0], halves[1]
 
 

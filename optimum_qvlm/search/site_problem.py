@@ -1,7 +1,7 @@
 """What the search of a site looks at, and what it returns."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,8 @@ class SiteProblem:
         all_inputs: every calibration token in pieces [some tokens, in_features], on any device, for the second
             moments of error feedback. Empty stands for `inputs` alone.
         all_references: the same at full precision, piece by piece; empty stands for `all_inputs`.
+        token_weights: what an error of each of these tokens costs, fp32 [some tokens, 1] with mean 1, piece by piece;
+            empty where all cost the same.
         snap: what becomes of an equalizer [in_features] where something that cannot hold every value takes it up.
     """
 
@@ -57,6 +59,7 @@ class SiteProblem:
     references: Tensor | None = None
     all_inputs: Sequence[Tensor] = ()
     all_references: Sequence[Tensor] = ()
+    token_weights: Sequence[Tensor] = ()
     snap: Callable[[Tensor], Tensor] | None = None
     _wanted: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -75,28 +78,28 @@ class SiteProblem:
         """At most `FEW_TOKENS` of the sample, evenly spread: what rounding does to activations is soon averaged out."""
         return self.inputs[:: -(-len(self.inputs) // FEW_TOKENS)]
 
-    def pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All calibration tokens with their full-precision values, piece by piece on the device of the sample."""
+    def repeated(self, tokens: int) -> "SiteProblem":
+        """The same with the sample repeated or cut to so many tokens, to see what a larger one takes."""
+        numbers = torch.arange(tokens, device=self.inputs.device) % len(self.inputs)
+        references = None if self.references is None else self.references[numbers]
+        return replace(self, inputs=self.inputs[numbers], references=references)
+
+    def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """All calibration tokens, their full-precision values and weights, piece by piece on the sample's device."""
+        device = self.inputs.device
         inputs = self.all_inputs or (self.inputs,)
         references = self.all_references or (inputs if self.all_inputs else (self.wanted_inputs,))
-        for found, wanted in zip(inputs, references, strict=True):
-            yield found.to(self.inputs.device), wanted.to(self.inputs.device)
+        weights = self.token_weights or (None,) * len(inputs)
+        for tokens, reference, weight in zip(inputs, references, weights, strict=True):
+            yield tokens.to(device), reference.to(device), None if weight is None else weight.to(device)
 
     def rounding(self, clip: float, transform: SiteTransform) -> SiteRounding:
         """What happens to activations; a static scale is that of the sample's quantile `clip`, after the transform."""
         spec = self.activation
-        if spec is None:
-            grid = Rounding(equalizer=transform.equalizer, rotation=transform.rotation)
-            return SiteRounding(transform, grid)
-        scale = static_scale(transform.tokens(self.inputs), spec.bits, clip) if spec.static else None
-        grid = Rounding(
-            bits=spec.bits,
-            group=spec.group,
-            clip=clip,
-            scale=scale,
-            equalizer=transform.equalizer,
-            rotation=transform.rotation,
-        )
+        scale = None
+        if spec is not None and spec.static:
+            scale = static_scale(transform.tokens(self.inputs), spec.bits, clip)
+        grid = Rounding.of(spec, clip=clip, scale=scale, equalizer=transform.equalizer, rotation=transform.rotation)
         return SiteRounding(transform, grid)
 
 

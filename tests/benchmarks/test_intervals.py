@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from intervals import Interval, of_correlation, of_mean
+
+from benchmarks.intervals import Interval, of_correlation, of_mean, of_ratio
 
 
 def noise(items, seed=0):
@@ -75,3 +76,29 @@ def test_the_same_seed_gives_the_same_interval():
 def test_an_interval_is_printed_with_signs():
     assert Interval(0.5, -0.25, 1.0).text() == "+0.50 (-0.25 .. +1.00)"
     assert Interval(0.5, -0.25, 1.0).scaled(100).text(0) == "+50 (-25 .. +100)"
+    assert Interval(0.5, -0.25, 1.0).text(1, sign="") == "0.5 (-0.2 .. 1.0)"
+
+
+def test_a_ratio_weighs_items_by_what_they_hold():
+    found = of_ratio(torch.tensor([1.0, 9.0]), torch.tensor([1.0, 3.0]))
+
+    assert found.value == 2.5
+    assert (found.low, found.high) == (1.0, 3.0)
+
+
+def test_a_row_that_comes_again_is_no_news():
+    """Three seeds on the same chunks are not three times as many chunks."""
+    sums, weights = noise(40).abs(), torch.ones(40)
+    again = torch.arange(40).repeat(3)
+
+    once, thrice = of_ratio(sums, weights), of_ratio(sums.repeat(3), weights.repeat(3), again)
+    apart = of_ratio(sums.repeat(3), weights.repeat(3))
+
+    assert (thrice.low, thrice.high) == pytest.approx((once.low, once.high))
+    assert apart.high - apart.low < 0.7 * (once.high - once.low)
+
+
+def test_the_interval_of_a_ratio_is_that_of_a_mean_where_weights_are_alike():
+    values = noise(60)
+    mean, ratio = of_mean(values), of_ratio(2 * values, torch.full((60,), 2.0))
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((mean.value, mean.low, mean.high))

@@ -6,7 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from argparse import ArgumentParser
+from argparse import SUPPRESS, ArgumentParser
 
 import pytest
 
@@ -40,7 +40,7 @@ def test_examples_in_the_help_parse(parser):
     joined = (command.EXPORT_EPILOG + command.INFO_EPILOG + command.CHAT_EPILOG).replace("\\\n", " ")
     examples = re.findall(r"^ +optimum-cli (.*)$", joined, flags=re.MULTILINE)
 
-    assert len(examples) == 11
+    assert len(examples) == 12
     for example in examples:
         parser.parse_args(shlex.split(example))
 
@@ -56,41 +56,23 @@ def test_help_loads_neither_torch_nor_our_package():
 
 
 def setting_options():
-    """Default by name of the options that are settings of a configuration."""
+    """Default by name of the options that are settings of a configuration and that the help shows."""
     plain = ArgumentParser()
-    for add in (
-        qvlm_options.add_scheme_options,
-        qvlm_options.add_search_options,
-        qvlm_options.add_encoder_options,
-        qvlm_options.add_runtime_options,
-        qvlm_options.add_calibration_options,
-    ):
-        add(plain)
-    return {action.dest: action.default for action in plain._actions if action.dest not in ("help", "paper")}
-
-
-def test_defaults_are_those_of_the_configuration():
-    """The help prints defaults, so they are written twice; this keeps both the same."""
-    from inspect import signature
-
-    from optimum_qvlm import QVLMConfig
-
-    shown = setting_options()
-    parameters = signature(QVLMConfig).parameters
-    assert shown == {name: parameters[name].default for name in shown}
+    qvlm_options.add_setting_options(plain)
+    shown = [action for action in plain._actions if action.help != SUPPRESS]
+    return {action.dest: action.default for action in shown if action.dest not in ("help", "paper")}
 
 
 def test_only_options_that_were_given_reach_the_configuration(parser):
     """What equals a default may still differ from what the paper's mode has."""
     from optimum_qvlm.cli.export import config_arguments
 
-    given = ["--vision-scheme", "w8a8", "--transforms", "auto", "--activation-range", "dynamic", "--seed", "0"]
+    given = ["--vision-scheme", "w8a8", "--search", "transforms=auto", "--search", "threshold=none", "--seed", "0"]
 
     assert config_arguments(parser.parse_args([*COMMAND, "out"])) == {}
     assert config_arguments(parser.parse_args([*COMMAND, "out", "--paper", "4", *given])) == {
         "vision_scheme": "w8a8",
-        "transforms": "auto",
-        "activation_range": "dynamic",
+        "search": {"transforms": "auto", "threshold": None},
         "seed": 0,
     }
 
@@ -116,7 +98,7 @@ def test_options_of_other_exporters_are_known(parser, task):
 
 
 def test_every_setting_of_the_configuration_has_an_option():
-    """Whoever adds a setting adds its option, one `add_argument` of the same name, or says here why there is none."""
+    """Whoever declares a setting names the title its option stands under, or says here why there is none."""
     from inspect import signature
 
     from optimum_qvlm import QVLMConfig
@@ -148,7 +130,10 @@ def test_options_become_the_arguments_of_the_configuration(parser):
             *("--override", '*.up_proj={"scheme": "w4a8", "group_size": 32}'),
             "--no-symmetric",
             "--two-level-scales",
-            *("--search-tokens", "99"),
+            *("--search", "tokens=99"),
+            *("--search", "error_feedback=false"),
+            *("--search", "weight_clips=1,0.9"),
+            *("--encoder", "learning_rate=0.5"),
             *("--processor", "some/processor"),
             "out",
         ]
@@ -168,7 +153,8 @@ def test_options_become_the_arguments_of_the_configuration(parser):
         "overrides": {"*.layers.0.*": "w8a8", "a=b": None, "*.up_proj": {"scheme": "w4a8", "group_size": 32}},
         "symmetric": False,
         "two_level_scales": True,
-        "search_tokens": 99,
+        "search": {"tokens": 99, "error_feedback": False, "weight_clips": [1.0, 0.9]},
+        "encoder": {"learning_rate": 0.5},
         "processor": "some/processor",
     }
 
@@ -194,6 +180,11 @@ def test_group_size_takes_words_and_numbers(parser, text, value):
         (["--override", '={"scheme":"w4a8"}'], r"--override: must read PATTERN=SCHEME"),
         (["--override", "a=w4a8", "--override", "a=w8a8"], r"--override: pattern 'a' is given twice"),
         (["--method", "awq"], r"--method: invalid choice: 'awq'"),
+        (["--search", "tokens"], r"--search: must read NAME=VALUE with one of transforms, .*got 'tokens'"),
+        (["--search", "depth=3"], r"--search: must read NAME=VALUE with one of .*got 'depth=3'"),
+        (["--search", "tokens=0"], r"--search: tokens: must be a whole number above 0, got '0'"),
+        (["--search", "error_feedback=no"], r"--search: error_feedback: must be true or false, got 'no'"),
+        (["--encoder", "epochs=many"], r"--encoder: epochs: invalid literal"),
         (["--task", "ocr"], r"--task: must be auto, image-text-to-text or text-generation.*got 'ocr'"),
     ],
 )
@@ -301,3 +292,27 @@ def test_clips_are_numbers_with_commas(parser, capsys):
     with pytest.raises(SystemExit, match="2"):
         parser.parse_args([*COMMAND, "out", "--weight-clips", "1;0.9"])
     assert "must be numbers with commas between them" in capsys.readouterr().err
+
+
+def test_options_of_before_work_and_say_what_they_are_now(parser, capsys):
+    from optimum_qvlm.cli.export import config_arguments
+
+    former = ["--search-tokens", "99", "--no-error-feedback", "--encoder-epochs", "3", "--exact-decode"]
+    args = parser.parse_args([*COMMAND, "out", "--search", "threshold=0.5", *former])
+
+    assert config_arguments(args) == {
+        "search": {"threshold": 0.5, "tokens": 99, "error_feedback": False},
+        "encoder": {"epochs": 3},
+        "decode_tokens": 0,
+    }
+    said = capsys.readouterr().err
+    assert "--search-tokens is deprecated, write --search tokens=VALUE" in said
+    assert "--encoder-epochs is deprecated, write --encoder epochs=VALUE" in said
+    assert "--exact-decode is deprecated, write --decode-tokens 0" in said
+
+
+def test_options_of_before_are_not_in_the_help(parser, capsys):
+    with pytest.raises(SystemExit):
+        parser.parse_args(["export", "qvlm", "--help"])
+
+    assert "--encoder-lr" not in capsys.readouterr().out

@@ -7,6 +7,7 @@ import pytest
 
 from optimum_qvlm.cli import export
 from optimum_qvlm.errors import HubError, QVLMError
+from tests.configs import make_paper
 
 
 def save_two_files(_, args):
@@ -59,6 +60,15 @@ def test_refusals_too(args, capsys):
     error = json.loads(capsys.readouterr().out)["error"]
     assert error["type"] == "SpecError"
     assert "'w3'" in error["message"]
+
+
+def test_a_format_that_could_not_hold_the_model_is_refused_before_it_is_loaded(args, monkeypatch, capsys):
+    monkeypatch.setattr(export, "load_model", lambda *_, **__: pytest.fail("loaded the model"))
+    args.format = "compressed-tensors"
+
+    assert export.main(args) == 2
+    assert "--format compressed-tensors writes" in capsys.readouterr().err
+    assert not args.output.exists()
 
 
 def test_a_repository_that_cannot_be_written_is_refused_before_the_model_is_loaded(args, monkeypatch, capsys):
@@ -162,7 +172,7 @@ def test_the_papers_mode_takes_what_was_given(parser):
 
     assert (config.scheme, config.vision_scheme, config.encoder_epochs) == ("w4a4", "w8a8", 10)
     assert (config.transforms, config.activation_range) == ("auto", "dynamic")
-    assert config == QVLMConfig.paper(4, vision_scheme="w8a8", transforms="auto", activation_range="dynamic")
+    assert config == make_paper(4, vision_scheme="w8a8", transforms="auto", activation_range="dynamic")
     assert export.make_config(6, {"seed": 1}) == QVLMConfig.paper(6, seed=1)
 
 

@@ -20,14 +20,14 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 SLOW_SAVING = """
 import sys, time
 from optimum_qvlm.hf.saving import write as writing
-real = writing._seal
+real = writing.render_card
 
-def slow(folder):
+def slow(facts):
     print("saving", file=sys.stderr, flush=True)
     time.sleep(60)
-    return real(folder)
+    return real(facts)
 
-writing._seal = slow
+writing.render_card = slow
 from optimum.commands.optimum_cli import main
 sys.argv[0] = "optimum-cli"
 main()

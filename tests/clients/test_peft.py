@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from optimum_qvlm.errors import ReadOnlyError
+from optimum_qvlm import QVLMConfig
+from optimum_qvlm.errors import CheckpointError, ReadOnlyError
 from tests.jobs import load, logits, make_batch, quantize
 
 
@@ -18,6 +19,16 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """A quantized model that was saved. Read only."""
     saved = tmp_path_factory.mktemp("quantized")
     quantize(request.getfixturevalue(f"{request.param}_folder"), transforms="equalize").save_pretrained(saved)
+    return saved
+
+
+@pytest.fixture(scope="module")
+def whole_folder(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized model whose linears have every tensor that there may be. Read only."""
+    saved = tmp_path_factory.mktemp("whole")
+    data = [make_batch(llama_folder, seed=0), make_batch(llama_folder, seed=1)]
+    config = QVLMConfig.paper(4, dataset=data, transforms="equalize", symmetric=False)
+    load(llama_folder, quantization_config=config).save_pretrained(saved)
     return saved
 
 
@@ -48,10 +59,22 @@ def trainer(model: Any, folder: Path, output: Path, steps: int) -> Trainer:
 
 def test_only_adapters_ask_for_gradients_after_a_reload(folder):
     """Equalizers and scales used to, which optimizers would have taken for parameters."""
-    trained = [name for name, parameter in load(folder).named_parameters() if parameter.requires_grad]
-
-    assert not [name for name in trained if name.endswith(("_scale", "_equalizer", "_packed", "_point"))]
     assert all("lora_" in name for name, parameter in adapt(folder).named_parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "name", ["weight_packed", "weight_scale", "weight_zero_point", "input_equalizer", "input_scale"]
+)
+def test_each_tensor_of_a_quantized_linear_is_frozen_after_a_reload(whole_folder, name):
+    """Optimizers would take them for parameters, and train what the codes were chosen for."""
+    model = load(whole_folder)
+    held = [parameter for path, parameter in model.named_parameters() if path.endswith(f".{name}")]
+
+    assert held and not any(parameter.requires_grad for parameter in held)
+    for parameter in model.train().parameters():
+        assert not parameter.requires_grad or parameter.is_floating_point()
+    model(**make_batch(whole_folder), labels=make_batch(whole_folder)["input_ids"]).loss.backward()
+    assert all(parameter.grad is None for parameter in held)
 
 
 def test_the_trainer_trains_saves_and_resumes(folder, tmp_path):
@@ -97,6 +120,73 @@ def test_a_merge_is_refused_and_works_once_dequantized(folder, dora):
 
     torch.testing.assert_close(logits(merged, batch), expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(expected, logits(load(folder).dequantize(), batch), atol=1e-3)
+
+
+@pytest.mark.parametrize("module", ["up_proj", "mlp"])
+def test_a_quantized_linear_cannot_be_a_module_to_save(folder, module):
+    """PEFT trains a copy of it, or of what holds it, which packed integers cannot be."""
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=[module], exclude_modules=".*vision.*")
+    named = r"layers\.0\.mlp\.\w+ \(quantized.*target_modules.*modules_to_not_convert.*dequantize"
+
+    with pytest.raises(ReadOnlyError, match=named):
+        get_peft_model(load(folder), config)
+
+
+def test_a_plain_linear_is_a_module_to_save(folder):
+    """The output embedding is not quantized by default."""
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+
+    model = get_peft_model(load(folder), config)
+
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert any("modules_to_save" in name and "lm_head" in name for name in trained)
+
+
+def test_a_whole_quantized_model_cannot_be_made_trainable(folder):
+    model = load(folder)
+
+    with pytest.raises(ReadOnlyError, match=r"layers\.0\.\w+\.\w+ \(.*target_modules.*dequantize"):
+        model.requires_grad_(True)
+
+    assert not any(parameter.requires_grad for parameter in model.requires_grad_(False).parameters())
+    assert all(parameter.requires_grad for parameter in model.dequantize().requires_grad_().parameters())
+
+
+def test_the_base_under_adapters_is_saved_once_they_are_unloaded(folder, tmp_path):
+    model, batch = adapt(folder), make_batch(folder)
+
+    with pytest.raises(CheckpointError, match=r"q_proj .*adapter.*unload\(\)"):
+        model.get_base_model().save_pretrained(tmp_path / "base")
+
+    model.unload().save_pretrained(tmp_path / "base")
+    assert torch.equal(logits(load(tmp_path / "base"), batch), logits(load(folder), batch))
+
+
+def test_adalora_trains(folder):
+    """It adds to what the base returns in place, and gives up ranks while it trains."""
+    torch.manual_seed(0)
+    config = AdaLoraConfig(
+        target_modules=["q_proj", "up_proj"],
+        exclude_modules=".*vision.*",
+        init_r=4,
+        target_r=2,
+        tinit=1,
+        tfinal=1,
+        total_step=6,
+    )
+    model = get_peft_model(load(folder), config)
+    (sample, *_), losses = samples(folder), []
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.05)
+
+    for step in range(1, 6):
+        loss = model(**{name: tensor[None] for name, tensor in sample.items()}).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        losses.append(float(loss.detach()))
+
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("initialisation", ["pissa", "olora"])

@@ -6,13 +6,16 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from optimum_qvlm import QVLMConfig, errors
 from optimum_qvlm.errors import QVLMError
 from optimum_qvlm.plan import ModuleRecord
+from tests.docs.settings_tables import tables
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -99,16 +102,12 @@ def test_blocks_marked_to_run_do(page, bundled_folder, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", [name for name in inspect.signature(QVLMConfig).parameters])
-def test_every_argument_of_the_config_has_its_row(name):
-    """With its default, as the signature has it."""
+@pytest.mark.parametrize("name", tables())
+def test_the_tables_of_settings_are_those_of_the_declaration(name):
+    """`python -m tests.docs.settings_tables` prints them anew."""
     page = (DOCS / "reference" / "config.md").read_text(encoding="utf-8")
-    row = next((line for line in page.splitlines() if line.startswith(f"| `{name}` |")), None)
 
-    assert row is not None
-    default = inspect.signature(QVLMConfig).parameters[name].default
-    shown = f'"{default}"' if isinstance(default, str) else repr(default)
-    assert row.split("|")[3].strip() == f"`{shown}`"
+    assert "\n".join(tables()[name]) in page
 
 
 def test_every_error_class_has_its_section():
@@ -135,3 +134,17 @@ def test_every_field_of_the_report_is_described(llava_folder):
     inner = [report["calibration"], report["bytes"], report["layers"][0], report["sites"][0]]
     names = {name for entry in inner for name in entry} | set(ModuleRecord.__dataclass_fields__)
     assert {name for name in names if f"`{name}`" not in page} == set()
+
+
+def test_accepted_releases_are_those_of_the_package():
+    """A bound that is moved is moved on the page too."""
+    page = (DOCS / "reference" / "compatibility.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| ([a-z]+) \| ([^|]*)\|$", page, re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    for requirement in map(Requirement, project["dependencies"]):
+        if requirement.name in rows:
+            bounds = {each.operator: each.version for each in requirement.specifier}
+            until = f" up to, not including, {bounds['<']}" if "<" in bounds else " and newer"
+            assert rows[requirement.name].startswith(f"{bounds['>=']}{until}"), requirement.name
+    assert {"torch", "triton", "transformers", "accelerate", "optimum"} <= rows.keys()

@@ -5,6 +5,7 @@ import torch
 
 from optimum_qvlm.evaluation.compare import fidelity_report, observe
 from optimum_qvlm.evaluation.fidelity import IGNORED
+from tests.configs import make_config
 from tests.jobs import load
 from tests.tiny_families import FAMILIES, VIDEO_TOKEN
 from tests.tiny_models import IMAGE_TOKEN, llama_batch, tiny_llama
@@ -29,12 +30,11 @@ def batches_of(family, last=3):
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory):
     """A family's tiny model rounded to nearest at `w4a4`, whose rounded activations show, by name."""
-    from optimum_qvlm import QVLMConfig
 
     def make(name, **settings):
         folder = tmp_path_factory.mktemp(name)
         FAMILIES[name].build().save_pretrained(folder)
-        return load(folder, quantization_config=QVLMConfig("w4a4", method="rtn", **settings))
+        return load(folder, quantization_config=make_config("w4a4", method="rtn", **settings))
 
     return make
 
@@ -49,7 +49,7 @@ def figures(name, model):
 @CAUSAL
 def test_with_exact_decode_both_ways_agree(name, quantized):
     """The arithmetic is the same then, so that more than rounding between them would be a mistake of ours."""
-    found = figures(name, quantized(name, exact_decode=True))
+    found = figures(name, quantized(name, decode_tokens=0))
 
     assert found["decode"]["tokens"] == found["prefill"]["tokens"] == 12
     assert found["decode"]["mean_kl"] == pytest.approx(found["prefill"]["mean_kl"], rel=1e-4)

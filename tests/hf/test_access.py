@@ -31,7 +31,7 @@ def test_the_options_are_noted_and_passed_on():
 
     assert model.adjust_generation_fn(None, "name", **options) == "adjusted"
     assert model.calls == [((None, "name"), options)]
-    assert noted == [Access(token=SECRET, cache_dir="cache", local_files_only=True, trust_remote_code=True)]
+    assert noted == [Access(token=SECRET, cache_dir="cache", local_files_only=True, trust_remote_code=True, told=True)]
 
 
 def test_the_stand_in_is_gone_after_one_call():
@@ -42,7 +42,7 @@ def test_the_stand_in_is_gone_after_one_call():
 
     model.adjust_generation_fn(token=SECRET)
 
-    assert noted == [Access()]
+    assert noted == [Access(told=True)]
     assert list(vars(model)) == ["calls"]
 
 

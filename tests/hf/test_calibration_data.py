@@ -5,7 +5,6 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-from optimum_qvlm import QVLMConfig
 from optimum_qvlm.data.loader import fingerprint
 from optimum_qvlm.errors import CheckpointError, DataError
 from optimum_qvlm.hf.calibration_data import LABELS_PER_SAMPLE, prepare_data, require_all_loaded
@@ -13,6 +12,7 @@ from optimum_qvlm.hf.format.names import disk_names_of_linears
 from optimum_qvlm.hf.saving.source import Source
 from optimum_qvlm.models.registry import adapter_for
 from optimum_qvlm.pipeline.planner import make_plan
+from tests.configs import make_config
 from tests.jobs import load
 from tests.tiny_models import IMAGE_TOKEN, llama_batch, llava_batch, tiny_llama
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 def prepare(folder, **settings):
     """`prepare_data` for the model in `folder`."""
-    model, config = load(folder), QVLMConfig(**settings)
+    model, config = load(folder), make_config(**settings)
     plan = make_plan(adapter_for(model), config.options(), disk_names_of_linears(model, []))
     return prepare_data(model, plan, config, Source(folder=folder), CPU)
 

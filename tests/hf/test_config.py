@@ -3,15 +3,17 @@
 import copy
 import json
 import re
+from dataclasses import fields
+from inspect import signature
 
 import pytest
 
-from optimum_qvlm import QVLMConfig, QVLMError
+from optimum_qvlm import EncoderOptions, QVLMConfig, QVLMError, SearchOptions
 from optimum_qvlm.errors import ConfigError, SpecError
 from optimum_qvlm.hf.config import FORMAT_VERSION
 from optimum_qvlm.hf.format.record import CalibrationRecord, config_digest, config_identity
 from optimum_qvlm.plan import ModuleRecord
-from optimum_qvlm.search.encoder_loss import EncoderOptions
+from optimum_qvlm.settings import NESTED, Settings, declaration, nested_names
 from optimum_qvlm.spec import Scheme
 
 OVERRIDES = {"lm_head": "w8a8", "layers.0": None, "*.down_proj": {"scheme": "w4a16", "group_size": 32}}
@@ -43,6 +45,15 @@ def make_record(**changes) -> CalibrationRecord:
     return CalibrationRecord(**(values | changes))
 
 
+def dotted(settings: dict) -> dict:
+    """Arguments, of which `search.tokens` goes into the dict `search`."""
+    arguments: dict = {}
+    for name, value in settings.items():
+        argument, _, own = name.partition(".")
+        arguments[argument] = {**arguments.get(argument, {}), own: value} if own else value
+    return arguments
+
+
 def through_json(config: QVLMConfig) -> QVLMConfig:
     return QVLMConfig.from_dict(json.loads(json.dumps(config.to_dict())))
 
@@ -65,7 +76,7 @@ def test_the_language_model_needs_a_scheme():
     [
         ({"decode_tokens": -1}, "decode_tokens must be an integer of at least 0, got -1"),
         ({"decode_tokens": True}, "decode_tokens must be an integer of at least 0, got True"),
-        ({"exact_decode": 1}, "exact_decode must be True or False, got 1"),
+        ({"decode_tokens": "16"}, "decode_tokens must be an integer of at least 0, got '16'"),
     ],
 )
 def test_token_thresholds_that_mean_nothing_are_refused(settings, message):
@@ -73,18 +84,21 @@ def test_token_thresholds_that_mean_nothing_are_refused(settings, message):
         QVLMConfig(**settings)
 
 
-def test_exact_decode_is_a_threshold_of_none():
-    """It is recorded, since it decides what a saved model computes."""
-    assert QVLMConfig(decode_tokens=5).weight_only_tokens() == 5
-    assert QVLMConfig(decode_tokens=5, exact_decode=True).weight_only_tokens() == 0
-    assert QVLMConfig.from_dict(QVLMConfig(exact_decode=True, decode_tokens=5).to_dict()).exact_decode is True
+def test_the_token_threshold_is_recorded():
+    """It decides what a saved model computes. `exact_decode` of checkpoints of before is a threshold of none."""
+    assert through_json(QVLMConfig(decode_tokens=5)).weight_only_tokens() == 5
+    saved = QVLMConfig(decode_tokens=5).to_dict()
+    assert QVLMConfig.from_dict(saved | {"exact_decode": True}).weight_only_tokens() == 0
+    assert QVLMConfig.from_dict(saved | {"exact_decode": False}).weight_only_tokens() == 5
 
 
-@pytest.mark.parametrize("field", ["num_samples", "batch_size", "max_length", "search_tokens", "max_block_depth"])
+@pytest.mark.parametrize(
+    "field", ["num_samples", "batch_size", "max_length", "search.tokens", "search.max_block_depth"]
+)
 @pytest.mark.parametrize("value", [0, -1, 1.5, "64", None, True])
 def test_counts_must_be_positive_integers(field, value):
     with pytest.raises(ConfigError, match=f"{field} must be a positive integer, got {value!r}"):
-        QVLMConfig(**{field: value})
+        QVLMConfig(**dotted({field: value}))
 
 
 @pytest.mark.parametrize("value", [-1, 0.5, "0", None, True])
@@ -124,7 +138,7 @@ def test_two_level_scales_are_refused_where_nothing_gains_by_them(settings, mess
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"scheme": "w3a8"}, {"scheme": "w4a4", "activation_range": "static"}], ids=str
+    "settings", [{}, {"scheme": "w3a8"}, {"scheme": "w4a4", "search": {"activation_range": "static"}}], ids=str
 )
 def test_two_level_scales_reach_language_and_overrides_and_survive_json(settings):
     config = through_json(QVLMConfig(two_level_scales=True, overrides=OVERRIDES, **settings))
@@ -144,28 +158,38 @@ def test_other_methods_are_refused(value):
 
 @pytest.mark.parametrize("value", ["slow", "", None, 1, "Fast"])
 def test_efforts_are_fast_and_balanced(value):
-    with pytest.raises(ConfigError, match=f"effort must be one of fast, balanced, got {value!r}"):
+    with pytest.raises(ConfigError, match=f"effort must be one of balanced, fast, got {value!r}"):
         QVLMConfig(effort=value)
 
 
 @pytest.mark.parametrize("value", ["hadamard", "", None, True, "Off"])
 def test_transforms_are_known_kinds(value):
-    with pytest.raises(ConfigError, match=f"transforms must be one of auto, off, .*both, got {value!r}"):
-        QVLMConfig(transforms=value)
+    with pytest.raises(ConfigError, match=f"search.transforms must be one of auto, off, .*both, got {value!r}"):
+        QVLMConfig(search={"transforms": value})
 
 
-@pytest.mark.parametrize("field", ["error_feedback", "servable", "two_level_scales"])
+@pytest.mark.parametrize("field", ["search.error_feedback", "servable", "two_level_scales", "dequantize"])
 @pytest.mark.parametrize("value", [None, 1, "yes"])
 def test_switches_are_true_or_false(field, value):
     with pytest.raises(ConfigError, match=f"{field} must be True or False, got {value!r}"):
-        QVLMConfig(**{field: value})
+        QVLMConfig(**dotted({field: value}))
 
 
 @pytest.mark.parametrize("transforms", ["equalize", "rotate", "both"])
 def test_a_servable_model_with_transforms_is_refused(transforms):
     """Otherwise one of the two wishes would be dropped in silence."""
-    with pytest.raises(ConfigError, match=f"servable=True leaves the choice .* transforms='{transforms}' asks"):
-        QVLMConfig(servable=True, transforms=transforms)
+    with pytest.raises(ConfigError, match=f"servable=True leaves the choice .*transforms='{transforms}' asks"):
+        QVLMConfig(servable=True, search={"transforms": transforms})
+
+
+def test_servable_takes_the_peak_of_each_token():
+    """As other runtimes do: a clip that was searched could not be written for them."""
+    assert QVLMConfig(servable=True).options().search.clips.activation == (1.0,)
+    assert len(QVLMConfig(servable=True, search={"activation_range": "static"}).options().search.clips.activation) > 1
+    assert QVLMConfig(servable=True, search={"activation_clips": [1.0, 0.9]}).options().search.clips.activation == (
+        1.0,
+        0.9,
+    )
 
 
 def test_servable_searches_only_what_norms_can_take_up():
@@ -174,18 +198,18 @@ def test_servable_searches_only_what_norms_can_take_up():
 
     assert options.fold
     assert options.search.transforms.kinds == ("off", "equalize")
-    assert QVLMConfig(servable=True, transforms="off").options().search.transforms is None
+    assert QVLMConfig(servable=True, search=SearchOptions(transforms="off")).options().search.transforms is None
     assert through_json(QVLMConfig(servable=True)).servable is True
 
 
 def test_effort_and_feedback_reach_the_search():
     """Fast tries fewer candidates and refines nothing; without feedback each weight is rounded on its own."""
     balanced, fast = QVLMConfig().options().search, QVLMConfig(effort="fast").options().search
-    plain = QVLMConfig(error_feedback=False)
+    plain = QVLMConfig(search={"error_feedback": False})
 
     assert set(fast.clips.activation) < set(balanced.clips.activation)
     assert set(fast.clips.weight) < set(balanced.clips.weight)
-    assert set(QVLMConfig(error_feedback=False, effort="fast").options().search.clips.weight) < set(
+    assert set(QVLMConfig(search={"error_feedback": False}, effort="fast").options().search.clips.weight) < set(
         plain.options().search.clips.weight
     )
     assert fast.feedback.sweeps == 0 < balanced.feedback.sweeps
@@ -252,7 +276,7 @@ def test_options_carry_every_setting():
         overrides=OVERRIDES,
         seed=3,
         method="rtn",
-        search_tokens=7,
+        search=SearchOptions(tokens=7),
     )
 
     options = config.options()
@@ -274,7 +298,7 @@ def test_options_carry_every_setting():
         {},
         {"vision_scheme": None, "group_size": None, "symmetric": False},
         {"overrides": OVERRIDES, "modules_to_not_convert": ["a", "b"]},
-        {"num_samples": 3, "batch_size": 1, "max_length": 9, "seed": 2**40, "method": "rtn", "search_tokens": 1},
+        {"num_samples": 3, "batch_size": 1, "max_length": 9, "seed": 2**40, "method": "rtn", "search": {"tokens": 1}},
         {"dataset": "scienceqa"},
     ],
     ids=["defaults", "nones", "patterns", "numbers", "preset"],
@@ -436,34 +460,35 @@ def test_equality_is_of_settings():
 
 @pytest.mark.parametrize("value", [-0.1, "1", True, float("nan"), float("inf")])
 def test_thresholds_must_be_numbers_from_zero(value):
-    with pytest.raises(ConfigError, match="threshold must be None or a number of at least 0, got "):
-        QVLMConfig(threshold=value)
+    with pytest.raises(ConfigError, match=r"search\.threshold must be None or a number of at least 0, got "):
+        QVLMConfig(search={"threshold": value})
 
 
 @pytest.mark.parametrize("field", ["activation_clips", "weight_clips"])
 @pytest.mark.parametrize("value", [[], [0.9], [1.0, 0.0], [1.0, 1.1], [1.0, "0.9"], "1.0", 1.0, [1.0, None]])
 def test_grids_must_hold_clips_and_the_full_range(field, value):
     """Without 1.0 there is no rounding to nearest to fall back to."""
-    with pytest.raises(ConfigError, match=f"{field} must be a list of numbers above 0 and up to 1, with 1.0 among"):
-        QVLMConfig(**{field: value})
+    with pytest.raises(ConfigError, match=f"search.{field} must be a list of numbers above 0 and up to 1, with 1.0"):
+        QVLMConfig(search={field: value})
 
 
 @pytest.mark.parametrize("field, allowed", [("activation_range", "dynamic, static"), ("soft_assignment", "step_squa")])
 @pytest.mark.parametrize("value", ["other", None, 1])
 def test_other_ranges_and_assignments_are_refused(field, allowed, value):
-    with pytest.raises(ConfigError, match=f"{field} must be one of {allowed}.*, got {value!r}"):
-        QVLMConfig(**{field: value})
+    with pytest.raises(ConfigError, match=f"search.{field} must be one of {allowed}.*, got {value!r}"):
+        QVLMConfig(search={field: value})
 
 
 def test_static_ranges_without_data_are_refused():
     with pytest.raises(ConfigError, match='activation_range="static" needs data, which method="rtn" does not use'):
-        QVLMConfig(activation_range="static", method="rtn")
+        QVLMConfig(search={"activation_range": "static"}, method="rtn")
 
 
 def test_settings_of_the_search_reach_the_options():
-    config = QVLMConfig(
-        "w4a4", max_block_depth=5, threshold=1.25, activation_clips=(1.0, 0.7), weight_clips=[1], soft_assignment="step"
+    search = SearchOptions(
+        max_block_depth=5, threshold=1.25, activation_clips=(1.0, 0.7), weight_clips=[1], soft_assignment="step"
     )
+    config = QVLMConfig("w4a4", search=search)
 
     options = QVLMConfig.from_dict(config.to_dict()).options()
 
@@ -493,42 +518,38 @@ def test_the_papers_mode_takes_further_settings():
 
 
 def test_encoder_settings_become_options():
-    config = QVLMConfig(encoder_epochs=3, encoder_lr=0.5, encoder_eta=0.25, encoder_l1=2, encoder_l2=0)
+    encoder = EncoderOptions(epochs=3, learning_rate=0.5, final_share=0.25, entropy_weight=2, error_weight=0)
+    config = QVLMConfig(encoder=encoder)
 
-    encoder = config.options().encoder
-
-    found = (encoder.epochs, encoder.learning_rate, encoder.final_share, encoder.entropy_weight, encoder.error_weight)
-    assert found == (3, 0.5, 0.25, 2, 0)
+    assert config.options().encoder == encoder
     assert QVLMConfig.from_dict(config.to_dict()) == config
-
-
-def test_the_defaults_of_the_encoder_are_those_of_its_options():
-    """Two places that state them must not drift apart."""
-    assert QVLMConfig().options().encoder == EncoderOptions()
 
 
 def test_the_papers_mode_optimises_the_encoder():
     assert QVLMConfig.paper().options().encoder.epochs == 10
-    assert QVLMConfig.paper(encoder_epochs=0).options().encoder.epochs == 0
+    assert QVLMConfig.paper(encoder={"epochs": 0}).options().encoder.epochs == 0
+    adjusted = QVLMConfig.paper(encoder=EncoderOptions(learning_rate=0.5), search=SearchOptions(tokens=99))
+    assert (adjusted.encoder.epochs, adjusted.encoder.learning_rate) == (10, 0.5)
+    assert (adjusted.search.tokens, adjusted.search.transforms) == (99, "off")
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "10", None])
 def test_epochs_that_are_no_number_of_passes_are_refused(value):
-    with pytest.raises(ConfigError, match="encoder_epochs must be an integer of at least 0, got"):
-        QVLMConfig(encoder_epochs=value)
+    with pytest.raises(ConfigError, match=r"encoder\.epochs must be an integer of at least 0, got"):
+        QVLMConfig(encoder={"epochs": value})
 
 
-@pytest.mark.parametrize("field", ["encoder_lr", "encoder_eta", "encoder_l1", "encoder_l2"])
+@pytest.mark.parametrize("field", ["learning_rate", "final_share", "entropy_weight", "error_weight"])
 @pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf"), "1", None, True])
 def test_factors_that_are_no_number_are_refused(field, value):
-    with pytest.raises(ConfigError, match=f"{field} must be a number of at least 0, got"):
-        QVLMConfig(**{field: value})
+    with pytest.raises(ConfigError, match=f"encoder.{field} must be a number of at least 0, got"):
+        EncoderOptions(**{field: value})
 
 
 def test_a_learning_rate_of_zero_is_refused():
     """It would cost the time of the step and change nothing."""
-    with pytest.raises(ConfigError, match=r"encoder_lr must be above 0.*encoder_epochs=0 turns"):
-        QVLMConfig(encoder_lr=0)
+    with pytest.raises(ConfigError, match=r"encoder\.learning_rate must be above 0, got 0"):
+        EncoderOptions(learning_rate=0)
 
 
 @pytest.mark.parametrize(
@@ -537,36 +558,144 @@ def test_a_learning_rate_of_zero_is_refused():
         ("seed", 2**70),
         ("num_samples", 2**70),
         ("decode_tokens", 2**40),
-        ("encoder_lr", 1e300),
-        ("encoder_l2", 1e300),
-        ("threshold", 10**400),
+        ("encoder.learning_rate", 1e300),
+        ("encoder.error_weight", 1e300),
+        ("search.threshold", 10**400),
     ],
 )
 def test_numbers_beyond_reason_are_refused(name, value):
     with pytest.raises(ConfigError, match=name):
-        QVLMConfig(**{name: value})
+        QVLMConfig(**dotted({name: value}))
 
 
 @pytest.mark.parametrize(
     "settings, sentence",
     [
         (
-            {"effort": "fast", "threshold": 0.5, "max_block_depth": 2},
-            'max_block_depth, threshold have no effect: effort="fast" forms',
+            {"effort": "fast", "search.threshold": 0.5, "search.max_block_depth": 2},
+            'search.max_block_depth, search.threshold have no effect: effort="fast" forms',
         ),
-        ({"method": "layerwise", "threshold": 0.5}, 'threshold has no effect: method="layerwise"'),
-        ({"method": "rtn", "encoder_epochs": 2, "num_samples": 3}, "num_samples, encoder_epochs have no effect"),
-        ({"encoder_lr": 0.1}, "encoder_lr has no effect: encoder_epochs=0"),
-        ({"exact_decode": True, "decode_tokens": 4}, "decode_tokens has no effect: exact_decode=True"),
+        ({"method": "layerwise", "search.threshold": 0.5}, 'search.threshold has no effect: method="layerwise"'),
+        ({"method": "rtn", "encoder.epochs": 2, "num_samples": 3}, "num_samples, encoder.epochs have no effect"),
+        ({"encoder.learning_rate": 0.1}, "encoder.learning_rate has no effect: encoder.epochs=0"),
     ],
 )
 def test_settings_without_effect_are_named(settings, sentence):
-    assert any(found.startswith(sentence) for found in QVLMConfig(**settings).idle_settings())
+    assert any(found.startswith(sentence) for found in QVLMConfig(**dotted(settings)).idle_settings())
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"method": "rtn"}, {"effort": "fast"}, {"method": "rtn", "transforms": "off"}]
+    "settings", [{}, {"method": "rtn"}, {"effort": "fast"}, {"method": "rtn", "search": {"transforms": "off"}}]
 )
 def test_settings_that_agree_are_not_warned_about(settings):
     assert QVLMConfig(**settings).idle_settings() == []
     assert QVLMConfig.paper().idle_settings() == []
+
+
+FORMER = {
+    "search_tokens": 99,
+    "max_block_depth": 2,
+    "threshold": 0.5,
+    "soft_assignment": "step",
+    "activation_range": "static",
+    "activation_clips": [1.0, 0.9],
+    "weight_clips": [1.0, 0.8],
+    "transforms": "rotate",
+    "error_feedback": False,
+    "encoder_epochs": 3,
+    "encoder_lr": 0.5,
+    "encoder_eta": 0.25,
+    "encoder_l1": 2.0,
+    "encoder_l2": 0.5,
+}
+"""Every flat argument of before that has moved, with a value that is not its default."""
+
+
+def test_every_argument_that_moved_is_known_by_its_former_name():
+    assert FORMER.keys() == nested_names(former=True).keys()
+
+
+@pytest.mark.parametrize("name", FORMER)
+def test_former_arguments_still_work_and_say_where_they_are_now(name):
+    """With the line of the user, who is to change it."""
+    argument, own = nested_names()[name]
+
+    with pytest.warns(DeprecationWarning, match=rf"{name} is {argument}=\w+\({own}=\.\.\.\)") as caught:
+        config = QVLMConfig(**{name: FORMER[name]})
+
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert config == QVLMConfig(**{argument: {own: FORMER[name]}})
+    assert config.to_dict()[name] == FORMER[name]
+    with pytest.warns(DeprecationWarning, match=f"{name} is read as {argument}.{own} now"):
+        assert getattr(config, name) == FORMER[name]
+
+
+def test_exact_decode_is_a_threshold_of_none():
+    with pytest.warns(DeprecationWarning, match="exact_decode=True is decode_tokens=0"):
+        assert QVLMConfig(decode_tokens=5, exact_decode=True).weight_only_tokens() == 0
+    with pytest.raises(ConfigError, match="exact_decode must be True or False, got 1"):
+        QVLMConfig(exact_decode=1)
+
+
+def test_the_papers_mode_takes_former_arguments():
+    with pytest.warns(DeprecationWarning) as caught:
+        config = QVLMConfig.paper(encoder_epochs=2, transforms="auto")
+
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert (config.encoder.epochs, config.search.transforms, config.search.soft_assignment) == (2, "auto", "step")
+
+
+def test_saved_configurations_are_read_without_warnings(recwarn):
+    """Their flat names are those of the format, not arguments of before."""
+    values = QVLMConfig("w4a4").to_dict() | FORMER | {"exact_decode": True}
+
+    config = QVLMConfig.from_dict(values)
+
+    assert not recwarn
+    assert config.decode_tokens == 0
+    assert {name: config.to_dict()[name] for name in FORMER} == FORMER
+
+
+@pytest.mark.parametrize("argument, made", NESTED.items())
+def test_nested_settings_are_options_or_dicts(argument, made):
+    name = fields(made)[0].name
+    with pytest.raises(ConfigError, match=rf"{made.__name__} has no field depth; it has {name}, "):
+        QVLMConfig(**{argument: {"depth": 3}})
+    with pytest.raises(ConfigError, match=rf"expected {made.__name__} or a dict with some of its fields, got 5"):
+        QVLMConfig(**{argument: 5})
+
+
+def test_unknown_arguments_are_refused_with_the_closest():
+    with pytest.raises(TypeError, match="QVLMConfig has no setting num_sample; did you mean num_samples"):
+        QVLMConfig(num_sample=3)
+
+
+def test_the_signature_shows_every_setting_with_its_default():
+    """Help and editors read it."""
+    shown = {name: parameter.default for name, parameter in signature(QVLMConfig).parameters.items()}
+
+    assert shown == {entry.name: entry.default for entry in fields(Settings)} | dict.fromkeys(NESTED)
+    assert next(iter(shown)) == "scheme"
+
+
+@pytest.mark.parametrize("made", [Settings, *NESTED.values()])
+def test_every_setting_has_a_line_of_help_a_default_that_is_valid_and_a_name(made):
+    names = [declaration(entry).saved for entry in fields(made)]
+    for entry in fields(made):
+        declared = declaration(entry)
+        assert declared.kind.problem(entry.default) is None
+        assert 10 < len(declared.help) < 140 and not declared.help.endswith(".")
+    assert len({name for name in names if name is not None}) == len(names) - names.count(None)
+
+
+@pytest.mark.parametrize(
+    "options", [SearchOptions(transforms="rotate"), SearchOptions(activation_range="static")], ids=str
+)
+def test_what_a_checkpoint_holds_is_compared_inside_nested_settings_too(options):
+    """`from_pretrained` carries over what was asked for beside the checkpoint."""
+    asked = QVLMConfig(search=options).get_loading_attributes()["requests"]
+    saved = QVLMConfig()
+    saved.requests = asked
+
+    with pytest.raises(ConfigError, match="but the checkpoint is quantized with"):
+        saved.take_requests()

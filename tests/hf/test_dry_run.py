@@ -7,6 +7,7 @@ import torch
 
 from optimum_qvlm import QVLMConfig, dry_run
 from optimum_qvlm.errors import CalibrationError, CheckpointError, ConfigError, DataError, SpecError
+from tests.configs import make_config
 from tests.jobs import contents, load, make_batch, quantize
 from tests.tiny_families import FAMILIES
 from tests.tiny_models import llama_batch, llava_batch, tiny_llama
@@ -18,7 +19,7 @@ def settings_of(folder, **settings):
 
 def tried(folder, scheme="w4a8", *, into=None, options=None, **settings):
     """A dry run of the tiny model in `folder`."""
-    return dry_run(folder, QVLMConfig(scheme, **settings_of(folder, **settings)), folder=into, **(options or {}))
+    return dry_run(folder, make_config(scheme, **settings_of(folder, **settings)), folder=into, **(options or {}))
 
 
 @pytest.mark.parametrize("method", ["qvlm", "rtn"])
@@ -35,14 +36,14 @@ def test_it_shows_what_the_real_run_then_does(family, method, request):
     assert {row.name for row in shown.modules} == set(record.modules)
     for row in shown.modules:
         entry = record.modules[row.name]
-        assert (row.group, row.symmetric, row.site) == (entry.weight_group, entry.symmetric, entry.site)
-        assert row.scheme == f"w{entry.weight_bits}a{entry.activation_bits or 16}"
+        assert (row.weight, row.site) == (entry.weight, entry.site)
+        assert row.activation == entry.activation
     assert shown.kept == tuple(model.hf_quantizer.report["kept_in_full_precision"])
     blocks = [row.block for row in shown.modules if row.block is not None]
     assert sorted(set(blocks)) == list(range(1, max(blocks) + 1))
     sizes = model.hf_quantizer.report["bytes"]
     assert shown.bytes_before == sizes["before"]
-    equalizers = sum(4 * entry.in_features for entry in record.modules.values() if entry.equalized)
+    equalizers = sum(4 * entry.in_features for entry in record.modules.values() if entry.format.equalized)
     assert sizes["after"] - equalizers <= shown.bytes_after <= sizes["after"] + equalizers
 
 
@@ -70,7 +71,7 @@ def test_nothing_is_left_on_disk(llava_folder, tmp_path, failing):
 
 def test_the_configuration_can_be_used_for_the_real_run_afterwards(llava_folder):
     """It still has its data, and does not say that it was rehearsed."""
-    config = QVLMConfig(**settings_of(llava_folder))
+    config = make_config(**settings_of(llava_folder))
 
     dry_run(llava_folder, config)
     model = load(llava_folder, quantization_config=config)

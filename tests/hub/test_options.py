@@ -3,7 +3,8 @@
 import copy
 
 import pytest
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoModelForSequenceClassification, AutoProcessor
+from transformers.utils import logging
 
 from optimum_qvlm import QVLMConfig, dry_run
 from optimum_qvlm.errors import DataError
@@ -31,13 +32,15 @@ def calibrated(name=BASE, config=None, **options):
     return AutoModelForImageTextToText.from_pretrained(name, quantization_config=config, **options)
 
 
-def test_a_private_model_is_quantized_and_saved_with_the_token_alone(hub, files, stranger, tmp_path):
+def test_a_private_model_is_quantized_and_saved_with_the_token_alone(hub, files, stranger, tmp_path, caplog):
+    logging.enable_propagation()
     hub.add(BASE, files, private=True)
 
     calibrated(token="hf_owner").save_pretrained(tmp_path / "out")
 
     assert set(contents(tmp_path / "out")) >= PROCESSOR
     assert "hf_owner" not in (tmp_path / "out" / "config.json").read_text()
+    assert "did not tell" not in caplog.text
 
 
 def test_a_private_quantized_model_is_loaded_and_saved_with_the_token_alone(hub, model, stranger, tmp_path, files):
@@ -111,8 +114,6 @@ def test_a_processor_that_cannot_be_fetched_says_how_to_log_in(hub, files, stran
 
 def test_a_save_without_a_token_that_works_says_how_to_log_in(hub, model, stranger, tmp_path, files, caplog):
     """The model was loaded while its token was good."""
-    from transformers.utils import logging
-
     logging.enable_propagation()
     model.save_pretrained(tmp_path / "first")
     hub.add(REPO, files | contents(tmp_path / "first"), private=True)
@@ -132,3 +133,23 @@ def test_a_processor_loads_from_what_was_saved(hub, files, stranger, tmp_path):
     calibrated(token="hf_owner").save_pretrained(tmp_path / "out")
 
     assert type(AutoProcessor.from_pretrained(tmp_path / "out")).__name__ == "LlavaProcessor"
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["calibrated", "loaded"])
+def test_of_a_model_that_cannot_generate_it_is_said_that_options_are_unknown(
+    hub, files, llama_folder, stranger, tmp_path, caplog, quantized
+):
+    """transformers tells them to the method for generation files only. Saving goes on with what the cache holds."""
+    logging.enable_propagation()
+    classifier, config = AutoModelForSequenceClassification, QVLMConfig("w4a8", method="rtn")
+    base = contents(llama_folder)
+    if quantized:
+        classifier.from_pretrained(llama_folder, quantization_config=config).save_pretrained(tmp_path / "first")
+        base, config = contents(tmp_path / "first"), None
+    hub.add(BASE, base | {"tokenizer.json": files["tokenizer.json"]}, private=True)
+    model = classifier.from_pretrained(BASE, token="hf_owner", **({"quantization_config": config} if config else {}))
+
+    model.save_pretrained(tmp_path / "out")
+
+    assert "did not tell token, cache_dir, local_files_only and trust_remote_code of from_pretrained" in caplog.text
+    assert "log in with `hf auth login` or set HF_TOKEN" in caplog.text

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from optimum_qvlm import QVLMConfig
 from optimum_qvlm.hf.format.modules import quantized_modules
+from tests.configs import make_paper
 from tests.jobs import contents, load, logits, make_batch, quantize
 
 pytestmark = pytest.mark.integration
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.integration
 
 def paper(folder, bits=4, **settings):
     data = [make_batch(folder, seed=0, padding=2), make_batch(folder, seed=1)]
-    return load(folder, quantization_config=QVLMConfig.paper(bits, dataset=data, **settings))
+    return load(folder, quantization_config=make_paper(bits, dataset=data, **settings))
 
 
 def without_times(report):

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 from optimum_qvlm import QVLMConfig
+from tests.configs import make_config
 from tests.tiny_models import llava_batch
 
 pytestmark = pytest.mark.gpu
@@ -78,7 +79,7 @@ def peak_of_calibration(folder, layers):
     before = torch.cuda.memory_allocated()
     AutoModelForCausalLM.from_pretrained(
         folder,
-        quantization_config=QVLMConfig("w4a8", dataset=samples, max_block_depth=2),
+        quantization_config=make_config("w4a8", dataset=samples, max_block_depth=2),
         device_map={"model": "cpu", "lm_head": 0},
     )
     return torch.cuda.max_memory_allocated() - before

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from optimum_qvlm import QVLMConfig
+from tests.configs import make_paper
 from tests.jobs import contents, load, logits, make_batch, quantize
 
 pytestmark = pytest.mark.integration
@@ -18,9 +18,7 @@ def test_a_saved_model_carries_what_was_learned(llava_folder, tmp_path, mode):
     """Nothing but the checkpoint's own tensors: a reload computes the same, bit for bit."""
     if mode == "paper":
         data = [make_batch(llava_folder, seed=seed, rows=4) for seed in (0, 1)]
-        model = load(
-            llava_folder, quantization_config=QVLMConfig.paper(dataset=data, **SETTINGS | {"encoder_epochs": 3})
-        )
+        model = load(llava_folder, quantization_config=make_paper(dataset=data, **SETTINGS | {"encoder_epochs": 3}))
     else:
         model = quantize(llava_folder, "w4a4", **SETTINGS, encoder_epochs=3)
     batch = make_batch(llava_folder, padding=3)

@@ -19,6 +19,7 @@ from optimum_qvlm import QVLMConfig
 from optimum_qvlm.evaluation.fidelity import answer_logits, compare
 from optimum_qvlm.hf.format.modules import GUARD, packed_bytes, quantized_modules
 from optimum_qvlm.modules.qlinear import QuantLinear
+from tests.configs import make_config
 from tests.integration.conftest import SCHEMES
 from tests.jobs import contents, load, logits, make_batch, model_type, quantize, run_python
 from tests.tiny_models import IMAGE_TOKEN
@@ -187,7 +188,7 @@ def test_fidelity_is_measured_on_what_was_left_out(llava_folder):
     """A figure on calibration samples would flatter; without others there is none."""
     data = [make_batch(llava_folder, seed=seed, rows=1) for seed in range(6)]
 
-    model = quantize(llava_folder, "w4a4", dataset=data, num_samples=4, exact_decode=True)
+    model = quantize(llava_folder, "w4a4", dataset=data, num_samples=4, decode_tokens=0)
 
     found = model.hf_quantizer.report["fidelity"]
     taken = random.Random(0).sample(range(6), 4)
@@ -282,7 +283,7 @@ def as_dataset(records):
 )
 def test_data_is_taken_in_every_form_that_users_have(bundled_folder, dataset, source):
     model = load(
-        bundled_folder, quantization_config=QVLMConfig("w4a16", dataset=dataset, batch_size=2, search_tokens=64)
+        bundled_folder, quantization_config=make_config("w4a16", dataset=dataset, batch_size=2, search_tokens=64)
     )
 
     calibration = model.config.quantization_config.to_dict()["calibration"]
@@ -291,7 +292,7 @@ def test_data_is_taken_in_every_form_that_users_have(bundled_folder, dataset, so
 
 
 def test_the_packaged_data_is_used_where_none_is_given(bundled_folder):
-    model = load(bundled_folder, quantization_config=QVLMConfig(num_samples=3, batch_size=2, search_tokens=64))
+    model = load(bundled_folder, quantization_config=make_config(num_samples=3, batch_size=2, search_tokens=64))
 
     calibration = model.config.quantization_config.to_dict()["calibration"]
     assert (calibration["source"], calibration["samples"]) == ("packaged", 3)

@@ -17,6 +17,7 @@ from transformers import (
 
 from optimum_qvlm import QVLMConfig, dry_run
 from optimum_qvlm.errors import CheckpointError, ConfigError, DataError
+from tests.configs import make_config
 from tests.jobs import forget_model_config, load, logits, make_batch, quantize
 from tests.tiny_families import FAMILIES
 from tests.tiny_models import tiny_llama, tiny_llava
@@ -268,16 +269,16 @@ def test_tensors_that_change_shards_are_refused(saved, tmp_path):
 def test_run_time_settings_hold_at_reload(saved):
     def tokens(**settings):
         return (
-            load(saved["llama"], quantization_config=QVLMConfig(**settings)).model.layers[0].mlp.up_proj.decode_tokens
+            load(saved["llama"], quantization_config=make_config(**settings)).model.layers[0].mlp.up_proj.decode_tokens
         )
 
-    assert tokens(exact_decode=True) == 0
+    assert tokens(decode_tokens=0) == 0
     assert tokens(decode_tokens=3) == 3
     assert tokens(scheme="w4a8") == 16
 
 
 def test_defaults_overwrite_nothing_that_was_saved(saved, tmp_path):
-    load(saved["llama"], quantization_config=QVLMConfig(exact_decode=True)).save_pretrained(tmp_path)
+    load(saved["llama"], quantization_config=QVLMConfig(decode_tokens=0)).save_pretrained(tmp_path)
 
     assert load(tmp_path, quantization_config=QVLMConfig(decode_tokens=3)).hf_quantizer.config.exact_decode
     assert not load(tmp_path, quantization_config=QVLMConfig(exact_decode=False)).hf_quantizer.config.exact_decode
@@ -287,7 +288,7 @@ def test_defaults_overwrite_nothing_that_was_saved(saved, tmp_path):
 def test_another_precision_at_reload_is_refused(saved, settings):
     name = next(iter(settings))
     with pytest.raises(ConfigError, match=rf"asks for {name}=.*checkpoint is quantized with {name}=.*leave it out"):
-        load(saved["llava"], quantization_config=QVLMConfig(**settings))
+        load(saved["llava"], quantization_config=make_config(**settings))
 
 
 @pytest.mark.parametrize("family", ["llama", "llava"])

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from optimum_qvlm import QVLMConfig
 from optimum_qvlm.data.recipe import Recipe
 from optimum_qvlm.hf.format.modules import stored_state
 from optimum_qvlm.pipeline.calibrate import CalibrationData, calibrate
+from tests.configs import make_config
 from tests.jobs import logits, make_batch, quantize, run_python
 from tests.plans import CPU, plan_for
 from tests.tiny_models import llava_batch, tiny_llava
@@ -57,7 +57,7 @@ def calibrated(name):
     with torch.device("cpu"):
         model, batches = tiny_llava().eval(), [llava_batch(seed=0, padding=2), llava_batch(rows=3, tokens=9, seed=1)]
         labels = [batch["input_ids"] for batch in batches]
-    options = QVLMConfig(**settings).options()
+    options = make_config(**settings).options()
     recipe = Recipe(source="user", samples=4, seed=0, fingerprint="0")
     data = CalibrationData(batches=batches, recipe=recipe, labels=labels)
     plan = plan_for(model, **settings)

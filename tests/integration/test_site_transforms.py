@@ -104,7 +104,7 @@ def test_linears_of_a_site_get_one_transform(folder):
 
     recorded: dict[str, set[Any]] = {}
     for record in model.config.quantization_config.record.modules.values():
-        recorded.setdefault(record.site, set()).add((record.equalized, record.rotation))
+        recorded.setdefault(record.site, set()).add((record.format.equalized, record.format.rotation))
     assert all(len(found) == 1 for found in recorded.values())
     for site in plan_for(load(folder), "w4a4").sites():
         first, *others = [model.get_submodule(linear.path) for linear in site.linears]

@@ -160,7 +160,7 @@ def outcome(folder: Path, batch: Any, expected: Any) -> str:
         return "loaded the same"
     record = model.config.quantization_config.record.modules
     formats = sorted((m.format.weight.bits, m.format.activation_clip) for m in modules.values())
-    assert formats == sorted((entry.weight_bits, entry.activation_clip) for entry in record.values())
+    assert formats == sorted((entry.weight.bits, entry.format.activation_clip) for entry in record.values())
     return "loaded as it says"
 
 

@@ -36,13 +36,13 @@ def test_scales_of_the_language_model_are_multiples_and_recorded(saved):
     model, _ = saved
     records = model.config.quantization_config.record.modules
 
-    assert {name for name, record in records.items() if record.two_level} == {
+    assert {name for name, record in records.items() if record.weight.two_level} == {
         name for name in records if "language" in name
     }
     assert language(model)
     for module in language(model).values():
         scale = module.quantized().scale
-        assert module.format.weight.two_level and module.grid.two_level
+        assert module.grid.weight.two_level
         assert scale.dtype == torch.bfloat16 and len(common_step(scale)) == module.out_features
 
 
@@ -63,9 +63,8 @@ def test_the_layout_of_a_gpu_is_undone_without_a_trace(saved):
     _, folder = saved
     for module in language(load(folder, dtype=torch.bfloat16)).values():
         before = {name: tensor.clone() for name, tensor in module.packed_state().items()}
-        weight = dispatch.restore(module._stored(), module.grid)
 
-        module._hold(dispatch.store(weight, module.grid, triton_linear.LAYOUT))
+        module.put_into(triton_linear.LAYOUT)
 
         assert module.weight_scale.shape[0] > module.grid.groups
         after = module.packed_state()
@@ -78,12 +77,11 @@ def test_fused_linears_have_the_steps_of_all_their_rows(saved):
     model = load(folder, dtype=torch.bfloat16)
     before = {path: module.packed_state() for path, module in language(model).items()}
     fuse_linears(model)
-    joints = [module for module in model.modules() if isinstance(module, JointLinear) and module.grid.two_level]
+    joints = [module for module in model.modules() if isinstance(module, JointLinear) and module.grid.weight.two_level]
 
     for joint in joints:
-        stored = dispatch.store(dispatch.restore(joint._stored(), joint.grid), joint.grid, triton_linear.LAYOUT)
-        assert stored.scale.shape[1] == joint.out_features
-        joint._hold(stored)
+        joint.put_into(triton_linear.LAYOUT)
+        assert joint.weight_scale.shape[1] == joint.out_features
 
     assert joints
     for path, module in language(model).items():

@@ -13,6 +13,8 @@ import triton.backends.nvidia as nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from optimum_qvlm.compat.triton import arithmetic_options
+
 TOOLS = Path(nvidia.__file__).parent / "bin"
 
 MATRIX = re.compile(r"\b([A-Z0-9]*(?:MMA)\S*)")
@@ -38,7 +40,7 @@ class Resources:
     open_products: int = 0
 
 
-def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, Any], architecture: int, **options: int):
+def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, Any], architecture: int, **options: Any):
     """The kernel compiled for `architecture`; pointers and strides count as aligned to 16."""
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
@@ -49,6 +51,7 @@ def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, Any]
     }
     constants = {name: constants[name] for name in names if name not in types}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = arithmetic_options() | options
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from optimum_qvlm.errors import SpecError
-from optimum_qvlm.kernels import CodedWeight, Rounding, WeightGrid, quantize, reference
+from optimum_qvlm.kernels import LinearGrid, QuantizedWeight, Rounding, quantize, reference
 from optimum_qvlm.kernels.cpu import int4 as cpu_int4
 from optimum_qvlm.kernels.reference import quantize_static, quantize_tokens, transform_tokens
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.spec import ActivationSpec, WeightSpec
+from tests.op_arguments import arguments_of
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -38,19 +39,21 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def make_weight(grid: WeightGrid, seed: int = 0) -> CodedWeight:
+def make_weight(grid: LinearGrid, seed: int = 0) -> QuantizedWeight:
     """Every code of the grid, in random places, and scales of both signs."""
     generator = torch.Generator().manual_seed(seed)
-    low, high = -(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1)
+    low, high = -(2 ** (grid.weight.bits - 1)), 2 ** (grid.weight.bits - 1)
     codes = torch.randint(low, high, (grid.out_features, grid.in_features), generator=generator).to(torch.int8)
     sizes = torch.rand(grid.out_features, grid.groups, generator=generator) + 0.1
     scale = (sizes * (1 - 2 * torch.randint(0, 2, sizes.shape, generator=generator))).to(grid.scale_dtype)
-    zero = torch.randint(low, high, scale.shape, generator=generator).to(torch.int8) if grid.zero_point else None
-    return CodedWeight(codes, scale, zero)
+    zero = (
+        torch.randint(low, high, scale.shape, generator=generator).to(torch.int8) if not grid.weight.symmetric else None
+    )
+    return QuantizedWeight(codes, scale, zero)
 
 
 def require_close(
-    found: Tensor, x: Tensor, weight: CodedWeight, bias: Tensor | None, rounding: Rounding, layout: str
+    found: Tensor, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, rounding: Rounding, layout: str
 ) -> None:
     """`found` against the definition in double precision."""
     rows = reference.dequantize_rows(weight, 0, weight.codes.shape[0]).double()
@@ -132,37 +135,17 @@ def test_another_number_of_channels_is_refused():
 def test_pytorch_finds_no_fault_with_the_product(scheme):
     """Schema, fake implementation, autograd registration and tracing."""
     module, x = make_module(scheme), random(5, 64).requires_grad_()
-    format, activation = module.format, module.format.activation
-    arguments = (
-        x,
-        module.weight_packed,
-        module.weight_scale,
-        module.weight_zero_point,
-        module.bias,
-        module.input_equalizer,
-        module.input_scale,
-        module.layout,
-        64,
-        48,
-        format.weight.bits,
-        format.weight.group,
-        format.weight.two_level,
-        16 if activation is None else activation.bits,
-        None if activation is None else activation.group,
-        1.0,
-        16,
-        0,
-    )
 
-    torch.library.opcheck(torch.ops.optimum_qvlm.linear.default, arguments)
+    torch.library.opcheck(torch.ops.optimum_qvlm.linear.default, arguments_of(module, x))
 
 
+@pytest.mark.parametrize("fitted", [False, True])
 @pytest.mark.parametrize("group, rotation", [(None, None), (16, 32)])
-def test_pytorch_finds_no_fault_with_quantize(group, rotation):
+def test_pytorch_finds_no_fault_with_quantize(group, rotation, fitted):
     factors = torch.linspace(0.5, 2.0, 64)
 
     torch.library.opcheck(
-        torch.ops.optimum_qvlm.quantize.default, (random(3, 64), 4, group, 0.9, None, factors, rotation)
+        torch.ops.optimum_qvlm.quantize.default, (random(3, 64), 4, group, 0.9, None, factors, rotation, fitted)
     )
 
 
@@ -266,4 +249,4 @@ def test_any_shape_and_grid_computes_the_definition(
     with torch.no_grad():
         y = module(x)
 
-    require_close(y, x, weight, shift, Rounding(bits=activation_bits), module.layout)
+    require_close(y, x, weight, shift, Rounding.of(activation), module.layout)

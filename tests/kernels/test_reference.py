@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from optimum_qvlm.errors import SpecError
 from optimum_qvlm.kernels import Rounding, dequantize_tokens, fake_quantize_tokens, quantize_tokens, quantized_linear
+from optimum_qvlm.kernels.reference import FITTED_RATIOS
 
 BITS = range(2, 9)
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -143,6 +144,63 @@ def test_signs_are_treated_alike(sign):
 
     assert torch.equal(codes, sign * quantize_tokens(x, 4, None, 0.5)[0])
     assert int(codes.min()) == -7
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 129), (64, 1024), (2, 5, 96), (0, 64)], ids=str)
+def test_a_fitted_grid_uses_its_lowest_code_for_the_largest_value(bits, shape):
+    """Its sign is on the side with one code more, so the peak is held at full range with a smaller step."""
+    x = activations(*shape)
+
+    _, scale = quantize_tokens(x, bits, None, 1.0, fitted=True)
+
+    peak = x.gather(-1, x.abs().argmax(-1, keepdim=True))
+    held = peak != 0
+    assert bool(((peak / scale)[held] < 0).all())
+    assert bool((scale[~held] == 1).all())
+
+
+@pytest.mark.parametrize("bits, share", [(2, 0.8), (3, 0.85), (4, 0.9), (5, 0.95), (6, 1.0), (8, 1.0)])
+@pytest.mark.parametrize("group", [None, 32])
+def test_a_fitted_grid_has_less_error_than_a_symmetric_one(bits, share, group):
+    """The fewer the codes, the more is gained."""
+    x = activations(256, 128)[1:]
+
+    errors = [
+        (dequantize_tokens(*quantize_tokens(x, bits, group, 1.0, fitted=fitted)) - x).square().sum(-1)
+        for fitted in (True, False)
+    ]
+
+    assert float(errors[0].sum()) < share * float(errors[1].sum())
+
+
+def test_a_fitted_scale_is_the_best_of_its_candidates():
+    """By the error in codes, of which 64ths are counted."""
+    x = activations(64, 96)[1:]
+    codes, scale = quantize_tokens(x, 4, None, 1.0, fitted=True)
+    error = (codes * scale - x).square().sum(-1)
+    top, bottom = x.amax(-1), -x.amin(-1)
+    whole = torch.maximum(torch.maximum(top, bottom) / 8, torch.minimum(top, bottom) / 7)
+    whole = torch.where(top > bottom, -whole, whole)
+
+    for ratio in FITTED_RATIOS:
+        candidate = (whole * ratio).unsqueeze(-1)
+        other = ((x / candidate).round().clamp(-8, 7) * candidate - x).square().sum(-1)
+        assert bool((error <= other * 1.02).all())
+    assert len({round(float(r), 2) for r in (scale.squeeze(-1) / whole)}) == len(FITTED_RATIOS)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_fitted_scale_does_not_depend_on_the_order_of_channels(dtype):
+    """Every backend adds errors up in an order of its own."""
+    x = activations(32, 512, dtype=dtype)
+    order = torch.randperm(512, generator=torch.Generator().manual_seed(1))
+
+    codes, scale = quantize_tokens(x, 4, None, 0.9, fitted=True)
+    moved = quantize_tokens(x[:, order], 4, None, 0.9, fitted=True)
+
+    assert torch.equal(moved[0], codes[:, order])
+    assert torch.equal(moved[1], scale)
 
 
 @pytest.mark.parametrize("magnitude", [1e-38, 1e-30, 1e30, 1e38])

@@ -65,7 +65,7 @@ def test_it_is_the_operation_bit_for_bit(scheme, rotation, few):
 
     assert torch.equal(first, watched(linear, x))
     assert torch.equal(first, second)
-    assert linear._bound_linear is not None
+    assert linear.bound_linear is not None
 
 
 @pytest.mark.parametrize("layout", [PACKED, TRANSIENT])
@@ -77,7 +77,7 @@ def test_nothing_is_kept_of_weights_that_come_and_go(layout):
     with torch.no_grad():
         linear(x)
 
-    assert linear._bound_linear is None
+    assert linear.bound_linear is None
 
 
 def set_threshold(linear, other):
@@ -159,7 +159,7 @@ def test_a_moved_module_lets_go_of_its_tensors():
         linear(x)
         linear.to("meta")
 
-    assert linear._bound_linear is None
+    assert linear.bound_linear is None
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])

@@ -5,12 +5,14 @@ import threading
 import pytest
 import torch
 
-from optimum_qvlm.kernels import Rounding
 from optimum_qvlm.kernels.triton import launching as recording
 from optimum_qvlm.kernels.triton import linear as triton_linear
+from optimum_qvlm.kernels.triton.decode import linear_decode
+from optimum_qvlm.kernels.triton.layout import PackedWeight
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.quant.affine import quantize_weight
-from optimum_qvlm.spec import ActivationSpec, Scheme, WeightSpec
+from optimum_qvlm.spec import ActivationSpec, Scheme
+from tests.op_arguments import arguments_of
 
 pytestmark = pytest.mark.gpu
 
@@ -43,19 +45,8 @@ def inputs(*shape, dtype=torch.bfloat16, seed=1):
 def expected_of(linear, x):
     """Without anything that was kept."""
     with torch.no_grad():
-        linear._bound_linear = None
+        linear.bound_linear = None
         return torch.ops.optimum_qvlm.linear.default(*arguments_of(linear, x))
-
-
-def arguments_of(linear, x):
-    weight, activation = linear.format.weight, linear.format.activation
-    return (
-        x, linear.weight_packed, linear.weight_scale, linear.weight_zero_point, linear.bias, linear.input_equalizer,
-        linear.input_scale, linear.layout, linear.in_features, linear.out_features, weight.bits, weight.group,
-        weight.two_level, 16 if activation is None else activation.bits,
-        None if activation is None else activation.group,
-        linear.format.activation_clip, linear.format.rotation, linear.decode_tokens,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -127,7 +118,7 @@ def test_only_a_few_counts_of_tokens_are_kept():
         for tokens in range(1, 12):
             linear(inputs(tokens))
 
-    assert len(linear._bound_linear.many.recordings) == triton_linear.RECORDINGS
+    assert len(linear.bound_linear.many.recordings) == triton_linear.RECORDINGS
 
 
 def test_repeated_launches_go_to_the_current_stream_and_into_graphs():
@@ -173,15 +164,13 @@ def test_threads_do_not_record_each_other():
 
 def test_nothing_that_is_not_a_launch_is_repeated():
     """A tensor that torch made between two launches would be stale the next time."""
-    spec = WeightSpec(bits=4, group=128)
-    weight = make_linear("w4a16")
-    packed = triton_linear._packed(weight._stored(), weight.grid)
-    assert spec.group == packed.group
+    linear, x = make_linear("w4a16"), inputs(3)
+    packed = PackedWeight(
+        codes=linear.weight_packed, scale=linear.weight_scale, zero_point=None, bits=4, group=128,
+        in_features=CHANNELS, two_level=False,
+    )  # fmt: skip
 
-    def doubled(x):
-        return triton_linear._product(x + x, packed, None, Rounding())
+    _, kept = recording.record(lambda x: linear_decode(x, packed, None), x, [packed.codes, packed.scale])
+    _, stale = recording.record(lambda x: linear_decode(x + x, packed, None), x, [packed.codes, packed.scale])
 
-    x = inputs(3)
-    _, kept = recording.record(doubled, x, [packed.codes, packed.scale])
-
-    assert kept is None
+    assert kept is not None and stale is None

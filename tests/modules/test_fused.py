@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from optimum_qvlm.errors import ConfigError
-from optimum_qvlm.kernels import PACKED, dispatch
+from optimum_qvlm.kernels import PACKED
 from optimum_qvlm.kernels.cpu import int4 as cpu_int4
 from optimum_qvlm.modules.fused import FusedLinear, JointLinear, fuse, why_apart
-from optimum_qvlm.modules.qlinear import LinearFormat, PackedLinear, QuantLinear
+from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
 from optimum_qvlm.quant.affine import quantize_weight
 from optimum_qvlm.spec import ActivationSpec, WeightSpec
 
@@ -71,11 +71,6 @@ def make_sites(*, prepared: bool = True, **changes) -> tuple[Site, Site]:
     return Site(linears), Site(fuse(linears))
 
 
-def put(linear: PackedLinear, layout: str) -> None:
-    """In a layout, whatever this machine would choose."""
-    linear._hold(dispatch.store(dispatch.restore(linear._stored(), linear.grid), linear.grid, layout))
-
-
 def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
     return torch.randn(*(shape or (2, 3)), CHANNELS, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -125,9 +120,9 @@ def test_int4_blocks_give_the_same_but_for_the_order_of_sums(symmetric, tokens):
     expected = alone.state_dict()
     for linear in alone.children():
         linear.decode_tokens = 16
-        put(linear, cpu_int4.LAYOUT)
+        linear.put_into(cpu_int4.LAYOUT)
     fused = Site(fuse(list(alone.children())))
-    put(fused.first.joint, cpu_int4.LAYOUT)
+    fused.first.joint.put_into(cpu_int4.LAYOUT)
     x = inputs(tokens, dtype=torch.bfloat16)
 
     with torch.no_grad():
@@ -424,7 +419,7 @@ def test_the_state_comes_back_from_the_layout_of_gpus(bits, symmetric):
     """Its scales lie by group, so that the rows of one linear are not in one piece."""
     alone, fused = make_sites(bits=bits, symmetric=symmetric, prepared=False)
 
-    put(fused.first.joint, "triton")
+    fused.first.joint.put_into("triton")
 
     assert fused.first.joint.layout == "triton"
     require_equal(fused.state_dict().values(), alone.state_dict().values())

@@ -9,7 +9,7 @@ import torch
 from accelerate import cpu_offload
 from torch import Tensor, nn
 
-from optimum_qvlm.kernels import PACKED, TRANSIENT, dispatch
+from optimum_qvlm.kernels import PACKED, TRANSIENT
 from optimum_qvlm.kernels.cpu import int4 as cpu_int4
 from optimum_qvlm.kernels.cpu import rows as cpu_rows
 from optimum_qvlm.kernels.cpu import table as cpu_table
@@ -38,12 +38,6 @@ def make_module(
     return QuantLinear.from_quantized(
         quantize_weight(weight, spec, signed=True), bias, LinearFormat(weight=spec, activation=activation)
     )
-
-
-def put(module: QuantLinear, layout: str) -> QuantLinear:
-    """`module` in a layout, whatever this machine would choose."""
-    module._hold(dispatch.store(dispatch.restore(module._stored(), module.grid), module.grid, layout))
-    return module
 
 
 def inputs(tokens: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -223,7 +217,7 @@ def test_rows_compute_the_definition(dtype, tokens, symmetric, activation_bits):
     x = inputs(tokens, dtype)
     expected = module(x)
 
-    put(module, cpu_rows.LAYOUT)
+    module.put_into(cpu_rows.LAYOUT)
 
     step = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(module(x), expected, rtol=step, atol=step * 10)
@@ -235,7 +229,7 @@ def make_int4(*, symmetric: bool = True, activation_bits: int | None = None) -> 
     module = make_module(4, 32, symmetric=symmetric, dtype=torch.bfloat16, activation_bits=activation_bits)
     module.weight_scale.data[::3] *= -1
     module.decode_tokens = 8
-    return put(module, cpu_int4.LAYOUT)
+    return module.put_into(cpu_int4.LAYOUT)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -6,14 +6,11 @@ import pytest
 import torch
 
 from optimum_qvlm.pipeline.block_trial import BlockTrial, SiteCandidates, install, search_jointly
-from optimum_qvlm.pipeline.capture import Tracer
-from optimum_qvlm.pipeline.hidden_chains import Chain
-from optimum_qvlm.pipeline.tokens import TokenSampler
 from optimum_qvlm.plan import Block
 from optimum_qvlm.quant.transform import SiteTransform
 from optimum_qvlm.search.site import SiteOptions, round_site
 from optimum_qvlm.search.site_problem import SiteProblem
-from tests.plans import CPU, forward_of, plan_for
+from tests.plans import front_of, plan_for
 from tests.tiny_models import llama_batch, tiny_llama
 
 BATCHES = [llama_batch(seed=0, padding=2), llama_batch(rows=3, tokens=9, seed=1), llama_batch(seed=2)]
@@ -26,16 +23,16 @@ class Setting:
     def __init__(self):
         self.model = tiny_llama()
         self.part = plan_for(self.model, "w3a3").parts[0]
-        runs = Tracer(self.model, forward_of(self.model), [self.part], CPU).capture(BATCHES)["language"]
-        sampler = TokenSampler([batch["attention_mask"] for batch in BATCHES], 2048, 0)
-        self.chain = Chain.of(runs, sampler, CPU)
+        self.chain = front_of(self.model, plan_for(self.model, "w3a3"), BATCHES)
         self.block = Block(part="language", first=0, last=1)
         self.sites = []
+        full = self.chain.fork()
         with torch.no_grad():
             for number, layer in enumerate(self.part.layers):
-                self.wanted = self.chain.full_precision(self.model.get_submodule(layer.path), number, layer)
+                full.observe()
                 for site in layer.sites:
                     self.sites.append(SiteCandidates(site=site, layer=number, choices=self.candidates(site)))
+        self.target = full.hidden
         for entry in self.sites:
             install(self.model, entry.site, entry.choices[0])
 
@@ -53,14 +50,14 @@ class Setting:
 
     def trial(self, chosen=(0, 1, 2)):
         return BlockTrial(
-            model=self.model,
-            part=self.part,
             block=self.block,
             sites=self.sites,
-            chain=self.chain,
-            wanted=self.wanted,
-            chosen=list(chosen),
+            entering=self.chain.some(chosen),
+            target=[self.target[number] for number in chosen],
         )
+
+    def search(self, sites, tokens):
+        return search_jointly(self.block, sites, self.chain, self.target, tokens=tokens, seed=0)
 
 
 @pytest.fixture
@@ -108,36 +105,18 @@ def test_the_search_finds_a_planted_optimum(setting):
         SiteCandidates(site=entry.site, layer=entry.layer, choices=list(reversed(entry.choices)))
         for entry in setting.sites
     ]
-    entering = list(setting.chain.quantized)
+    entering = list(setting.chain.hidden)
 
-    choice, error = search_jointly(
-        setting.model,
-        setting.part,
-        setting.block,
-        flipped,
-        setting.chain,
-        setting.wanted,
-        tokens=10_000,
-        seed=0,
-    )
+    choice, error = setting.search(flipped, tokens=10_000)
 
     assert error.after < 0.7 * error.before
     assert error.share == 1.0 and error.forwards > 1 and error.seconds > 0
     assert any(number > 0 for number in choice)
-    assert all(a is b for a, b in zip(entering, setting.chain.quantized, strict=True))
+    assert all(a is b for a, b in zip(entering, setting.chain.hidden, strict=True))
 
 
 def test_a_bound_on_tokens_bounds_the_runs(setting):
     """One batch of 27 tokens or of 24, of 75 in all."""
-    _, error = search_jointly(
-        setting.model,
-        setting.part,
-        setting.block,
-        setting.sites,
-        setting.chain,
-        setting.wanted,
-        tokens=1,
-        seed=0,
-    )
+    _, error = setting.search(setting.sites, tokens=1)
 
     assert error.share in (24 / 75, 27 / 75)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from optimum_qvlm import QVLMConfig
 from optimum_qvlm.data.recipe import Recipe
 from optimum_qvlm.errors import CalibrationError
 from optimum_qvlm.modules.qlinear import QuantLinear
 from optimum_qvlm.pipeline.calibrate import CalibrationData, calibrate
 from optimum_qvlm.pipeline.capture import first_tensor
+from tests.configs import make_config
 from tests.plans import CPU, plan_for
 from tests.tiny_models import PAD_TOKEN, llama_batch, llava_batch, tiny_llama, tiny_llava
 
@@ -27,7 +27,7 @@ LLAMA_BATCHES = [llama_batch(seed=0, padding=2), llama_batch(rows=3, tokens=9, s
 
 def run(model, batches, scheme="w4a8", **settings):
     """Calibrate in place. Without batches, round to nearest."""
-    options = QVLMConfig(scheme, **settings).options()
+    options = make_config(scheme, **settings).options()
     data = None if batches is None else CalibrationData(batches=batches, recipe=RECIPE)
     return calibrate(model, plan_for(model, scheme, **settings), options, data, CPU)
 
@@ -42,7 +42,7 @@ def longer(batch, more):
 
 
 def clips(result):
-    return {name: (entry.activation_clip, round(entry.weight_clip, 3)) for name, entry in result.modules.items()}
+    return {name: (entry.format.activation_clip, round(entry.weight_clip, 3)) for name, entry in result.modules.items()}
 
 
 def states(model):
@@ -72,7 +72,7 @@ def test_every_planned_linear_is_replaced_and_recorded(case, scheme):
     for path, entry in result.modules.items():
         assert entry.weight == planned[path].weight == quantized[path].format.weight
         assert entry.activation == quantized[path].format.activation
-        assert entry.activation_clip == quantized[path].format.activation_clip
+        assert entry.format.activation_clip == quantized[path].format.activation_clip
 
 
 def test_nothing_else_changes(case):
@@ -110,7 +110,7 @@ def test_members_of_a_site_share_their_activation_clip(case):
     for site in plan_for(model, "w4a4").sites():
         entries = [result.modules[linear.name] for linear in site.linears]
         assert {entry.site for entry in entries} == {site.name}
-        assert len({entry.activation_clip for entry in entries}) == 1
+        assert len({entry.format.activation_clip for entry in entries}) == 1
 
 
 @pytest.mark.parametrize("batches", [LLAVA_BATCHES, [LLAVA_BATCHES[0], llama_batch(seed=5)]], ids=["images", "mixed"])
@@ -226,7 +226,7 @@ def test_rounding_to_nearest_needs_no_data(case):
 
     assert result.recipe is None
     assert result.layers == [] and result.sites == []
-    assert {entry.activation_clip for entry in result.modules.values()} == {1.0}
+    assert {entry.format.activation_clip for entry in result.modules.values()} == {1.0}
     assert {entry.weight_clip for entry in result.modules.values()} == {1.0}
 
 
@@ -394,8 +394,8 @@ def test_static_activations_get_one_scale(case, settings):
 
     unused = {linear.name for layer in result.plan.unused for site in layer.sites for linear in site.linears}
     for name, entry in result.modules.items():
-        assert entry.activation_static == (name not in unused), "nothing is measured where nothing reads"
-        assert entry.activation_group is None or name in unused
+        assert entry.activation.static == (name not in unused), "nothing is measured where nothing reads"
+        assert entry.activation.group is None or name in unused
     for site in (site for part in result.plan.parts for layer in part.layers for site in layer.sites):
         scales = [model.get_submodule(linear.path).input_scale for linear in site.linears]
         assert all(scale.shape == (1,) and torch.equal(scale, scales[0]) for scale in scales)

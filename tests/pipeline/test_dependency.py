@@ -5,11 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from optimum_qvlm.pipeline import dependency as measuring
-from optimum_qvlm.pipeline.capture import Tracer
 from optimum_qvlm.pipeline.dependency import EntropyOptions, dependency, measure_part
-from optimum_qvlm.pipeline.hidden_chains import Chain
-from optimum_qvlm.pipeline.tokens import TokenSampler
-from tests.plans import CPU, forward_of, plan_for
+from tests.plans import front_of, plan_for
 from tests.tiny_models import llama_batch, llava_batch, tiny_llama, tiny_llava
 
 OPTIONS = EntropyOptions(bits=4, static=False, softness="step_squared", tokens=2048, seed=0)
@@ -22,11 +19,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def measure(model, batches, scheme="w4a4", options=OPTIONS):
     """Dependencies of the last part of a model."""
-    plan = plan_for(model, scheme)
-    part = plan.parts[-1]
-    runs = Tracer(model, forward_of(model), plan.parts, CPU).capture(batches)[part.name]
-    sampler = TokenSampler([batches[run.batch].get("attention_mask") for run in runs], 2048, 0)
-    return measure_part(model, part, Chain.of(runs, sampler, CPU), options)
+    return measure_part(front_of(model, plan_for(model, scheme), batches), options)
 
 
 def entropies(found):

@@ -4,50 +4,74 @@ import pytest
 import torch
 
 from optimum_qvlm.errors import CalibrationError
-from optimum_qvlm.pipeline.capture import Tracer
-from optimum_qvlm.pipeline.hidden_chains import Chain, some_runs
-from optimum_qvlm.pipeline.tokens import TokenSampler
-from tests.plans import CPU, forward_of, plan_for
+from optimum_qvlm.pipeline.hidden_chains import some_runs
+from tests.plans import front_of, plan_for
 from tests.tiny_models import llama_batch, tiny_llama
 
 BATCHES = [llama_batch(seed=0, padding=2), llama_batch(rows=3, tokens=9, seed=1)]
 
 
 @pytest.fixture
-def chained():
+def front():
     model = tiny_llama()
-    part = plan_for(model).parts[0]
-    runs = Tracer(model, forward_of(model), [part], CPU).capture(BATCHES)[part.name]
-    sampler = TokenSampler([batch["attention_mask"] for batch in BATCHES], 100, 0)
-    return model, Chain.of(runs, sampler, CPU), part
+    return front_of(model, plan_for(model), BATCHES)
 
 
-def test_both_chains_agree_while_nothing_is_quantized(chained):
-    model, chain, part = chained
+def test_both_chains_agree_while_nothing_is_quantized(front):
+    full, quantized = front, front.fork()
     with torch.no_grad():
-        for number, layer in enumerate(model.model.layers):
-            wanted = chain.full_precision(layer, number, part.layers[number])
-            chain.advance(layer, number, "layer")
+        for number in range(2):
+            assert full.position == quantized.position == number
+            full.observe()
+            quantized.advance()
 
-            assert chain.error(wanted) == 0.0
-
-
-def test_the_error_is_relative_and_leaves_padding_out(chained):
-    _, chain, _ = chained
-    wanted = list(chain.quantized)
-    chain.quantized = [hidden * 1.5 for hidden in wanted]
-    chain.quantized[0][-1, -2:] = 1e6  # padding
-
-    assert chain.error(wanted) == pytest.approx(0.25)
-    assert chain.relative_error([(1, wanted[1] * 3)], wanted) == pytest.approx(4.0)
+            assert quantized.error(full.hidden) == 0.0
 
 
-def test_an_output_that_is_not_finite_names_its_batch(chained):
-    model, chain, _ = chained
-    chain.quantized[1] = chain.quantized[1] * float("inf")
+def test_a_fork_goes_ahead_alone(front):
+    """So that nothing is ever wound back."""
+    before, ahead = list(front.hidden), front.fork()
+    with torch.no_grad():
+        ahead.advance()
 
-    with torch.no_grad(), pytest.raises(CalibrationError, match=r"at layers\.0 in calibration batch 1"):
-        chain.advance(model.model.layers[0], 0, "layers.0")
+    assert (front.position, ahead.position) == (0, 1)
+    assert all(a is b for a, b in zip(front.hidden, before, strict=True))
+    assert not torch.equal(ahead.hidden[0], before[0])
+
+
+def test_some_runs_go_as_they_would_among_all(front):
+    one = front.some([1])
+    with torch.no_grad():
+        one.advance()
+        front.advance()
+
+    assert len(one.hidden) == 1 and torch.equal(one.hidden[0], front.hidden[1])
+
+
+def test_what_sites_see_is_the_same_with_and_without_moving(front):
+    site = front.layer.sites[-1]
+    with torch.no_grad():
+        stood = front.site_inputs(site)
+        moved = front.observe()[site.name]
+
+    assert all(torch.equal(a, b) for a, b in zip(stood, moved, strict=True))
+
+
+def test_the_error_is_relative_and_leaves_padding_out(front):
+    target = list(front.hidden)
+    front.hidden = [hidden * 1.5 for hidden in target]
+    front.hidden[0][-1, -2:] = 1e6  # padding
+
+    assert front.error(target) == pytest.approx(0.25)
+    assert front.some([1]).error([front.hidden[1] / 3]) == pytest.approx(4.0)
+
+
+def test_an_output_that_is_not_finite_names_its_batch(front):
+    front.hidden[1] = front.hidden[1] * float("inf")
+
+    with torch.no_grad(), pytest.raises(CalibrationError, match=r"at model\.layers\.0 in calibration batch 1"):
+        front.advance()
+    assert front.position == 0
 
 
 @pytest.mark.parametrize("tokens, count", [(1, 1), (12, 1), (13, 2), (36, 3), (37, 4), (10_000, 5)])

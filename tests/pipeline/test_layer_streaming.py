@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from optimum_qvlm.models.registry import adapter_for
-from optimum_qvlm.pipeline.layer_streaming import _holders, resident, streamed, units
+from optimum_qvlm.pipeline.layer_streaming import holders, resident, streamed, units
 from tests.plans import CPU
 from tests.tiny_models import tiny_llama, tiny_llava
 
@@ -44,7 +44,7 @@ def test_every_tensor_is_in_one_unit_or_held_for_the_whole_time(model):
     moved = {id(t) for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}
     held = {
         id(tensor)
-        for holder in _holders(model, layers)
+        for holder in holders(model, layers)
         for tensor in (*holder.parameters(recurse=False), *holder.buffers(recurse=False))
     }
 
@@ -52,18 +52,18 @@ def test_every_tensor_is_in_one_unit_or_held_for_the_whole_time(model):
     assert not moved & held
 
 
-def test_holders_are_what_lies_above_layers(model):
+def testholders_are_what_lies_above_layers(model):
     layers = layers_of(model)
     above = {name for name, _ in model.named_modules() if any(la.startswith(f"{name}.") for la in layers)} | {""}
 
-    assert set(paths_of(model, _holders(model, layers))) == above
+    assert set(paths_of(model, holders(model, layers))) == above
 
 
 def test_without_layers_every_child_is_a_unit():
     model = tiny_llama()
 
     assert paths_of(model, units(model, set())) == ["model", "lm_head"]
-    assert paths_of(model, _holders(model, set())) == []
+    assert paths_of(model, holders(model, set())) == []
 
 
 def test_on_the_cpu_nothing_is_hooked_or_moved(model):

@@ -5,15 +5,12 @@ import pytest
 from optimum_qvlm.report.card import CardFacts, is_ours, read_metadata, render_card, seal
 from optimum_qvlm.report.figures import fidelity_figures
 from optimum_qvlm.report.precision import PartRow
+from optimum_qvlm.spec import ActivationSpec, WeightSpec
 
 ROW = PartRow(
     part="model.layers",
-    scheme="w4a8",
-    weight_group=128,
-    activation_group=None,
-    activation_static=False,
-    symmetric=True,
-    two_level=False,
+    weight=WeightSpec(bits=4, group=128),
+    activation=ActivationSpec(bits=8),
     linears=28,
     weights=786_432,
     bytes=418_240,

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from optimum_qvlm.pipeline.rehearsal import Cost
+from optimum_qvlm.pipeline.cost import Cost
 from optimum_qvlm.plan import Block, ModuleRecord
 from optimum_qvlm.report.dry_run import DryRun, ModuleRow, module_rows
 from optimum_qvlm.report.precision import readable_bytes, scheme_of
+from optimum_qvlm.spec import ActivationSpec, WeightSpec
 from tests.plans import plan_for
 from tests.tiny_models import tiny_llava
 
@@ -28,7 +29,7 @@ def record(site, **changes):
         "weight_clip": 1.0,
         "site": site,
     }
-    return ModuleRecord(**(values | changes))
+    return ModuleRecord.from_dict(values | changes)
 
 
 def row(name="a.q_proj", **changes):
@@ -36,10 +37,8 @@ def row(name="a.q_proj", **changes):
         "name": name,
         "part": "language",
         "block": 1,
-        "scheme": "w4a8",
-        "group": 64,
-        "symmetric": True,
-        "two_level": False,
+        "weight": WeightSpec(bits=4, group=64),
+        "activation": ActivationSpec(bits=8),
         "site": name,
         "bytes_before": 4_000,
         "bytes_after": 600,
@@ -92,8 +91,13 @@ def test_a_scheme_is_named_by_its_bits(bits, scheme):
 
 
 def test_the_table_has_a_line_for_each_linear():
-    odd = row("a.odd", group=None, symmetric=False)
-    shown = dry_run_of(row(), row("a.k_proj", site="a.q_proj", two_level=True), odd, row("b", block=None))
+    odd = row("a.odd", weight=WeightSpec(bits=4, symmetric=False))
+    shown = dry_run_of(
+        row(),
+        row("a.k_proj", site="a.q_proj", weight=WeightSpec(bits=4, group=64, two_level=True)),
+        odd,
+        row("b", block=None),
+    )
 
     head, *lines = str(shown).splitlines()
 
@@ -129,7 +133,12 @@ def test_values_survive_json():
 
     values = json.loads(json.dumps(shown.to_dict(), allow_nan=False))
 
-    assert values["modules"][0]["bytes_after"] == 600
+    assert values["modules"] == [
+        {
+            "name": "a.q_proj", "part": "language", "block": 1, "scheme": "w4a8", "group": 64, "symmetric": True,
+            "two_level": False, "site": "a.q_proj", "bytes_before": 4_000, "bytes_after": 600,
+        }
+    ]  # fmt: skip
     assert values["cost"]["seconds"] == 71.4
     assert set(values) == set(DryRun.__dataclass_fields__)
 

@@ -21,7 +21,7 @@ def record(**changes) -> ModuleRecord:
         "weight_clip": 1.0,
         "site": "x",
     }
-    return ModuleRecord(**(values | changes))
+    return ModuleRecord.from_dict(values | changes)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_linears_of_one_part_and_precision_share_a_row():
         ("head", "w4a8", 1, 64 * 32, 0),
         ("tail", "w4a8", 1, 64 * 32, 0),
     ]
-    assert [parts.readable_group(row) for row in rows] == ["16", "row", "16, zero point", "16, two levels"]
+    assert [parts.readable_scales(row.weight) for row in rows] == ["16", "row", "16, zero point", "16, two levels"]
 
 
 def test_linears_whose_activations_differ_have_rows_of_their_own():
@@ -82,7 +82,7 @@ def test_linears_whose_activations_differ_have_rows_of_their_own():
 
     rows = parts.part_rows(modules, {})
 
-    assert [parts.readable_activation(row) for row in rows] == ["tensor, fixed", "token", "token, 16", ""]
+    assert [parts.readable_activation(row.activation) for row in rows] == ["tensor, fixed", "token", "token, 16", ""]
     assert [row.to_dict()["activation_static"] for row in rows] == [True, False, False, False]
 
 

@@ -25,7 +25,7 @@ def test_without_references_the_inputs_are_wanted():
     problem = make_problem()
 
     assert problem.wanted_inputs is problem.inputs
-    assert [(a is problem.inputs, b is problem.inputs) for a, b in problem.pieces()] == [(True, True)]
+    assert [(a is problem.inputs, b is problem.inputs, w) for a, b, w in problem.pieces()] == [(True, True, None)]
 
 
 def test_references_go_with_the_sample_where_that_is_all():
@@ -33,7 +33,7 @@ def test_references_go_with_the_sample_where_that_is_all():
     problem = make_problem(references=references)
 
     assert problem.wanted_inputs is references
-    assert [b is references for _, b in problem.pieces()] == [True]
+    assert [b is references for _, b, _ in problem.pieces()] == [True]
 
 
 def test_all_tokens_come_in_their_pieces():
@@ -41,9 +41,15 @@ def test_all_tokens_come_in_their_pieces():
 
     pieces = list(make_problem(all_inputs=found, all_references=wanted).pieces())
 
-    assert [len(a) for a, _ in pieces] == [3, 5]
-    assert all(bool((a == 1).all()) and bool((b == 0).all()) for a, b in pieces)
-    assert all(a is b for a, b in make_problem(all_inputs=found).pieces())
+    assert [len(a) for a, _, _ in pieces] == [3, 5]
+    assert all(bool((a == 1).all()) and bool((b == 0).all()) for a, b, _ in pieces)
+    assert all(a is b for a, b, _ in make_problem(all_inputs=found).pieces())
+
+
+def test_weights_come_with_their_pieces():
+    pieces = make_problem(all_inputs=[torch.ones(3, 32), torch.ones(5, 32)], token_weights=[torch.ones(3, 1)] * 2)
+
+    assert [len(weight) for _, _, weight in list(pieces.pieces())] == [3, 3]
 
 
 def test_pieces_that_do_not_match_are_refused():

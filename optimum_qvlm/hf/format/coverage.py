@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from optimum_qvlm.compat.transformers import loaded_keys
+from optimum_qvlm.compat.transformers import loaded_keys, missing_patterns, tied_keys, unexpected_patterns
 from optimum_qvlm.errors import CheckpointError
 from optimum_qvlm.hf.format.safetensors_files import Manifest
 
@@ -51,7 +51,7 @@ def without_new_heads(model: Any, missing: Iterable[str], given: Iterable[str]) 
     A head is a module beside the base model of which no parameter is `given`. Those that the model says may be missing
     are left out too.
     """
-    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    optional = [re.compile(pattern) for pattern in missing_patterns(model)]
     left = [name for name in missing if not any(pattern.search(name) for pattern in optional)]
     if model.base_model is model or type(model).__name__ in (model.config.architectures or ()):
         return left
@@ -73,9 +73,8 @@ def _require_shapes(state: Mapping[str, Any], stored: Manifest, keys: Mapping[st
 
 def _untied(model: Any, missing: Iterable[str], given: set[str]) -> list[str]:
     """Without parameters that share one which is given."""
-    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     groups: dict[str, set[str]] = {}
-    for target, source in tied.items():
+    for target, source in tied_keys(model).items():
         groups.setdefault(source, {source}).add(target)
     shared = {name for group in groups.values() if group & given for name in group}
     return [name for name in missing if name not in shared]
@@ -87,7 +86,7 @@ def _without_left_heads(model: Any, unused: Iterable[str]) -> list[str]:
     Only the saved class says which of its tensors are its head's, so it is built, on the meta device. Buffers that
     older releases of transformers stored and newer ones compute are left out too.
     """
-    ignored = (*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+    ignored = (*unexpected_patterns(model), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
     left = [name for name in unused if not any(re.search(pattern, name) for pattern in ignored)]
     saved_class = _saved_class(model)
     if not left or saved_class is None:

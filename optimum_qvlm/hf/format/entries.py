@@ -3,10 +3,10 @@
 import math
 from collections.abc import Mapping
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
 from optimum_qvlm.errors import ConfigError
-from optimum_qvlm.plan import ModuleRecord
+from optimum_qvlm.plan import RECORD_TYPES
 
 LARGEST = 2**31 - 1
 """No size of a linear or tensor is above; larger ones would overflow or exhaust memory before they are compared."""
@@ -20,7 +20,6 @@ SEAL_TYPES: dict[str, tuple[type, str]] = {
     "model_config": (Mapping, "a dict of fields"),
     "digest": (str, "a text"),
 }
-FIELD_TYPES = get_type_hints(ModuleRecord)
 
 
 def require_entries(values: Mapping[str, Any]) -> None:
@@ -46,7 +45,7 @@ def require_entries(values: Mapping[str, Any]) -> None:
 
 def _require_module(name: str, entry: Mapping[str, Any]) -> None:
     for field, value in entry.items():
-        kinds = _kinds(FIELD_TYPES.get(field))
+        kinds = _kinds(RECORD_TYPES.get(field))
         if kinds and not any(_is(value, kind) for kind in kinds):
             shown = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
             raise _bad(f"modules[{name}].{field}", value, f"{shown} (integers up to {LARGEST}, finite numbers)")

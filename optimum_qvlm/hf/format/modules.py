@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimum_qvlm.compat.accelerate import hook_of, offloads
+from optimum_qvlm.compat.transformers import expect_more
 from optimum_qvlm.errors import CheckpointError, SpecError
 from optimum_qvlm.hf.config import QVLMConfig
 from optimum_qvlm.hf.format.index import require_places
@@ -30,6 +32,7 @@ from optimum_qvlm.hf.format.safetensors_files import (
 from optimum_qvlm.hf.memory import return_freed_memory
 from optimum_qvlm.kernels import CHECKPOINT_LAYOUTS
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
+from optimum_qvlm.modules.recorded import empty_linear
 from optimum_qvlm.modules.swap import replace_module
 from optimum_qvlm.plan import ModuleRecord, QuantPlan
 from optimum_qvlm.report.precision import readable_bytes, tensor_bytes
@@ -83,7 +86,7 @@ def prepare_modules(model: nn.Module, decode_tokens: int) -> None:
         CheckpointError: a weight is not what its record says.
     """
     for path, module in quantized_modules(model).items():
-        module.decode_tokens = decode_tokens
+        module.decode_tokens, module.path = decode_tokens, path
         try:
             module.prepare(transient=_is_offloaded(module))
         except SpecError as error:
@@ -156,7 +159,7 @@ def swap_in_quantized(model: Any, record: CalibrationRecord) -> None:
                 f"{name} has {_bias(entry.bias)} in the checkpoint, {_bias(not entry.bias)} in the model that "
                 "config.json describes; restore config.json"
             )
-        replace_module(model, paths[name], _empty(linear, entry))
+        replace_module(model, paths[name], empty_linear(linear, entry))
     _require_memory(model, record.manifest or {})
     _ignore_extra_tensors(model)
 
@@ -206,51 +209,34 @@ def _recorded_scale(path: str, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _is_offloaded(module: nn.Module) -> bool:
-    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
-
-
-def _empty(linear: nn.Linear, entry: ModuleRecord) -> QuantLinear:
-    return QuantLinear(
-        entry.in_features,
-        entry.out_features,
-        _format(entry),
-        bias=linear.bias is not None,
-        scale_dtype=getattr(torch, entry.scale_dtype),
-        bias_dtype=None if linear.bias is None else linear.bias.dtype,
-        device=linear.weight.device,
-    )
-
-
-def _format(entry: ModuleRecord) -> LinearFormat:
-    return LinearFormat(
-        weight=entry.weight,
-        activation=entry.activation,
-        activation_clip=entry.activation_clip,
-        equalized=entry.equalized,
-        rotation=entry.rotation,
-    )
+    return offloads(hook_of(module))
 
 
 def _require_fit(name: str, entry: ModuleRecord, manifest: Mapping[str, Any]) -> None:
     """The tensors of a module against its recorded precision."""
+    channels, activation = entry.in_features, entry.activation
+    sizes = {
+        "weight_group": entry.weight.group,
+        "activation_group": None if activation is None else activation.group,
+        "rotation": entry.format.rotation,
+    }
+    for kind, size in sizes.items():
+        if size is not None and (size < 1 or channels % size != 0):
+            raise CheckpointError(f"{name}: {kind}={size} does not divide its {channels} channels")
     try:
         scale_dtype = getattr(torch, entry.scale_dtype)
         module = QuantLinear(
-            entry.in_features, entry.out_features, _format(entry), bias=False, scale_dtype=scale_dtype, device="meta"
+            channels, entry.out_features, entry.format, bias=False, scale_dtype=scale_dtype, device="meta"
         )
     except (ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{name}: its entry in quantization_config is not valid: {error}") from error
-    for kind in ("weight_group", "activation_group", "rotation"):
-        size = getattr(entry, kind)
-        if size is not None and (size < 1 or entry.in_features % size != 0):
-            raise CheckpointError(f"{name}: {kind}={size} does not divide its {entry.in_features} channels")
     for tensor_name, tensor in module.state_dict().items():
         written = manifest.get(f"{name}.{tensor_name}")
         expected = [SAFETENSORS_NAMES.get(tensor.dtype), list(tensor.shape)]
         if written is None or list(written) != expected:
             raise CheckpointError(
-                f"{name}.{tensor_name} is {written}, but {entry.weight_bits} bits in groups of "
-                f"{entry.weight_group or 'a row'} need {expected}"
+                f"{name}.{tensor_name} is {written}, but {entry.weight.bits} bits in groups of "
+                f"{entry.weight.group or 'a row'} need {expected}"
             )
     if entry.bias and f"{name}.bias" not in manifest:
         raise CheckpointError(f"{name}.bias is on record, but not in the checkpoint; fetch it again")
@@ -280,8 +266,7 @@ def _bias(present: bool) -> str:
 def _ignore_extra_tensors(model: Any) -> None:
     """Keep shapes and guards out of transformers' report of unexpected tensors."""
     paths = "|".join(re.escape(path) for path in quantized_modules(model))
-    ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-    model._keys_to_ignore_on_load_unexpected = ignored | {rf"^({paths})\.weight(_shape)?$", *map(re.escape, GUARDS)}
+    expect_more(model, [rf"^({paths})\.weight(_shape)?$", *map(re.escape, GUARDS)])
 
 
 __all__ = [

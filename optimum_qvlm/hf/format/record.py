@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from optimum_qvlm.errors import CheckpointError, ConfigError
+from optimum_qvlm.errors import CheckpointError, ConfigError, SpecError
 from optimum_qvlm.files import strict_json
 from optimum_qvlm.hf.format.entries import require_entries
 from optimum_qvlm.plan import ModuleRecord
@@ -47,7 +47,7 @@ def read_record(values: Mapping[str, Any]) -> CalibrationRecord:
     """
     require_entries(values)
     try:
-        modules = {name: ModuleRecord.from_dict(entry) for name, entry in values["modules"].items()}
+        modules = {name: _read_entry(name, entry) for name, entry in values["modules"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"the modules of quantization_config are not whole ({error}); fetch the checkpoint again"
@@ -60,6 +60,13 @@ def read_record(values: Mapping[str, Any]) -> CalibrationRecord:
         model_config=values.get("model_config"),
         digest=values.get("digest"),
     )
+
+
+def _read_entry(name: str, entry: Mapping[str, Any]) -> ModuleRecord:
+    try:
+        return ModuleRecord.from_dict(entry)
+    except SpecError as error:
+        raise ConfigError(f"{name}: its entry in quantization_config is not valid: {error}") from error
 
 
 def rename_modules(record: CalibrationRecord, names: Mapping[str, str]) -> None:

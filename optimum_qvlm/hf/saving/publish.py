@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum_qvlm.errors import CheckpointError
+from optimum_qvlm.files import strict_json
 from optimum_qvlm.files.atomic import files_below, publish, publishing, replace_file, sync_tree
 from optimum_qvlm.hf.format.index import EXPLICIT
 from optimum_qvlm.hf.saving.weight_files import GENERATION, WeightFiles, stale_weights, weight_files_of
@@ -80,14 +81,14 @@ def settle(target: Path, work: Path) -> None:
         _second_name(target / name, target / kind.usual(name), work)
     if index is not None:
         index["weight_map"] = {key: kind.usual(name) for key, name in index["weight_map"].items()}
-        replace_file(target / kind.index, _as_json(index), work=work)
+        replace_file(target / kind.index, strict_json.as_file(index), work=work)
     usual = {kind.usual(name) for name in [entry, *weights]}
     there = matching(target, kind.pattern)
     for name in there:
         if GENERATION.fullmatch(name) is None and name not in usual:
             (target / name).unlink()
     del config[EXPLICIT]
-    replace_file(target / CONFIG, _as_json(config), work=work)
+    replace_file(target / CONFIG, strict_json.as_file(config), work=work)
     for name in there:
         if GENERATION.fullmatch(name) is not None:
             (target / name).unlink()
@@ -127,11 +128,11 @@ def _publish_generation(work: Path, target: Path, weights: list[str], kind: Weig
         if kind.index in fresh:
             index = read_json(work / kind.index)
             index["weight_map"] = {key: fresh[name] for key, name in index["weight_map"].items()}
-            replace_file(work / kind.index, _as_json(index), work=work.parent)
+            replace_file(work / kind.index, strict_json.as_file(index), work=work.parent)
         for name, other in fresh.items():
             os.rename(work / name, target / other)
         config = read_json(work / CONFIG) | {EXPLICIT: entry}
-        replace_file(target / CONFIG, _as_json(config), work=work.parent)
+        replace_file(target / CONFIG, strict_json.as_file(config), work=work.parent)
     except BaseException:
         for other in fresh.values():
             with suppress(OSError):
@@ -195,8 +196,3 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _as_json(value: Any) -> bytes:
-    """As transformers writes it."""
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

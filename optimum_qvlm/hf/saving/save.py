@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from optimum_qvlm.compat.transformers import has_adapters
 from optimum_qvlm.errors import CheckpointError
 from optimum_qvlm.files.atomic import files_below, work_folder
 from optimum_qvlm.hf.config import QUANT_METHOD
@@ -18,6 +19,7 @@ from optimum_qvlm.hf.saving.push import Upload, push_to_hub
 from optimum_qvlm.hf.saving.source import REPORT_FILE
 from optimum_qvlm.hf.saving.weight_files import WeightFiles
 from optimum_qvlm.hf.saving.write import is_users_card, write_model
+from optimum_qvlm.pipeline.journal import discard
 from optimum_qvlm.report.card import CARD_FILE
 
 COMMIT_OPTIONS = ("commit_message", "commit_description", "private", "revision", "create_pr")
@@ -57,7 +59,7 @@ def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: An
     repo_id, shared = options.pop("repo_id", Path(save_directory).resolve().name), ("token", "variant")
     upload = Upload(repo_id=repo_id, **commit, **{name: options[name] for name in shared if name in options})
     target = Path(save_directory).resolve()
-    with _failing(target), work_folder(target) as copy:
+    with failing(target), work_folder(target) as copy:
         names = save(self, save_directory, repo_id=repo_id, copy=copy, **options)
         if len(names) > 0:
             upload.send(copy if files_below(copy) == sorted(names) else target, names)
@@ -86,9 +88,9 @@ def save(
     """
     if not is_main_process:
         return []
-    target = _folder(save_directory)
+    target = target_folder(save_directory)
     _require_not_the_source(model, target)
-    with _failing(target), work_folder(target) as work:
+    with failing(target), work_folder(target) as work:
         write_model(model, work, repo_id=repo_id, **options)
         if len(files_below(work)) == 0:
             return []  # torch.distributed knows that this process is not the main one
@@ -100,6 +102,9 @@ def save(
             if users_card:
                 _link_files(target, copy, [CARD_FILE])
         names = publish_model(work, target, variant=options.get("variant"))
+    if model.hf_quantizer.journal is not None:
+        discard(model.hf_quantizer.journal)
+        model.hf_quantizer.journal = None
     return [*names, CARD_FILE] if users_card else names
 
 
@@ -109,16 +114,16 @@ def require_writable(save_directory: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: names what is in the way.
     """
-    target = _folder(save_directory)
+    target = target_folder(save_directory)
     kind = WeightFiles()
     usual = [CONFIG, "generation_config.json", "model.safetensors", kind.index, REPORT_FILE, CARD_FILE]
-    with _failing(target), work_folder(target) as work:
+    with failing(target), work_folder(target) as work:
         (work / CONFIG).write_text("{}")
         require_replaceable(target, [*usual, *matching(target, kind.pattern)])
 
 
 @contextmanager
-def _failing(target: Path) -> Iterator[None]:
+def failing(target: Path) -> Iterator[None]:
     """Says of an error of the file system that nothing was changed."""
     try:
         yield
@@ -136,7 +141,12 @@ def _options(model: Any, folder: Any, args: tuple[Any, ...], kwargs: dict[str, A
     return {name: value for name, value in list(bound.items())[2:]} | more
 
 
-def _folder(save_directory: str | os.PathLike[str]) -> Path:
+def target_folder(save_directory: str | os.PathLike[str]) -> Path:
+    """The folder that is saved into.
+
+    Raises:
+        CheckpointError: it is a file.
+    """
     target = Path(save_directory).resolve()
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file; give a folder to save into")
@@ -146,7 +156,7 @@ def _folder(save_directory: str | os.PathLike[str]) -> Path:
 def _require_not_the_source(model: Any, target: Path) -> None:
     """Refuse to replace the full-precision model that this one was made from; an adapter may lie beside it."""
     quantizer = model.hf_quantizer
-    adapter = getattr(model, "_hf_peft_config_loaded", False)
+    adapter = has_adapters(model)
     source = quantizer.source.folder
     if quantizer.pre_quantized or adapter or not (source.is_dir() and target.is_dir() and source.samefile(target)):
         return

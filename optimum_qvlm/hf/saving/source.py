@@ -215,6 +215,7 @@ class Source:
         """Download the files beside the weights; returns why that failed, None where they are there."""
         if self.repo is None or self.revision is None:
             return None
+        self.access.say_what_is_unknown()
         if self.access.local_files_only:
             return "local_files_only=True"
         root = next(parent for parent in (self.folder, *self.folder.parents) if parent.name == self.revision)

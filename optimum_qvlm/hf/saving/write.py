@@ -95,17 +95,12 @@ def _seal(folder: Path) -> dict[str, Any]:
     if absent:
         raise CheckpointError(f"{absent[0]} was not written under the name that its record has")
     values["digest"] = config_digest(values)
-    _write_json(path, config)
+    path.write_bytes(strict_json.as_file(config))
     for path in folder.glob("*.safetensors.index*.json"):
         index = json.loads(path.read_text(encoding="utf-8"))
         index["metadata"]["total_parameters"] = sum(math.prod(shape) for _, shape in values["manifest"].values())
-        _write_json(path, index)
+        path.write_bytes(strict_json.as_file(index))
     return values
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """As transformers does."""
-    path.write_text(strict_json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _facts(model: Any, folder: Path, values: dict[str, Any], repo_id: str | None, tags: tuple[str, ...]) -> CardFacts:

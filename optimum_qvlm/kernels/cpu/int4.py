@@ -12,18 +12,21 @@ padded out_features], comes after all of those, in one flat tensor, and the zero
 padded out_features].
 """
 
-from functools import cache
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from optimum_qvlm.compat.torch import int4_weight_product
 from optimum_qvlm.errors import SpecError
 from optimum_qvlm.kernels import reference
-from optimum_qvlm.kernels.checks import FULL_BITS
-from optimum_qvlm.kernels.weights import NOTHING, CodedWeight, Rounding, StoredWeight, WeightGrid
+from optimum_qvlm.kernels.cpu import processor
+from optimum_qvlm.kernels.weights import NOTHING, LinearGrid, QuantizedWeight, Rounding, StoredWeight
 
 LAYOUT = "int4"
+
+KNOWN = frozenset({"symmetric", "two_level"})
 
 GROUPS = (32, 64, 128, 256)
 """Group sizes that the operator takes."""
@@ -44,23 +47,23 @@ SLICE_ELEMENTS = 2**19
 """Weights that are dequantized at once, fp32: they stay in the cache until they are multiplied."""
 
 
-def accepts(grid: WeightGrid, device: torch.device) -> bool:
+def accepts(grid: LinearGrid, device: torch.device) -> bool:
     """Whether the operator is fast here, holds the weight as it is, and meets activations that are not rounded."""
-    holds = grid.bits == 4 and _group(grid) in GROUPS and grid.scale_dtype == torch.bfloat16 and grid.out_features > 0
-    plain = grid.activation_bits == FULL_BITS or grid.decode_tokens > 0
-    return device.type == "cpu" and holds and plain and _capability() in BLOCKS
+    plain = grid.activation is None or grid.decode_tokens > 0
+    holds = _holds(grid) and grid.out_features > 0
+    return device.type == "cpu" and holds and plain and processor.instructions() in BLOCKS
 
 
-def store(weight: CodedWeight, grid: WeightGrid) -> StoredWeight:
+def store(weight: QuantizedWeight, grid: LinearGrid) -> StoredWeight:
     """Codes to blocks.
 
     Raises:
         SpecError: the grid is none that the operator takes, or PyTorch runs with instructions that have no layout.
     """
-    if grid.bits != 4 or _group(grid) not in GROUPS or grid.scale_dtype != torch.bfloat16:
+    if not _holds(grid):
         raise SpecError(
-            f"the layout {LAYOUT!r} holds 4 bits in groups of {GROUPS} with scales in bfloat16, got {grid.bits} bits "
-            f"in groups of {_group(grid)} with scales in {grid.scale_dtype}"
+            f"the layout {LAYOUT!r} holds 4 bits in groups of {GROUPS} with scales in bfloat16, got "
+            f"{grid.weight.bits} bits in groups of {_group(grid)} with scales in {grid.scale_dtype}"
         )
     half = _block() // 2
     codes = _padded(weight.codes, grid).view(-1, 2, half, grid.in_features)
@@ -77,16 +80,16 @@ def store(weight: CodedWeight, grid: WeightGrid) -> StoredWeight:
     return StoredWeight(LAYOUT, values, torch.cat([pairs.flatten(), rest.flatten()]), zero_point)
 
 
-def restore(stored: StoredWeight, grid: WeightGrid) -> CodedWeight:
+def restore(stored: StoredWeight, grid: LinearGrid) -> QuantizedWeight:
     """Blocks back to codes."""
     codes = torch.stack([stored.values & 15, stored.values >> 4], dim=1).transpose(2, 3)
     codes = codes.reshape(-1, grid.in_features)[: grid.out_features].to(torch.int8) - OFFSET
     scale = _pairs(stored, grid)[..., 0].T[: grid.out_features].contiguous()
     zero = None if stored.zero_point is None else stored.zero_point.T[: grid.out_features].contiguous()
-    return CodedWeight(codes, scale, zero)
+    return QuantizedWeight(codes, scale, zero)
 
 
-def linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: WeightGrid) -> Tensor:
+def linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: LinearGrid) -> Tensor:
     """The operator for a few bf16 tokens, else dequantized slices.
 
     Slices are multiplied in fp32, or in bf16 where activations are, are not rounded to a grid and the CPU is fast at
@@ -94,8 +97,8 @@ def linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, rounding: Round
     """
     if x.numel() == 0:
         return x.new_empty((*x.shape[:-1], grid.out_features))
-    native = x.dtype == torch.bfloat16 and rounding.bits == FULL_BITS
-    fast = _multiplies_bf16()
+    native = x.dtype == torch.bfloat16 and rounding.bits is None
+    fast = processor.multiplies_bf16()
     if native and x.numel() <= FEW_TOKENS[fast] * grid.in_features:
         product = _operator(_tokens(x, rounding, grid), stored, grid)
     elif native and fast:
@@ -109,31 +112,35 @@ def linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, rounding: Round
     return product.reshape(*x.shape[:-1], grid.out_features)
 
 
-def _tokens(x: Tensor, rounding: Rounding, grid: WeightGrid) -> Tensor:
+def bind(stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: LinearGrid) -> Callable[[Tensor], Tensor]:
+    """`linear` with all but the activation."""
+    return lambda x: linear(x, stored, bias, rounding, grid)
+
+
+def _tokens(x: Tensor, rounding: Rounding, grid: LinearGrid) -> Tensor:
     """bf16 [tokens, in_features], transformed."""
     if rounding is not NOTHING:
         x = reference.transform_tokens(x, rounding.equalizer, rounding.rotation).to(x.dtype)
     return x.reshape(-1, grid.in_features).contiguous()
 
 
-def _operator(x: Tensor, stored: StoredWeight, grid: WeightGrid) -> Tensor:
+def _operator(x: Tensor, stored: StoredWeight, grid: LinearGrid) -> Tensor:
     """[tokens, padded out_features], bf16, or fp32 where there are zero points."""
     blocks, channels, half = stored.values.shape
     if 2 * half != _block():
         raise SpecError(
-            f"the weight was put into blocks of {2 * half} output channels, PyTorch runs here with {_capability()}, "
-            f"which takes {_block()}; load the checkpoint again"
+            f"the weight was put into blocks of {2 * half} output channels, PyTorch runs here with "
+            f"{processor.instructions()}, which takes {_block()}; load the checkpoint again"
         )
     values = stored.values.view(blocks * half * 2, channels // 2)
-    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
-    product: Tensor = multiply(x, values, _group(grid), _pairs(stored, grid))
+    product = int4_weight_product(x, values, _group(grid), _pairs(stored, grid))
     if stored.zero_point is None:
         return product
     rest = stored.scale[-stored.zero_point.numel() :].view(stored.zero_point.shape).float()
     return torch.addmm(product.float(), x.view(x.shape[0], grid.groups, -1).sum(dim=-1, dtype=torch.float32), rest)
 
 
-def _slices(x: Tensor, stored: StoredWeight, grid: WeightGrid) -> Tensor:
+def _slices(x: Tensor, stored: StoredWeight, grid: LinearGrid) -> Tensor:
     """[tokens, padded out_features] in the dtype of `x` [tokens, in_features], fp32 or bf16."""
     blocks, channels, half = stored.values.shape
     scale = _halves(_pairs(stored, grid)[..., 0], half) / 16  # the nibbles are unpacked to sixteen times the code
@@ -159,20 +166,25 @@ def _halves(columns: Tensor, half: int) -> Tensor:
     return split.float().flatten(2).unsqueeze(2)
 
 
-def _pairs(stored: StoredWeight, grid: WeightGrid) -> Tensor:
+def _pairs(stored: StoredWeight, grid: LinearGrid) -> Tensor:
     """bf16 [groups, padded out_features, 2]: scales and the zeros that the operator adds."""
     if stored.zero_point is None:
         return stored.scale
     return stored.scale[: 2 * stored.zero_point.numel()].view(*stored.zero_point.shape, 2)
 
 
-def _padded(matrix: Tensor, grid: WeightGrid) -> Tensor:
+def _padded(matrix: Tensor, grid: LinearGrid) -> Tensor:
     """[out_features, columns] with rows of zeros up to whole blocks."""
     padded: Tensor = F.pad(matrix, (0, 0, 0, -grid.out_features % PADDING))
     return padded
 
 
-def _group(grid: WeightGrid) -> int:
+def _holds(grid: LinearGrid) -> bool:
+    """Whether the operator takes weights of this grid."""
+    return grid.weight.bits == 4 and _group(grid) in GROUPS and grid.scale_dtype == torch.bfloat16
+
+
+def _group(grid: LinearGrid) -> int:
     return grid.in_features // grid.groups
 
 
@@ -182,18 +194,7 @@ def _block() -> int:
     Raises:
         SpecError: PyTorch runs with instructions that have none.
     """
-    if _capability() not in BLOCKS:
-        raise SpecError(f"the layout {LAYOUT!r} needs {' or '.join(BLOCKS)}, PyTorch runs here with {_capability()}")
-    return BLOCKS[_capability()]
-
-
-@cache
-def _capability() -> str:
-    return str(torch.backends.cpu.get_cpu_capability())
-
-
-@cache
-def _multiplies_bf16() -> bool:
-    """Whether products in bf16 are much faster than those in fp32."""
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("amx_bf16", False) or found.get("avx512_bf16", False))
+    here = processor.instructions()
+    if here not in BLOCKS:
+        raise SpecError(f"the layout {LAYOUT!r} needs {' or '.join(BLOCKS)}, PyTorch runs here with {here}")
+    return BLOCKS[here]

@@ -11,6 +11,7 @@ its bytes holds the f-th part of the channels of a block, so that it unpacks wit
 [blocks, groups, D] lie in the order in which the operators return channels.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from optimum_qvlm.kernels import reference
-from optimum_qvlm.kernels.weights import NOTHING, CodedWeight, Rounding, StoredWeight, WeightGrid
+from optimum_qvlm.kernels.weights import NOTHING, LinearGrid, QuantizedWeight, Rounding, StoredWeight
 
 LAYOUT = "table"
+
+KNOWN = frozenset({"symmetric", "two_level"})
 
 PLANES = {2: (2,), 4: (4,), 6: (4, 2), 8: (8,)}
 """Bits of the tables that hold a code, lowest first."""
@@ -35,18 +38,18 @@ SLICE_ELEMENTS = 2**19
 """Weights that are dequantized at once, fp32: they stay in the cache until they are multiplied."""
 
 
-def accepts(grid: WeightGrid, device: torch.device) -> bool:
+def accepts(grid: LinearGrid, device: torch.device) -> bool:
     """Whether this layout holds the weight."""
-    return device.type == "cpu" and grid.bits in PLANES and grid.in_features > 0 and grid.out_features > 0
+    return device.type == "cpu" and grid.weight.bits in PLANES and grid.in_features > 0 and grid.out_features > 0
 
 
-def store(weight: CodedWeight, grid: WeightGrid) -> StoredWeight:
+def store(weight: QuantizedWeight, grid: LinearGrid) -> StoredWeight:
     """Codes to tables."""
-    offset = 2 ** (grid.bits - 1)
+    offset = 2 ** (grid.weight.bits - 1)
     unsigned = _blocks(weight.codes, grid, fill=-offset).to(torch.int16).add_(offset).to(torch.uint8)
     tables: list[Tensor] = []
     shift = 0
-    for bits in PLANES[grid.bits]:
+    for bits in PLANES[grid.weight.bits]:
         plane = (unsigned >> shift) & (2**bits - 1)
         tail = _tail(bits, 2.0**shift, -float(offset) if shift == 0 else 0.0)
         tables.append(torch.cat([_merge(plane, bits, grid), tail.expand(*plane.shape[:2], -1)], dim=-1).flatten())
@@ -56,14 +59,14 @@ def store(weight: CodedWeight, grid: WeightGrid) -> StoredWeight:
     return StoredWeight(LAYOUT, values, _interleave(_blocks(weight.scale, grid), grid), zero)
 
 
-def restore(stored: StoredWeight, grid: WeightGrid) -> CodedWeight:
+def restore(stored: StoredWeight, grid: LinearGrid) -> QuantizedWeight:
     """Tables back to codes."""
     codes = _codes(stored, grid, 0, stored.scale.shape[0])
     zero = None if stored.zero_point is None else _unblocks(_order(stored.zero_point, grid), grid)
-    return CodedWeight(_unblocks(codes, grid), _unblocks(_order(stored.scale, grid), grid), zero)
+    return QuantizedWeight(_unblocks(codes, grid), _unblocks(_order(stored.scale, grid), grid), zero)
 
 
-def linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: WeightGrid) -> Tensor:
+def linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: LinearGrid) -> Tensor:
     """Product in fp32 by bags or by dequantized slices, whichever is faster for the number of tokens."""
     rounded = x if x.dtype == torch.float32 and rounding is NOTHING else reference.round_tokens(x, rounding)
     tokens = x.numel() // grid.in_features
@@ -75,7 +78,12 @@ def linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, rounding: Round
     return reference.finish(product, bias, x.dtype).view(*x.shape[:-1], grid.out_features)
 
 
-def _bags(x: Tensor, tokens: int, stored: StoredWeight, grid: WeightGrid) -> Tensor:
+def bind(stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: LinearGrid) -> Callable[[Tensor], Tensor]:
+    """`linear` with all but the activation."""
+    return lambda x: linear(x, stored, bias, rounding, grid)
+
+
+def _bags(x: Tensor, tokens: int, stored: StoredWeight, grid: LinearGrid) -> Tensor:
     """fp32 [tokens, padded out_features] from a few tokens.
 
     A call takes a few microseconds, which is much beside the product of a small layer: no more of them than needed.
@@ -115,7 +123,7 @@ def _bag_indices(blocks: int, tokens: int, channels: int, group: int) -> tuple[T
     return rows.expand(blocks, tokens, channels).reshape(-1), starts
 
 
-def _slices(x: Tensor, stored: StoredWeight, grid: WeightGrid) -> Tensor:
+def _slices(x: Tensor, stored: StoredWeight, grid: LinearGrid) -> Tensor:
     """fp32 [tokens, padded out_features] from many tokens."""
     x = x.reshape(-1, grid.in_features)
     blocks, groups, size = stored.scale.shape
@@ -134,10 +142,10 @@ def _slices(x: Tensor, stored: StoredWeight, grid: WeightGrid) -> Tensor:
     return product
 
 
-def _codes(stored: StoredWeight, grid: WeightGrid, first: int, last: int) -> Tensor:
+def _codes(stored: StoredWeight, grid: LinearGrid, first: int, last: int) -> Tensor:
     """int8 codes [last - first, in_features, D] of some blocks, channels in their order."""
-    size, offset = stored.scale.shape[2], 2 ** (grid.bits - 1)
-    if grid.bits == 8:
+    size, offset = stored.scale.shape[2], 2 ** (grid.weight.bits - 1)
+    if grid.weight.bits == 8:
         table: Tensor = _tables(stored, grid)[0][1]
         signed: Tensor = table.view(-1, grid.in_features, table.shape[1])[first:last, :, :size] ^ offset
         return signed.view(torch.int8)
@@ -153,12 +161,12 @@ def _codes(stored: StoredWeight, grid: WeightGrid, first: int, last: int) -> Ten
     return codes
 
 
-def _tables(stored: StoredWeight, grid: WeightGrid) -> list[tuple[int, Tensor]]:
+def _tables(stored: StoredWeight, grid: LinearGrid) -> list[tuple[int, Tensor]]:
     """Bits and uint8 [blocks * in_features, bytes of a row] of every plane."""
     blocks, _, size = stored.scale.shape
-    rows, planes = blocks * grid.in_features, PLANES[grid.bits]
+    rows, planes = blocks * grid.in_features, PLANES[grid.weight.bits]
     if len(planes) == 1:
-        return [(grid.bits, stored.values.view(rows, -1))]
+        return [(grid.weight.bits, stored.values.view(rows, -1))]
     widths = [size * bits // 8 + _TAIL_BYTES[bits] for bits in planes]
     parts = stored.values.split([rows * width for width in widths])
     return [(bits, part.view(rows, -1)) for bits, part in zip(planes, parts, strict=True)]
@@ -175,19 +183,19 @@ def _block(out_features: int) -> int:
     return min(BLOCKS, key=lambda size: (-out_features % size, -size))
 
 
-def _blocks(matrix: Tensor, grid: WeightGrid, fill: int = 0) -> Tensor:
+def _blocks(matrix: Tensor, grid: LinearGrid, fill: int = 0) -> Tensor:
     """[out_features, columns] to [blocks, columns, D], padded with `fill`."""
     size = _block(grid.out_features)
     padded: Tensor = F.pad(matrix, (0, 0, 0, -grid.out_features % size), value=fill)
     return padded.view(-1, size, matrix.shape[1]).transpose(1, 2)
 
 
-def _unblocks(blocks: Tensor, grid: WeightGrid) -> Tensor:
+def _unblocks(blocks: Tensor, grid: LinearGrid) -> Tensor:
     """Undo `_blocks`."""
     return blocks.transpose(1, 2).reshape(-1, blocks.shape[1])[: grid.out_features].contiguous()
 
 
-def _merge(plane: Tensor, bits: int, grid: WeightGrid) -> Tensor:
+def _merge(plane: Tensor, bits: int, grid: LinearGrid) -> Tensor:
     """uint8 values [..., D] to bytes [..., D * bits / 8]."""
     fields = 8 // bits
     split: Tensor = plane.unflatten(-1, (fields, -1)) if _fields(grid) > 1 else plane.unflatten(-1, (-1, fields)).mT
@@ -197,18 +205,18 @@ def _merge(plane: Tensor, bits: int, grid: WeightGrid) -> Tensor:
     return merged
 
 
-def _fields(grid: WeightGrid) -> int:
+def _fields(grid: LinearGrid) -> int:
     """Parts of the channels of a block that share bytes; 1 where channels lie in their own order."""
-    return 8 // grid.bits if len(PLANES[grid.bits]) == 1 else 1
+    return 8 // grid.weight.bits if len(PLANES[grid.weight.bits]) == 1 else 1
 
 
-def _interleave(blocks: Tensor, grid: WeightGrid) -> Tensor:
+def _interleave(blocks: Tensor, grid: LinearGrid) -> Tensor:
     """[..., D] from the order of the channels to that in which the operators return them."""
     mixed: Tensor = blocks.unflatten(-1, (_fields(grid), -1)).mT.flatten(-2)
     return mixed.contiguous()
 
 
-def _order(blocks: Tensor, grid: WeightGrid) -> Tensor:
+def _order(blocks: Tensor, grid: LinearGrid) -> Tensor:
     """Undo `_interleave`."""
     fields = _fields(grid)
     return blocks.view(*blocks.shape[:-1], -1, fields).mT.reshape(blocks.shape)

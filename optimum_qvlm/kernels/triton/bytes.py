@@ -8,9 +8,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from optimum_qvlm.compat.triton import described
 from optimum_qvlm.kernels.triton import tiles
+from optimum_qvlm.kernels.triton.epilogue import scaled_by_tokens, store_product
 from optimum_qvlm.kernels.triton.launching import ALIGNMENT, empty, start
 from optimum_qvlm.kernels.triton.layout import PackedWeight
 from optimum_qvlm.kernels.triton.prefill import place
@@ -40,17 +41,9 @@ def bytes_kernel(
         sums = tl.dot(tile, weight.T, sums, out_dtype=tl.int32)
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     token = token_block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    safe_row = tl.minimum(row, rows - 1)
-    values = sums.to(tl.float32) * tl.load(scale + safe_row).to(tl.float32)[None, :]
-    if X_GROUPS == 1:
-        values *= tl.load(x_scale + tl.minimum(token, tokens - 1))[:, None]
-    else:
-        values *= tl.load(x_scale)
-    if HAS_BIAS:
-        values += tl.load(bias + safe_row).to(tl.float32)[None, :]
-    # Tokens times rows pass 2**31 in large vocabularies.
-    out = y + token.to(tl.int64)[:, None] * rows + row[None, :]
-    tl.store(out, values.to(y.dtype.element_ty), mask=(row < rows)[None, :] & (token < tokens)[:, None])
+    values = sums.to(tl.float32) * tl.load(scale + tl.minimum(row, rows - 1)).to(tl.float32)[None, :]
+    values = scaled_by_tokens(values, x_scale, token, tokens, X_GROUPS, TOKENS_FIRST=True)
+    store_product(values, y, bias, row, token, rows, tokens, 0, HAS_BIAS, TOKENS_FIRST=True)
 
 
 def takes(x: Tensor, weight: PackedWeight) -> bool:
@@ -78,8 +71,8 @@ def linear_bytes(x: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor 
         return y
     tile = tiles.bytes_tile(tiles.architecture(x.device), tokens, rows)
     arguments = {
-        "x": TensorDescriptor.from_tensor(x, [tile.tokens, 128]),
-        "codes": TensorDescriptor.from_tensor(weight.codes, [tile.rows, 128]),
+        "x": described(x, [tile.tokens, 128]),
+        "codes": described(weight.codes, [tile.rows, 128]),
         "x_scale": x_scale,
         "scale": weight.scale,
         "bias": weight.scale if bias is None else bias,

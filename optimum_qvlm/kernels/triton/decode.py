@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from optimum_qvlm.kernels.triton import tiles
+from optimum_qvlm.kernels.triton.epilogue import store_product
 from optimum_qvlm.kernels.triton.launching import empty, start
 from optimum_qvlm.kernels.triton.layout import PackedWeight
 from optimum_qvlm.kernels.triton.sums import add_parts
@@ -106,12 +107,7 @@ def decode_kernel(
         total *= tl.load(scale + safe_row).to(tl.float32)[:, None]
     if BITS == 6:
         total *= 0.25
-    if HAS_BIAS:
-        total += tl.load(bias + safe_row).to(tl.float32)[:, None]
-    place = y + token.to(tl.int64)[None, :] * rows + row[:, None]
-    if PARTS > 1:
-        place += part_of_sum.to(tl.int64) * tokens * rows
-    tl.store(place, total.to(y.dtype.element_ty), mask=(row[:, None] < rows) & (token[None, :] < tokens))
+    store_product(total, y, bias, row, token, rows, tokens, part_of_sum, HAS_BIAS, PARTS)
 
 
 @triton.jit

@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from optimum_qvlm.kernels.triton import tiles
+from optimum_qvlm.kernels.triton.epilogue import store_product
+from optimum_qvlm.kernels.triton.integers import HOLDER_BITS, held_floats
 from optimum_qvlm.kernels.triton.launching import ALIGNMENT, empty, start
 from optimum_qvlm.kernels.triton.layout import PackedWeight
 from optimum_qvlm.kernels.triton.sums import add_parts
@@ -77,8 +79,8 @@ def digits_kernel(
     scale_column = x_scale + tl.minimum(first_token + tl.arange(0, COLUMNS) // 4, tokens - 1) * BLOCKS
 
     sums = tl.zeros((SLICES, BLOCK_ROWS, COLUMNS), tl.float32)
-    # The bits of 1.5 * 2**23: those of that float plus a sum of 128 products, which is below 2**22.
-    empty = tl.full((SLICES, BLOCK_ROWS, COLUMNS), 0x4B400000, tl.int32)
+    # A sum of 128 products is below 2**22.
+    empty = tl.full((SLICES, BLOCK_ROWS, COLUMNS), HOLDER_BITS, tl.int32)
     begin, end = (0, STEPS) if PARTS == 1 else (part * SHARE, tl.minimum((part + 1) * SHARE, STEPS))
     weights = ()
     for stage in tl.static_range(0, STAGES):
@@ -112,7 +114,7 @@ def digits_kernel(
             product = tl.dot(high, x_second, product, out_dtype=tl.int32)
             if BLOCKS % STRIDE != 0:
                 x_factor = tl.where((block + slice_ < BLOCKS)[:, None], x_factor, 0.0)
-            values = product.to(tl.float32, bitcast=True) - 12582912.0
+            values = held_floats(product)
             sums += values * (factor.to(tl.float32)[:, :, None] * x_factor[:, None, :])
             if STEPS > 1:
                 block += STRIDE
@@ -128,13 +130,8 @@ def digits_kernel(
     weight = tl.where(digit == 0, 0.0625, tl.where(digit == 1, 16.0, tl.where(digit == 2, 4096.0, 1048576.0)))
     total = tl.reshape(tl.sum(sums, axis=0), (BLOCK_ROWS, BLOCK_TOKENS, 4))
     total = tl.sum(total * weight[None, None, :], axis=2)
-    if HAS_BIAS:
-        total += tl.load(bias + safe_row).to(tl.float32)[:, None]
     token = first_token + tl.arange(0, BLOCK_TOKENS)
-    place = y + token.to(tl.int64)[None, :] * rows + row[:, None]
-    if PARTS > 1:
-        place += part.to(tl.int64) * tokens * rows
-    tl.store(place, total.to(y.dtype.element_ty), mask=(row[:, None] < rows) & (token[None, :] < tokens))
+    store_product(total, y, bias, row, token, rows, tokens, part, HAS_BIAS, PARTS)
 
 
 @triton.jit

@@ -8,9 +8,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from optimum_qvlm.compat.triton import described
 from optimum_qvlm.kernels.triton import tiles
+from optimum_qvlm.kernels.triton.epilogue import store_product
 from optimum_qvlm.kernels.triton.launching import ALIGNMENT, empty, start
 from optimum_qvlm.kernels.triton.layout import PackedWeight
 from optimum_qvlm.kernels.triton.prefill import place, settled
@@ -58,13 +59,7 @@ def floats_kernel(
             sums = settled(sums)
     row = first_row + tl.arange(0, BLOCK_ROWS)
     token = first_token + tl.arange(0, BLOCK_TOKENS)
-    if HAS_BIAS:
-        sums += tl.load(bias + tl.minimum(row, rows - 1)).to(tl.float32)[:, None]
-    # Tokens times rows pass 2**31 in large vocabularies.
-    out = y + token.to(tl.int64)[None, :] * rows + row[:, None]
-    if PARTS > 1:
-        out += part.to(tl.int64) * tokens * rows
-    tl.store(out, sums.to(y.dtype.element_ty), mask=(row < rows)[:, None] & (token < tokens)[None, :])
+    store_product(sums, y, bias, row, token, rows, tokens, part, HAS_BIAS, PARTS)
 
 
 def takes(x: Tensor, weight: PackedWeight) -> bool:
@@ -100,9 +95,9 @@ def linear_floats(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
     parts = tile.parts(architecture, programs, weight.width)
     y = empty(x, tokens, rows) if parts == 1 else empty(x, parts, tokens, rows, dtype=torch.float32)
     arguments = {
-        "x": TensorDescriptor.from_tensor(x, [tile.tokens, 64]),
-        "codes": TensorDescriptor.from_tensor(weight.codes, [tile.rows, 64]),
-        "scales": TensorDescriptor.from_tensor(weight.scale, [1, tile.rows]),
+        "x": described(x, [tile.tokens, 64]),
+        "codes": described(weight.codes, [tile.rows, 64]),
+        "scales": described(weight.scale, [1, tile.rows]),
         "bias": weight.scale if bias is None else bias,
         "y": y,
         "tokens": tokens,

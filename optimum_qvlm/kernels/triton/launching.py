@@ -11,11 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.compiler import CompiledKernel
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+from optimum_qvlm.compat.triton import (
+    argument_names,
+    arithmetic_options,
+    descriptor_class,
+    is_compiled,
+    launcher,
+    stream_of,
+)
 
 ALIGNMENT = 16
 """Bytes: kernels are compiled for pointers that are multiples of it, or for any; bulk copies take only the former."""
+
+
+_Descriptor = descriptor_class()
 
 
 class _Open(threading.local):
@@ -31,7 +41,7 @@ class _Allocation:
     dtype: torch.dtype
     device: torch.device
 
-    def __call__(self, slots: list[Tensor]) -> None:
+    def __call__(self, slots: list[Tensor], _stream: int) -> None:
         slots.append(torch.empty(self.shape, dtype=self.dtype, device=self.device))
 
 
@@ -44,13 +54,14 @@ class _Start:
     open: list[tuple[int, int]]
     described: list[tuple[int, int, tuple[Any, ...]]]
 
-    def __call__(self, slots: list[Tensor]) -> None:
+    def __call__(self, slots: list[Tensor], stream: int) -> None:
         arguments = self.arguments.copy()
         for place, slot in self.open:
-            arguments[place] = slots[slot]
+            # As an address: a launch would ask the driver where the memory of a tensor lies.
+            arguments[place] = slots[slot].data_ptr()
         for place, slot, extent in self.described:
-            arguments[place] = TensorDescriptor(slots[slot], *extent)
-        self.run(*arguments)
+            arguments[place] = _Descriptor(slots[slot], *extent)
+        self.run(stream, *arguments)
 
 
 class Recording:
@@ -62,6 +73,7 @@ class Recording:
     def __init__(self, x: Tensor, constants: Iterable[Tensor]) -> None:
         self._steps: list[_Allocation | _Start] = []
         self._device, self._result = x.device, 0
+        self._stream_of = stream_of() if x.is_cuda else None
         self._slots, self._constants = [x], list(constants)
         self._whole = True
 
@@ -73,12 +85,13 @@ class Recording:
         return self._again(x, shape)
 
     def _again(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-        slots = [x]
+        assert self._stream_of is not None and self._device.index is not None
+        slots, stream = [x], self._stream_of(self._device.index)
         for step in self._steps:
             if len(slots) == self._result and type(step) is _Allocation:
                 slots.append(torch.empty(shape, dtype=step.dtype, device=step.device))
             else:
-                step(slots)
+                step(slots, stream)
         return slots[self._result]
 
     def allocated(self, tensor: Tensor) -> None:
@@ -88,13 +101,13 @@ class Recording:
 
     def started(self, compiled: Any, grid: tuple[int, ...], names: list[str], arguments: Mapping[str, Any]) -> None:
         """A launch. It cannot be repeated where a tensor is no slot and no constant, or nothing was compiled."""
-        if not isinstance(compiled, CompiledKernel):
+        if not is_compiled(compiled):
             self._whole = False
             return
         values = [arguments[name] for name in names]
-        start = _Start(compiled[(*grid, 1, 1)[:3]], values, [], [])
+        start = _Start(launcher(compiled, grid), values, [], [])
         for place, value in enumerate(values):
-            tensor = value.base if isinstance(value, TensorDescriptor) else value
+            tensor = value.base if isinstance(value, _Descriptor) else value
             if not isinstance(tensor, Tensor) or any(tensor is constant for constant in self._constants):
                 continue
             slot = next((n for n, kept in enumerate(self._slots) if kept is tensor), None)
@@ -139,9 +152,9 @@ def start(
 ) -> None:
     """Launch a kernel on `device` with arguments by their names; `options` are those of Triton, such as num_warps."""
     with torch.cuda.device(device if device.type == "cuda" else -1):
-        compiled = kernel[grid](**arguments, **options)
+        compiled = kernel[grid](**arguments, **arithmetic_options(), **options)
     if _open.recording is not None:
-        _open.recording.started(compiled, grid, kernel.arg_names, arguments)
+        _open.recording.started(compiled, grid, argument_names(kernel), arguments)
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

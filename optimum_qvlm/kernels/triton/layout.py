@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from optimum_qvlm.errors import SpecError
 from optimum_qvlm.kernels.levels import common_step
+from optimum_qvlm.kernels.weights import QuantizedWeight
+from optimum_qvlm.spec import WeightSpec
 
 BLOCK = 128
 """Channels that are packed together."""
@@ -33,19 +35,30 @@ class PackedWeight:
         scale: [groups, out_features], floating, zero for groups that are padding only; with two levels followed by
             the step [1, out_features].
         zero_point: int8 [groups, out_features]; None on a symmetric grid.
-        bits: 4, 6 or 8, what is stored; codes of fewer bits fit as they are.
-        group: channels that share a scale; None shares the row.
+        grid: that of the weight. One scale per row is its own step, so `group` and `two_level` say what is stored.
         in_features: channels without padding.
-        two_level: whether scales of a row are multiples of one step, see `optimum_qvlm.kernels.levels`.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
-    bits: int
-    group: int | None
+    grid: WeightSpec
     in_features: int
-    two_level: bool = False
+
+    @property
+    def bits(self) -> int:
+        """4, 6 or 8, what is stored; codes of fewer bits fit as they are."""
+        return stored_bits(self.grid.bits)
+
+    @property
+    def group(self) -> int | None:
+        """Channels that share a scale; None shares the row."""
+        return None if self.grid.groups(self.in_features) == 1 else self.grid.group
+
+    @property
+    def two_level(self) -> bool:
+        """Whether there are steps, see `optimum_qvlm.kernels.levels`."""
+        return self.grid.two_level and self.group is not None
 
     @property
     def out_features(self) -> int:
@@ -80,58 +93,49 @@ def is_packable(bits: int, group: int | None) -> bool:
     return 2 <= bits <= 6 and (group in GROUPS or (group > 0 and group % BLOCK == 0))
 
 
-def pack(
-    codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, *, two_level: bool = False
-) -> PackedWeight:
-    """Bring codes into the kernels' order.
-
-    Args:
-        codes: int8 [out_features, in_features], in -2^(bits-1) .. 2^(bits-1)-1.
-        scale: [out_features, groups], floating; the dtype is kept.
-        zero_point: int8 [out_features, groups], or None.
-        bits: 2..8.
-        two_level: whether scales of a row are multiples of one step.
+def pack(weight: QuantizedWeight, grid: WeightSpec) -> PackedWeight:
+    """Bring codes into the kernels' order. The dtype of the scales is kept.
 
     Raises:
         SpecError: there is no layout for these bits and groups, or scales said to be multiples of a step are not.
     """
+    codes, scale, zero_point = weight.codes, weight.scale, weight.zero_point
     channels = codes.shape[1]
-    groups = scale.shape[1]
-    group = None if groups == 1 else channels // groups
-    if not is_packable(bits, group):
-        raise SpecError(f"{bits} bits with group={group} have no GPU layout; use 16, 32, 64, multiples of 128 or None")
+    group = None if scale.shape[1] == 1 else grid.group
+    if not is_packable(grid.bits, group):
+        shown = f"{grid.bits} bits with group={group}"
+        raise SpecError(f"{shown} have no GPU layout; use 16, 32, 64, multiples of 128 or None")
     padded = F.pad(codes, (0, -channels % BLOCK))
-    stored = stored_bits(bits)
+    stored = stored_bits(grid.bits)
     if stored == 4:
         padded = _pack_nibbles(padded)
     elif stored == 6:
         padded = torch.cat((_pack_nibbles(padded >> 2), _pack_pairs(padded)), dim=1)
     extent = 1 if group is None else -(-padded_width(channels) // group)
     scales = _by_group(scale, extent)
-    if two_level:
+    if grid.two_level and group is not None:
         scales = torch.cat((scales, common_step(scale.detach()).unsqueeze(0)))
     return PackedWeight(
         codes=padded.contiguous(),
         scale=scales,
         zero_point=None if zero_point is None else _by_group(zero_point, extent),
-        bits=stored,
-        group=group,
+        grid=grid,
         in_features=channels,
-        two_level=two_level,
     )
 
 
-def unpack(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Undo `pack`: codes [out_features, in_features], scale and zero point [out_features, groups]."""
+def unpack(packed: PackedWeight) -> QuantizedWeight:
+    """Undo `pack`."""
     codes = packed.codes
     if packed.bits == 4:
         codes = _unpack_nibbles(codes)
     elif packed.bits == 6:
         half = packed.width // 2
         codes = _unpack_nibbles(codes[:, :half]) * 4 + _unpack_pairs(codes[:, half:])
-    groups = 1 if packed.group is None else packed.in_features // packed.group
+    groups = packed.grid.groups(packed.in_features)
     zero = None if packed.zero_point is None else packed.zero_point[:groups].T.contiguous()
-    return codes[:, : packed.in_features].contiguous(), packed.scale[:groups].T.contiguous(), zero
+    scale = packed.scale[:groups].T.contiguous()
+    return QuantizedWeight(codes[:, : packed.in_features].contiguous(), scale, zero)
 
 
 def _by_group(values: Tensor, extent: int) -> Tensor:

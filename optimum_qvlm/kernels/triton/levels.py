@@ -11,14 +11,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from optimum_qvlm.compat.triton import described
 from optimum_qvlm.kernels.triton import tiles
 from optimum_qvlm.kernels.triton.bytes import linear_bytes
+from optimum_qvlm.kernels.triton.epilogue import scaled_by_tokens, store_product
+from optimum_qvlm.kernels.triton.integers import nearest_integers
 from optimum_qvlm.kernels.triton.launching import ALIGNMENT, empty, start
 from optimum_qvlm.kernels.triton.layout import PackedWeight
 from optimum_qvlm.kernels.triton.prefill import place
 from optimum_qvlm.kernels.triton.unpack import multiplied_nibbles
+from optimum_qvlm.spec import WeightSpec
 
 LEAST_GROUP = 64
 """Smaller ones are multiplied in more pieces than the left operand of a product is made of."""
@@ -58,21 +61,14 @@ def levels_kernel(
         sums = tl.dot(w_first, x_first.T, sums, out_dtype=tl.int32)
         sums = tl.dot(w_second, x_second.T, sums, out_dtype=tl.int32)
     values = sums.to(tl.float32) * tl.load(steps).to(tl.float32)[:, None]
-    if X_GROUPS == 1:
-        values *= tl.load(x_scale + tl.minimum(token, tokens - 1))[None, :]
-    else:
-        values *= tl.load(x_scale)
-    if HAS_BIAS:
-        values += tl.load(bias + safe_row).to(tl.float32)[:, None]
-    # Tokens times rows pass 2**31 in large vocabularies.
-    out = y + token.to(tl.int64)[None, :] * rows + row[:, None]
-    tl.store(out, values.to(y.dtype.element_ty), mask=(row < rows)[:, None] & (token < tokens)[None, :])
+    values = scaled_by_tokens(values, x_scale, token, tokens, X_GROUPS)
+    store_product(values, y, bias, row, token, rows, tokens, 0, HAS_BIAS)
 
 
 @triton.jit
 def multiples(scale, step):
     """How many steps a scale is, int32 [rows, 1]: the quotient is a whole number, up to how it was computed."""
-    return ((scale.to(tl.float32) / step + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000)[:, None]
+    return nearest_integers(scale.to(tl.float32) / step)[:, None]
 
 
 @triton.jit
@@ -145,9 +141,9 @@ def linear_in_registers(
         return y
     tile = tiles.levels_tile(tiles.architecture(x.device), tokens, rows)
     arguments = {
-        "x": TensorDescriptor.from_tensor(x, [tile.tokens, 64]),
-        "codes": TensorDescriptor.from_tensor(weight.codes, [tile.rows, 64]),
-        "scales": TensorDescriptor.from_tensor(weight.scale, [1, tile.rows]),
+        "x": described(x, [tile.tokens, 64]),
+        "codes": described(weight.codes, [tile.rows, 64]),
+        "scales": described(weight.scale, [1, tile.rows]),
         "x_scale": x_scale,
         "scale": weight.scale,
         "bias": weight.scale if bias is None else bias,
@@ -187,4 +183,4 @@ def written(weight: PackedWeight) -> PackedWeight:
         }
         grid = (-(-rows // block_rows) * (weight.width // 128),)
         start(write_bytes_kernel, grid, arguments, out.device, num_warps=4)
-    return dataclasses.replace(weight, codes=out, scale=weight.scale[-1:], bits=8, group=None, two_level=False)
+    return dataclasses.replace(weight, codes=out, scale=weight.scale[-1:], grid=WeightSpec(bits=8))

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from optimum_qvlm.kernels import reference
-from optimum_qvlm.kernels.checks import FULL_BITS
 from optimum_qvlm.kernels.triton import bytes as triton_bytes
 from optimum_qvlm.kernels.triton import digits as triton_digits
 from optimum_qvlm.kernels.triton import floats as triton_floats
@@ -18,12 +17,14 @@ from optimum_qvlm.kernels.triton import tiles
 from optimum_qvlm.kernels.triton.decode import linear_decode
 from optimum_qvlm.kernels.triton.dequantize import dequantize
 from optimum_qvlm.kernels.triton.launching import ALIGNMENT, Recording, record
-from optimum_qvlm.kernels.triton.layout import PackedWeight, is_packable, pack, stored_bits, unpack
+from optimum_qvlm.kernels.triton.layout import PackedWeight, is_packable, pack, unpack
 from optimum_qvlm.kernels.triton.prefill import linear_prefill
 from optimum_qvlm.kernels.triton.quantize import quantize_padded, split, transform
-from optimum_qvlm.kernels.weights import CodedWeight, Rounding, StoredWeight, WeightGrid
+from optimum_qvlm.kernels.weights import LinearGrid, QuantizedWeight, Rounding, StoredWeight
 
 LAYOUT = "triton"
+
+KNOWN = frozenset({"symmetric", "two_level"})
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -31,25 +32,25 @@ RECORDINGS = 8
 """How many counts of tokens a linear remembers its launches for: of decoding, of drafts, of prompts that come again."""
 
 
-def accepts(grid: WeightGrid, device: torch.device) -> bool:
+def accepts(grid: LinearGrid, device: torch.device) -> bool:
     """Whether there are kernels for this weight and the activations that meet it, on `device`."""
-    fits = grid.activation_group is None or grid.activation_group == grid.group
-    packs = is_packable(grid.bits, None if grid.groups == 1 else grid.group)
+    fits = grid.activation is None or grid.activation.group in (None, grid.weight.group)
+    packs = is_packable(grid.weight.bits, None if grid.groups == 1 else grid.weight.group)
     return fits and packs and tiles.architecture(device) >= tiles.OLDEST
 
 
-def store(weight: CodedWeight, grid: WeightGrid) -> StoredWeight:
+def store(weight: QuantizedWeight, grid: LinearGrid) -> StoredWeight:
     """Codes in the order of the kernels, see `triton.layout`."""
-    packed = pack(weight.codes, weight.scale, weight.zero_point, grid.bits, two_level=_on_levels(grid))
+    packed = pack(weight, grid.weight)
     return StoredWeight(LAYOUT, packed.codes, packed.scale, packed.zero_point)
 
 
-def restore(stored: StoredWeight, grid: WeightGrid) -> CodedWeight:
+def restore(stored: StoredWeight, grid: LinearGrid) -> QuantizedWeight:
     """Undo `store`."""
-    return CodedWeight(*unpack(_packed(stored, grid)))
+    return unpack(_packed(stored, grid))
 
 
-def linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: WeightGrid) -> Tensor:
+def linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: LinearGrid) -> Tensor:
     """`Q(x T) W^T + bias`, [..., out_features] in the dtype of `x`; see `optimum_qvlm.kernels.reference.linear`.
 
     Sums are fp32 and products exact, except where unrounded activations of more tokens than decoding takes are faster
@@ -64,13 +65,13 @@ def linear(x: Tensor, stored: StoredWeight, bias: Tensor | None, rounding: Round
     return y.view(*x.shape[:-1], grid.out_features)
 
 
-def bind(stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: WeightGrid) -> Callable[[Tensor], Tensor]:
+def bind(stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: LinearGrid) -> Callable[[Tensor], Tensor]:
     """`linear` with all but the activation; its launches are repeated for activations of a shape that it has met."""
     return _Bound(stored, bias, rounding, grid)
 
 
 class _Bound:
-    def __init__(self, stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: WeightGrid) -> None:
+    def __init__(self, stored: StoredWeight, bias: Tensor | None, rounding: Rounding, grid: LinearGrid) -> None:
         self.stored, self.bias, self.rounding, self.grid = stored, bias, rounding, grid
         self.weight = _packed(stored, grid)
         read = (stored.values, stored.scale, stored.zero_point, bias, rounding.scale, rounding.equalizer)
@@ -99,7 +100,7 @@ class _Bound:
 
 
 def _product(x: Tensor, weight: PackedWeight, bias: Tensor | None, rounding: Rounding) -> Tensor:
-    if rounding.bits != FULL_BITS:
+    if rounding.bits is not None:
         if weight.group is None:
             rounding = dataclasses.replace(rounding, group=None)
         codes, scale = quantize_padded(x, rounding, weight.width)
@@ -120,18 +121,11 @@ def _product(x: Tensor, weight: PackedWeight, bias: Tensor | None, rounding: Rou
     return F.linear(transformed, dequantize(weight, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def _packed(stored: StoredWeight, grid: WeightGrid) -> PackedWeight:
+def _packed(stored: StoredWeight, grid: LinearGrid) -> PackedWeight:
     return PackedWeight(
         codes=stored.values,
         scale=stored.scale,
         zero_point=stored.zero_point,
-        bits=stored_bits(grid.bits),
-        group=None if grid.groups == 1 else grid.group,
+        grid=grid.weight,
         in_features=grid.in_features,
-        two_level=_on_levels(grid),
     )
-
-
-def _on_levels(grid: WeightGrid) -> bool:
-    """Whether the layout has steps: one scale per row is its own."""
-    return grid.two_level and grid.groups > 1

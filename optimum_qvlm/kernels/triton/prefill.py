@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from optimum_qvlm.kernels.triton import tiles
+from optimum_qvlm.kernels.triton.epilogue import scaled_by_tokens, store_product
+from optimum_qvlm.kernels.triton.integers import HOLDER_BITS, held_floats
 from optimum_qvlm.kernels.triton.launching import empty, start
 from optimum_qvlm.kernels.triton.layout import PackedWeight
 from optimum_qvlm.kernels.triton.sums import add_parts
@@ -64,8 +66,8 @@ def prefill_kernel(
     sums = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS), tl.float32)
     whole = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS), SUM)
     whole_x = tl.zeros((BLOCK_TOKENS,), SUM)
-    # Where conversions are dear, sums of a group start at the bits of 1.5 * 2**23: those of that float plus the sum.
-    empty = tl.full((BLOCK_ROWS, BLOCK_TOKENS), 0x4B400000 if FLOAT_TRICK else 0, SUM)
+    # Where conversions are dear, sums of a group are bits of floats from the start.
+    empty = tl.full((BLOCK_ROWS, BLOCK_TOKENS), HOLDER_BITS if FLOAT_TRICK else 0, SUM)
     part_of_sum = tl.program_id(1)
     begin, end = (0, BLOCKS) if PARTS == 1 else (part_of_sum * SHARE, tl.minimum((part_of_sum + 1) * SHARE, BLOCKS))
     if GROUP >= 128:
@@ -116,17 +118,9 @@ def prefill_kernel(
     if GROUP == 0:
         factor, shift, x_factor = _factors(scale, zero, x_scale_token, 0, safe_row, rows, X_GROUPS, HAS_ZERO)
         sums = _rescaled(whole, whole_x, factor, shift, x_factor, FOLD, X_GROUPS, HAS_ZERO, False)
-    if X_GROUPS == 1:
-        sums *= tl.load(x_scale_token)[None, :]
-    elif X_GROUPS == 0:
-        sums *= tl.load(x_scale)
+    sums = scaled_by_tokens(sums, x_scale, token, tokens, X_GROUPS)
     sums *= 1.0 / FOLD
-    if HAS_BIAS:
-        sums += tl.load(bias + safe_row).to(tl.float32)[:, None]
-    out = y + token.to(tl.int64)[None, :] * rows + row[:, None]
-    if PARTS > 1:
-        out += part_of_sum.to(tl.int64) * tokens * rows
-    tl.store(out, sums.to(y.dtype.element_ty), mask=(row[:, None] < rows) & (token[None, :] < tokens))
+    store_product(sums, y, bias, row, token, rows, tokens, part_of_sum, HAS_BIAS, PARTS)
 
 
 @triton.jit
@@ -221,7 +215,7 @@ def _rescaled(
     if HAS_ZERO:
         product -= (shift.to(tl.int32) * FOLD).to(product.dtype)[:, None] * x_sum[None, :]
     if FLOAT_TRICK:
-        floats = product.to(tl.float32, bitcast=True) - 12582912.0
+        floats = held_floats(product)
     else:
         floats = product.to(tl.float32)
     floats *= factor.to(tl.float32)[:, None]

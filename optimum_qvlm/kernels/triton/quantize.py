@@ -11,13 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimum_qvlm.kernels.reference import transform_tokens
+from optimum_qvlm.kernels.reference import FITTED_RATIOS, fitted_shift, transform_tokens
 from optimum_qvlm.kernels.triton import tiles
+from optimum_qvlm.kernels.triton.integers import nearest_integers
 from optimum_qvlm.kernels.triton.launching import empty, start
-from optimum_qvlm.kernels.weights import Rounding
+from optimum_qvlm.kernels.weights import NOTHING, Rounding
 
 ROTATIONS = (16, 32, 64, 128)
 """Sizes of Hadamard blocks that the kernel applies."""
+
+RATIOS = tl.constexpr(FITTED_RATIOS)
 
 
 @triton.jit
@@ -25,10 +28,12 @@ def quantize_kernel(
     x, equalizer, fixed, out, scales,
     clip, token_stride, out_stride, scale_stride,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, ROTATION: tl.constexpr,
-    EQUALIZED: tl.constexpr, STATIC: tl.constexpr, ROUNDS: tl.constexpr, QMAX: tl.constexpr,
+    EQUALIZED: tl.constexpr, STATIC: tl.constexpr, ROUNDS: tl.constexpr, QMAX: tl.constexpr, FITTED: tl.constexpr,
     SPAN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Codes and scales with ROUNDS, else transformed activations.
+
+    FITTED, 0 for grids that are not, is the `fitted_shift` of those that are.
 
     One program per token and SPAN of channels; GROUP 0 shares the scale of a token, which one program does alone.
     CHUNK is the power of two at or above SPAN that is held at a time.
@@ -39,32 +44,53 @@ def quantize_kernel(
     out += token * out_stride
     start = tl.program_id(1) * SPAN
     WHOLE: tl.constexpr = ROUNDS and GROUP == 0 and not STATIC
+    QMIN: tl.constexpr = -QMAX - 1 if FITTED else -QMAX
     if WHOLE and WIDTH > CHUNK:
-        peak = 0.0
-        for step in tl.range(0, (CHANNELS + CHUNK - 1) // CHUNK):
+        STEPS: tl.constexpr = (CHANNELS + CHUNK - 1) // CHUNK
+        top, bottom = 0.0, 0.0
+        for step in tl.range(0, STEPS):
             part = _transformed(x, equalizer, step * CHUNK, CHANNELS, CHUNK, CHUNK, ROTATION, EQUALIZED)
-            peak = tl.maximum(peak, tl.max(tl.abs(part)))
-        scale = _scale(peak, clip, QMAX)
+            top, bottom = tl.maximum(top, tl.max(part)), tl.maximum(bottom, -tl.min(part))
+        scale = _scale(top, bottom, clip, 0, QMAX, FITTED)
+        if FITTED:
+            second = _scale(top, bottom, clip, 1, QMAX, FITTED)
+            third = _scale(top, bottom, clip, 2, QMAX, FITTED)
+            errors, errors_2, errors_3 = 0, 0, 0
+            for step in tl.range(0, STEPS):
+                part = _transformed(x, equalizer, step * CHUNK, CHANNELS, CHUNK, CHUNK, ROTATION, EQUALIZED)
+                errors += tl.sum(_missing(part, scale, QMAX, FITTED))
+                errors_2 += tl.sum(_missing(part, second, QMAX, FITTED))
+                errors_3 += tl.sum(_missing(part, third, QMAX, FITTED))
+            scale = _best(scale, second, third, errors, errors_2, errors_3)
         tl.store(scales + token * scale_stride, scale)
         for step in tl.range(0, (WIDTH + CHUNK - 1) // CHUNK):
             part = _transformed(x, equalizer, step * CHUNK, CHANNELS, CHUNK, CHUNK, ROTATION, EQUALIZED)
-            _write(out, part, scale, step * CHUNK, WIDTH, CHUNK, CHUNK, QMAX, ROUNDS)
+            _write(out, part, scale, step * CHUNK, WIDTH, CHUNK, CHUNK, QMIN, QMAX, ROUNDS)
     else:
         part = _transformed(x, equalizer, start, CHANNELS, SPAN, CHUNK, ROTATION, EQUALIZED)
         if not ROUNDS:
-            _write(out, part, 1.0, start, WIDTH, SPAN, CHUNK, QMAX, ROUNDS)
+            _write(out, part, 1.0, start, WIDTH, SPAN, CHUNK, QMIN, QMAX, ROUNDS)
         elif STATIC:
-            _write(out, part, tl.load(fixed), start, WIDTH, SPAN, CHUNK, QMAX, ROUNDS)
-        elif GROUP == 0 or SPAN != CHUNK:
-            scale = _scale(tl.max(tl.abs(part)), clip, QMAX)
-            tl.store(scales + token * scale_stride + tl.program_id(1), scale)
-            _write(out, part, scale, start, WIDTH, SPAN, CHUNK, QMAX, ROUNDS)
+            _write(out, part, tl.load(fixed), start, WIDTH, SPAN, CHUNK, QMIN, QMAX, ROUNDS)
         else:
-            part = tl.reshape(part, (CHUNK // GROUP, GROUP))
-            scale = _scale(tl.max(tl.abs(part), axis=1), clip, QMAX)
-            group = start // GROUP + tl.arange(0, CHUNK // GROUP)
-            tl.store(scales + token * scale_stride + group, scale, mask=group < WIDTH // GROUP)
-            _write(out, part, scale[:, None], start, WIDTH, SPAN, CHUNK, QMAX, ROUNDS)
+            ROWS: tl.constexpr = 1 if GROUP == 0 or SPAN != CHUNK else CHUNK // GROUP
+            part = tl.reshape(part, (ROWS, CHUNK // ROWS))
+            top, bottom = tl.max(part, axis=1), -tl.min(part, axis=1)
+            scale = _scale(top, bottom, clip, 0, QMAX, FITTED)
+            if FITTED:
+                second = _scale(top, bottom, clip, 1, QMAX, FITTED)
+                third = _scale(top, bottom, clip, 2, QMAX, FITTED)
+                errors = tl.sum(_missing(part, scale[:, None], QMAX, FITTED), axis=1)
+                errors_2 = tl.sum(_missing(part, second[:, None], QMAX, FITTED), axis=1)
+                errors_3 = tl.sum(_missing(part, third[:, None], QMAX, FITTED), axis=1)
+                scale = _best(scale, second, third, errors, errors_2, errors_3)
+            if ROWS == 1:
+                group = tl.program_id(1) + tl.arange(0, 1)
+                tl.store(scales + token * scale_stride + group, scale)
+            else:
+                group = start // GROUP + tl.arange(0, ROWS)
+                tl.store(scales + token * scale_stride + group, scale, mask=group < WIDTH // GROUP)
+            _write(out, part, scale[:, None], start, WIDTH, SPAN, CHUNK, QMIN, QMAX, ROUNDS)
 
 
 @triton.jit
@@ -98,26 +124,56 @@ def _butterflies(values, CHUNK: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _scale(peak, clip, QMAX: tl.constexpr):
-    scale = tl.div_rn(peak * clip, QMAX * 1.0)
-    return tl.where(scale > 0, scale, 1.0)
+def _scale(top, bottom, clip, NUMBER: tl.constexpr, QMAX: tl.constexpr, FITTED: tl.constexpr):
+    """Scales for the largest value and the largest negated one; FITTED, that of the ratio with this NUMBER."""
+    if FITTED:
+        RATIO: tl.constexpr = RATIOS[NUMBER]
+        peak, other = tl.maximum(top, bottom), tl.minimum(top, bottom)
+        scale = tl.maximum(tl.div_rn(peak, QMAX + 1.0), tl.div_rn(other, QMAX * 1.0)) * clip
+        scale = tl.where(top > bottom, -scale, scale) * RATIO
+        scale = tl.where(scale != 0, scale, 1.0)
+    else:
+        scale = tl.div_rn(tl.maximum(top, bottom) * clip, QMAX * 1.0)
+        scale = tl.where(scale > 0, scale, 1.0)
+    return scale
+
+
+@triton.jit
+def _missing(values, scale, QMAX: tl.constexpr, SHIFT: tl.constexpr):
+    """Squares of what codes miss, in parts of one: integers, whose sum is the same in any order."""
+    PARTS: tl.constexpr = 1 << SHIFT
+    steps = values * tl.div_rn(1.0, scale)
+    steps = tl.minimum(tl.maximum(steps, -2.0 * QMAX), 2.0 * QMAX) * PARTS
+    steps = nearest_integers(steps)
+    codes = tl.minimum(tl.maximum((steps + PARTS // 2) >> SHIFT, -QMAX - 1), QMAX)
+    missing = tl.minimum(tl.maximum(steps - (codes << SHIFT), -192), 192)
+    return missing * missing
+
+
+@triton.jit
+def _best(first, second, third, errors, errors_2, errors_3):
+    """The scale of least error, the first of equals."""
+    least, least_2 = first * first * errors.to(tl.float32), second * second * errors_2.to(tl.float32)
+    least_3 = third * third * errors_3.to(tl.float32)
+    best = tl.where(least_2 < least, second, first)
+    return tl.where(least_3 < tl.minimum(least, least_2), third, best)
 
 
 @triton.jit
 def _write(
     out, values, scale, start,
-    WIDTH: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr, QMAX: tl.constexpr, ROUNDS: tl.constexpr,
+    WIDTH: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     inside = tl.arange(0, CHUNK)
     mask = (start + inside < WIDTH) & (inside < SPAN)
     if not ROUNDS:
         tl.store(out + start + inside, values.to(out.dtype.element_ty), mask=mask)
     else:
-        steps = tl.minimum(tl.maximum(tl.div_rn(values, scale), -QMAX), QMAX)
-        # Adding 1.5 * 2**23 leaves the integer nearest, halves to even, in the low bits.
-        codes = (steps + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+        steps = tl.minimum(tl.maximum(tl.div_rn(values, scale), QMIN), QMAX)
         # Flat, so that neighbouring channels are written at once.
-        tl.store(out + start + inside, tl.reshape(codes.to(tl.int8), (CHUNK,)), mask=mask)
+        codes = tl.reshape(nearest_integers(steps).to(tl.int8), (CHUNK,))
+        tl.store(out + start + inside, codes, mask=mask)
 
 
 @triton.jit
@@ -216,7 +272,7 @@ def split(x: Tensor, rounding: Rounding, width: int) -> tuple[Tensor, Tensor]:
         scales [tokens, width / 128].
     """
     if not fuses(rounding):
-        x, rounding = transform(x, rounding), Rounding()
+        x, rounding = transform(x, rounding), NOTHING
     tokens, channels = x.shape
     digits = empty(x, tokens, 4, width, dtype=torch.int8)
     scale = empty(x, tokens, width // 128, dtype=torch.float32)
@@ -257,9 +313,11 @@ def _launch(x: Tensor, rounding: Rounding, out: Tensor, scale: Tensor) -> None:
     width = out.shape[1]
     if tokens == 0 or width == 0:
         return
-    rounds, static = out.dtype == torch.int8, rounding.scale is not None
+    bits = rounding.bits if out.dtype == torch.int8 else None
+    rounds, static = bits is not None, rounding.scale is not None
     group = rounding.group if rounds and not static else None
     whole = rounds and group is None and not static
+    qmax = 0 if bits is None else 2 ** (bits - 1) - 1
     tile = tiles.quantize_tile(width, group, rounding.rotation, whole=whole)
     arguments = {
         "x": x,
@@ -278,7 +336,8 @@ def _launch(x: Tensor, rounding: Rounding, out: Tensor, scale: Tensor) -> None:
         "EQUALIZED": rounding.equalizer is not None,
         "STATIC": static,
         "ROUNDS": rounds,
-        "QMAX": 2 ** (rounding.bits - 1) - 1,
+        "QMAX": qmax,
+        "FITTED": fitted_shift(qmax) if rounding.fitted and rounds and not static else 0,
         "SPAN": tile.span,
         "CHUNK": tile.chunk,
     }

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from optimum_qvlm.kernels.triton.integers import nearest_floats
+
 ROWS = 32
 """Rows of a program, which is one warp: sums over channels stay inside it."""
 
@@ -67,8 +69,7 @@ def descend_kernel(
 @triton.jit
 def _nearest(value, low, high):
     """The integer in low..high that is nearest, halves to even: bounds are integers below 2**22."""
-    bounded = tl.minimum(tl.maximum(value, low), high)
-    return (bounded + 12582912.0) - 12582912.0
+    return nearest_floats(tl.minimum(tl.maximum(value, low), high))
 
 
 def feed_back(block: Tensor, factor: Tensor, bits: int, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Launch shapes of the Triton kernels, from the table `tiles.json`; nothing is tuned at run time.
 
-`python benchmarks/launch_table.py` measures candidates on the device that is there and writes its lines anew. A device
-whose architecture has no lines takes those of the newest older one.
+`python -m benchmarks.speed.launch_table` measures candidates on the device that is there and writes its lines anew. A
+device whose architecture has no lines takes those of the newest older one.
 """
 
 import functools

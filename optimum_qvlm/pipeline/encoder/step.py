@@ -15,22 +15,25 @@ from transformers.utils import logging
 from optimum_qvlm.errors import CalibrationError
 from optimum_qvlm.modules.qlinear import QuantLinear
 from optimum_qvlm.modules.swap import replace_module
+from optimum_qvlm.pipeline.cost import Meter
 from optimum_qvlm.pipeline.dependency import EntropyOptions, positions
+from optimum_qvlm.pipeline.encoder.epochs import EpochState, read_epoch, write_epoch
 from optimum_qvlm.pipeline.encoder.modules import LearnedLinear, LearnedSite
 from optimum_qvlm.pipeline.encoder.observe import Observer, Seen
-from optimum_qvlm.pipeline.encoder.recompute import frozen, recomputed
+from optimum_qvlm.pipeline.journal import Journal
+from optimum_qvlm.pipeline.layer_recomputation import frozen, recomputed
 from optimum_qvlm.pipeline.layer_streaming import streamed
 from optimum_qvlm.pipeline.options import CalibrationOptions
 from optimum_qvlm.pipeline.tokens import seeded_order
 from optimum_qvlm.plan import ModuleRecord, PlannedLinear, QuantPlan
 from optimum_qvlm.search.encoder_loss import (
-    EncoderOptions,
     LossTerms,
     answer_loss,
     jacobian_weights,
     soft_dependency,
     weighted_entropy,
 )
+from optimum_qvlm.settings import EncoderOptions
 
 IGNORED = -100
 
@@ -114,7 +117,9 @@ class EncoderStep:
         dependency: Dependency,
         device: torch.device,
         seed: int = 0,
+        meter: Meter | None = None,
     ) -> None:
+        self.meter = Meter() if meter is None else meter
         self.model, self.plan, self.options, self.device = model, plan, options, device
         self.dependency = dependency
         self.observer = Observer(model, plan, seed)
@@ -131,28 +136,44 @@ class EncoderStep:
 
     @classmethod
     def of(
-        cls, model: nn.Module, plan: QuantPlan, options: CalibrationOptions, device: torch.device
+        cls,
+        model: nn.Module,
+        plan: QuantPlan,
+        options: CalibrationOptions,
+        device: torch.device,
+        meter: Meter | None = None,
     ) -> "EncoderStep | None":
         """The step that the options ask for, None where it is off or there is nothing for it to learn."""
         if not learns_encoder(plan, options):
             return None
         entropy = EntropyOptions.of(plan, options.softness, options.search_tokens, options.seed)
-        return cls(model, plan, options.encoder, SoftDependency(entropy), device, options.seed)
+        return cls(model, plan, options.encoder, SoftDependency(entropy), device, options.seed, meter)
 
     def note(self, batches: Sequence[Batch]) -> None:
         """Keep full-precision weights of the encoder and outputs of encoder and model, on the CPU."""
         for linear in self.linears:
             self._weights[linear.path] = self.model.get_parameter(f"{linear.path}.weight").detach()
-        with torch.no_grad(), streamed(self.model, self._layers(), self.device):
+        with self.meter.timed("encoder"), torch.no_grad(), streamed(self.model, self._layers(), self.device):
             for number, batch in enumerate(batches):
                 with self.observer.watching(number, batch.get("attention_mask")) as seen:
                     self._forward(batch)
                 self._wanted.append(seen.ends)
 
+    def modules(self) -> dict[str, QuantLinear]:
+        """Quantized linears of the encoder, by path."""
+        modules = {linear.path: self.model.get_submodule(linear.path) for linear in self.linears}
+        return {path: module for path, module in modules.items() if isinstance(module, QuantLinear)}
+
     def learn(
-        self, batches: Sequence[Batch], labels: Sequence[Tensor], records: Mapping[str, ModuleRecord]
+        self,
+        batches: Sequence[Batch],
+        labels: Sequence[Tensor],
+        records: Mapping[str, ModuleRecord],
+        journal: Journal | None = None,
     ) -> EncoderResult:
-        """Optimise the encoder in place, starting at what the search found. `labels` are those of each batch.
+        """Optimise the encoder in place, starting at what the search found, or at the epoch that the journal holds.
+
+        `labels` are those of each batch.
 
         Raises:
             CalibrationError: the loss is NaN or infinite.
@@ -167,7 +188,7 @@ class EncoderStep:
                 parameter.requires_grad_(True)
             stack.enter_context(recomputed(self.model, self._layers(), self.device))
             descent = _Descent(self, batches, labels, parameters, [*sites, *learned.values()])
-            losses, chosen = descent.run()
+            losses, chosen = descent.run(journal)
         for path, module in learned.items():
             replace_module(self.model, path, module.packed())
         return EncoderResult(
@@ -237,7 +258,7 @@ class EncoderStep:
         assert isinstance(module, QuantLinear)
         return replace(
             records[linear.name],
-            activation_clip=module.format.activation_clip,
+            format=module.format,
             weight_clip=learned[linear.path].weight_clip(),
         )
 
@@ -259,24 +280,39 @@ class _Descent:
         steps = max(step.options.epochs * len(batches), 1)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda done: max(1 - done / steps, 0.0))
 
-    def run(self) -> tuple[list[EncoderLoss], int]:
-        """The loss before and after each epoch, and which of them the parameters are left at."""
-        weights = self._weights()
-        losses = [self._evaluate(weights)]
-        best, chosen = self._state(), 0
-        with logging.tqdm(total=self.step.options.epochs, desc="optimising the encoder", unit="epoch") as bar:
-            for epoch in range(1, self.step.options.epochs + 1):
-                for number in range(len(self.batches)):
-                    self._advance(number, weights)
-                losses.append(self._evaluate(weights))
-                if losses[-1].total < losses[chosen].total:
-                    best, chosen = self._state(), epoch
-                bar.set_postfix_str(f"loss {losses[-1].total:.4f}, at first {losses[0].total:.4f}")
+    def run(self, journal: Journal | None = None) -> tuple[list[EncoderLoss], int]:
+        """The loss before and after each epoch, and which of them the parameters are left at.
+
+        Each epoch is kept in the journal, and the last that it holds is gone on from.
+        """
+        meter, epochs = self.step.meter, self.step.options.epochs
+        held = None if journal is None else read_epoch(journal, self.optimizer, self.parameters)
+        if held is None:
+            with meter.timed("encoder"):
+                held = EpochState(weights=self._weights(), best=self._state())
+                held.losses.append(asdict(self._evaluate(held.weights)))
+        else:
+            self._go_on_from(held)
+        with logging.tqdm(total=epochs, initial=held.epoch, desc="optimising the encoder", unit="epoch") as bar:
+            while held.epoch < epochs:
+                with meter.timed("epoch"):
+                    for number in range(len(self.batches)):
+                        self._advance(number, held.weights)
+                    held.add(asdict(self._evaluate(held.weights)), self._state())
+                if journal is not None:
+                    write_epoch(journal, held, self.optimizer, self.parameters)
+                bar.set_postfix_str(f"loss {held.losses[-1]['total']:.4f}, at first {held.losses[0]['total']:.4f}")
                 bar.update()
         with torch.no_grad():
-            for parameter, value in zip(self.parameters, best, strict=True):
+            for parameter, value in zip(self.parameters, held.best, strict=True):
                 parameter.copy_(value)
-        return losses, chosen
+        return [EncoderLoss(**loss) for loss in held.losses], held.chosen
+
+    def _go_on_from(self, held: EpochState) -> None:
+        """Let the rate fall on from where it was."""
+        self.schedule.last_epoch = held.epoch * len(self.batches)
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_lr(), strict=True):
+            group["lr"] = rate
 
     def _weights(self) -> dict[str, list[float]]:
         """Norms of the final error's gradient at every layer, measured once, as weights that sum to one."""
@@ -327,6 +363,6 @@ def _require_finite(loss: float, number: int) -> float:
     if not math.isfinite(loss):
         raise CalibrationError(
             f"the loss of the encoder is {loss} in calibration batch {number}; load the model in a wider dtype, lower "
-            "encoder_lr, or turn the optimisation off with encoder_epochs=0"
+            "encoder.learning_rate, or turn the optimisation off with encoder.epochs=0"
         )
     return loss

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from optimum_qvlm.errors import SpecError
-from optimum_qvlm.kernels import NOTHING, CodedWeight, Rounding, WeightGrid, dispatch, reference
+from optimum_qvlm.kernels import NOTHING, LinearGrid, QuantizedWeight, Rounding, dispatch, reference
 from optimum_qvlm.kernels.cpu import int4 as cpu_int4
+from optimum_qvlm.kernels.cpu import processor
+from optimum_qvlm.spec import ActivationSpec, WeightSpec
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 CPU = torch.device("cpu")
@@ -20,28 +22,35 @@ ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8
 # Relative to the sum of magnitudes: a weight rounded to bf16.
 WEIGHT_ROUNDING = 2.0**-8
 
+OTHERS = [
+    {"scale_dtype": torch.float32},
+    {"scale_dtype": torch.float16},
+    {"weight": WeightSpec(bits=4, group=16)},
+    {"weight": WeightSpec(bits=3, group=64)},
+    {"weight": WeightSpec(bits=8, group=64)},
+]
+"""What the layout does not hold, of a grid that it holds."""
+
 
 def grid_of(
     in_features: int = 256, out_features: int = 100, group: int | None = 64, *, zero_point: bool = False
-) -> WeightGrid:
-    return WeightGrid(
+) -> LinearGrid:
+    return LinearGrid(
         in_features=in_features,
         out_features=out_features,
-        bits=4,
-        group=group,
-        zero_point=zero_point,
+        weight=WeightSpec(bits=4, group=group, symmetric=not zero_point),
         scale_dtype=torch.bfloat16,
     )
 
 
-def make_weight(grid: WeightGrid, seed: int = 0) -> CodedWeight:
+def make_weight(grid: LinearGrid, seed: int = 0) -> QuantizedWeight:
     """Every code and zero point, scales of both signs, one of them zero."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-8, 8, (grid.out_features, grid.in_features), generator=generator).to(torch.int8)
     scale = torch.randn(grid.out_features, grid.groups, generator=generator).to(grid.scale_dtype)
     scale[0, 0] = 0
-    zero = torch.randint(-8, 8, scale.shape, generator=generator).to(torch.int8) if grid.zero_point else None
-    return CodedWeight(codes, scale, zero)
+    zero = torch.randint(-8, 8, scale.shape, generator=generator).to(torch.int8) if not grid.weight.symmetric else None
+    return QuantizedWeight(codes, scale, zero)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 1) -> Tensor:
@@ -49,7 +58,7 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 1) -> T
 
 
 def require_close(
-    found: Tensor, x: Tensor, weight: CodedWeight, bias: Tensor | None, rounding: Rounding, *, rounded: bool
+    found: Tensor, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, rounding: Rounding, *, rounded: bool
 ) -> None:
     """`found` against the definition in double precision; `rounded` where weights are rounded to bf16."""
     rows = reference.dequantize_rows(weight, 0, weight.codes.shape[0]).double()
@@ -102,7 +111,7 @@ def test_bytes_are_those_that_pytorch_packs():
 @pytest.mark.parametrize("fast", [False, True])
 def test_the_definition_is_computed_for_any_number_of_tokens(monkeypatch, zero_point, group, tokens, dtype, fast):
     """By the operator and by slices, on CPUs that multiply bf16 fast and on others."""
-    monkeypatch.setattr(cpu_int4, "_multiplies_bf16", lambda: fast)
+    monkeypatch.setattr(processor, "multiplies_bf16", lambda: fast)
     grid = grid_of(256, 100, group, zero_point=zero_point)
     weight, x, bias = make_weight(grid), random(tokens, 256, dtype=dtype), random(100, dtype=dtype, seed=2)
 
@@ -121,7 +130,7 @@ def test_sizes_need_not_be_whole_blocks(out_features, shape):
 
     found = cpu_int4.linear(x, cpu_int4.store(weight, grid), None, NOTHING, grid)
 
-    require_close(found, x, weight, None, NOTHING, rounded=cpu_int4._multiplies_bf16())
+    require_close(found, x, weight, None, NOTHING, rounded=processor.multiplies_bf16())
 
 
 @pytest.mark.parametrize("tokens", [2, 20])
@@ -132,7 +141,7 @@ def test_transposed_and_strided_activations_are_taken(tokens):
     for x in (random(256, tokens).T, random(tokens, 512)[:, ::2]):
         require_close(
             cpu_int4.linear(x, stored, None, NOTHING, grid), x, weight, None, NOTHING,
-            rounded=cpu_int4._multiplies_bf16(),
+            rounded=processor.multiplies_bf16(),
         )  # fmt: skip
 
 
@@ -149,13 +158,13 @@ def test_transposed_and_strided_activations_are_taken(tokens):
 )
 def test_activations_are_transformed_and_rounded_as_the_definition_says(rounding, tokens):
     """Rounded ones are multiplied in fp32: their scales are not bf16."""
-    grid = dataclasses.replace(grid_of(zero_point=True), activation_bits=rounding.bits, decode_tokens=1)
+    grid = dataclasses.replace(grid_of(zero_point=True), decode_tokens=1)
     weight, x = make_weight(grid), random(tokens, 256)
 
     found = cpu_int4.linear(x, cpu_int4.store(weight, grid), None, rounding, grid)
 
     require_close(
-        found, x, weight, None, rounding, rounded=rounding.bits == 16 and tokens > 16 and cpu_int4._multiplies_bf16()
+        found, x, weight, None, rounding, rounded=rounding.bits is None and tokens > 16 and processor.multiplies_bf16()
     )
 
 
@@ -165,7 +174,7 @@ def test_zero_points_lose_nothing_to_the_bf16_of_the_operator():
     generator = torch.Generator().manual_seed(0)
     scale = (1 + torch.rand(64, 4, generator=generator)).bfloat16()
     codes = torch.full((64, 256), 7, dtype=torch.int8)
-    weight = CodedWeight(codes, scale, torch.full((64, 4), 7, dtype=torch.int8))
+    weight = QuantizedWeight(codes, scale, torch.full((64, 4), 7, dtype=torch.int8))
 
     found = cpu_int4.linear(torch.ones(1, 256).bfloat16(), cpu_int4.store(weight, grid), None, NOTHING, grid)
 
@@ -175,19 +184,19 @@ def test_zero_points_lose_nothing_to_the_bf16_of_the_operator():
 @pytest.mark.parametrize("instructions", ["AVX512", "AVX2"])
 def test_it_is_chosen_where_it_is_fast_and_holds_the_weight_as_it_is(monkeypatch, instructions):
     """Rounding fp32 scales to bf16 would change the model; rounded activations would need slices for every token."""
-    monkeypatch.setattr(cpu_int4, "_capability", lambda: instructions)
+    monkeypatch.setattr(processor, "instructions", lambda: instructions)
     grid = grid_of()
-    rounds = dataclasses.replace(grid, activation_bits=8)
+    rounds = dataclasses.replace(grid, activation=ActivationSpec(bits=8))
 
     assert cpu_int4.accepts(grid, CPU) and dispatch.choose_layout(grid, CPU) == cpu_int4.LAYOUT
     assert cpu_int4.accepts(dataclasses.replace(rounds, decode_tokens=16), CPU)
     assert not cpu_int4.accepts(rounds, CPU)
-    for other in ({"bits": 3}, {"group": 16}, {"scale_dtype": torch.float32}, {"scale_dtype": torch.float16}):
+    for other in OTHERS:
         assert not cpu_int4.accepts(dataclasses.replace(grid, **other), CPU)
     assert not cpu_int4.accepts(grid, torch.device("cuda"))
 
 
-@pytest.mark.parametrize("other", [{"scale_dtype": torch.float32}, {"group": 16}, {"bits": 8}], ids=str)
+@pytest.mark.parametrize("other", OTHERS, ids=str)
 def test_what_would_lose_something_is_refused(other):
     grid = dataclasses.replace(grid_of(), **other)
 
@@ -199,8 +208,8 @@ def test_blocks_of_another_instruction_set_are_refused(monkeypatch):
     """A module that was pickled on another machine: the operator would take its bytes in the wrong order."""
     grid = grid_of()
     stored = cpu_int4.store(make_weight(grid), grid)
-    here, other = ("AVX512", "AVX2") if cpu_int4._capability() == "AVX512" else ("AVX2", "AVX512")
-    monkeypatch.setattr(cpu_int4, "_capability", lambda: other)
+    here, other = ("AVX512", "AVX2") if processor.instructions() == "AVX512" else ("AVX2", "AVX512")
+    monkeypatch.setattr(processor, "instructions", lambda: other)
 
     with pytest.raises(SpecError, match=f"blocks of {cpu_int4.BLOCKS[here]} output .* with {other}, .*load the checkp"):
         cpu_int4.linear(random(1, 256), stored, None, NOTHING, grid)
@@ -208,7 +217,7 @@ def test_blocks_of_another_instruction_set_are_refused(monkeypatch):
 
 def test_instructions_without_a_layout_are_named(monkeypatch):
     grid = grid_of()
-    monkeypatch.setattr(cpu_int4, "_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(processor, "instructions", lambda: "DEFAULT")
 
     assert not cpu_int4.accepts(grid, CPU) and dispatch.choose_layout(grid, CPU) == "table"
     with pytest.raises(SpecError, match="the layout 'int4' needs AVX512 or AVX2, PyTorch runs here with DEFAULT"):

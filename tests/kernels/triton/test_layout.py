@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_qvlm.errors import SpecError
-from optimum_qvlm.kernels import CodedWeight, WeightGrid, dispatch
+from optimum_qvlm.kernels import LinearGrid, QuantizedWeight, dispatch
 from optimum_qvlm.kernels.triton import layout as triton_layout
 from optimum_qvlm.kernels.triton import linear as triton_linear
 from optimum_qvlm.kernels.triton.layout import is_packable, pack, unpack
+from optimum_qvlm.spec import ActivationSpec, WeightSpec
 
 
 def codes(rows, channels, bits, seed=0):
@@ -35,12 +36,12 @@ def test_packing_is_undone_bit_for_bit(bits, group, rows, groups, zero_point, dt
     scale = torch.rand(rows, extent, generator=torch.Generator().manual_seed(seed)).to(dtype)
     zero = codes(rows, extent, bits, seed + 1) if zero_point else None
 
-    packed = pack(weight, scale, zero, bits)
-    again, again_scale, again_zero = unpack(packed)
+    packed = pack(QuantizedWeight(weight, scale, zero), WeightSpec(bits=bits, group=group, symmetric=zero is None))
+    again = unpack(packed)
 
-    assert torch.equal(again, weight) and again.is_contiguous()
-    assert torch.equal(again_scale, scale) and again_scale.dtype == dtype
-    assert (zero is None and again_zero is None) or torch.equal(again_zero, zero)
+    assert torch.equal(again.codes, weight) and again.codes.is_contiguous()
+    assert torch.equal(again.scale, scale) and again.scale.dtype == dtype
+    assert (zero is None and again.zero_point is None) or torch.equal(again.zero_point, zero)
     assert packed.codes.shape == (rows, packed.width * packed.bits // 8)
     assert packed.width - channels in range(triton_layout.BLOCK)
 
@@ -60,26 +61,28 @@ def test_the_steps_behind_two_levels_are_found_at_load_and_leave_no_trace(bits, 
     scale = (step * multiples * (torch.randint(2, multiples.shape, generator=generator) * 2 - 1)).bfloat16()
     weight = codes(rows, group * groups, bits, seed)
 
-    packed = pack(weight, scale, None, bits, two_level=True)
-    again, again_scale, _ = unpack(packed)
+    packed = pack(QuantizedWeight(weight, scale), WeightSpec(bits=bits, group=group, two_level=True))
+    again = unpack(packed)
 
     assert packed.scale.shape == (packed.groups + 1, rows)
     found = scale.float() / packed.scale[-1].float().unsqueeze(1)
     assert torch.equal(found, found.round()) and float(found.abs().max()) <= 15
-    assert torch.equal(again, weight)
-    assert torch.equal(again_scale, scale) and again_scale.is_contiguous()
+    assert torch.equal(again.codes, weight)
+    assert torch.equal(again.scale, scale) and again.scale.is_contiguous()
 
 
 def test_scales_that_are_no_multiples_have_no_steps():
     """The kernel would round them."""
+    weight = QuantizedWeight(codes(2, 256, 4), torch.tensor([[1.0, 2.0], [1.0, 0.3]]))
+
     with pytest.raises(SpecError, match="scales of row 1 are not multiples of one step"):
-        pack(codes(2, 256, 4), torch.tensor([[1.0, 2.0], [1.0, 0.3]]), None, 4, two_level=True)
+        pack(weight, WeightSpec(bits=4, group=128, two_level=True))
 
 
 @pytest.mark.parametrize("bits, size", [(2, 4), (3, 4), (4, 4), (5, 6), (6, 6), (7, 8), (8, 8)])
 def test_a_weight_takes_its_bits(bits, size):
     """The point of the exercise is memory."""
-    packed = pack(codes(8, 1024, bits), torch.ones(8, 1), None, bits)
+    packed = pack(QuantizedWeight(codes(8, 1024, bits), torch.ones(8, 1)), WeightSpec(bits=bits))
 
     assert packed.codes.numel() == 8 * 1024 * size // 8
 
@@ -89,7 +92,7 @@ def test_nibbles_lie_half_a_block_apart():
     weight = torch.zeros(1, 128, dtype=torch.int8)
     weight[0, 3], weight[0, 67] = -2, 5
 
-    packed = pack(weight, torch.ones(1, 1), None, 4)
+    packed = pack(QuantizedWeight(weight, torch.ones(1, 1)), WeightSpec(bits=4))
 
     assert packed.codes[0, 3].item() == (5 << 4 | 0xE)
     assert int(packed.codes.count_nonzero()) == 1
@@ -97,7 +100,7 @@ def test_nibbles_lie_half_a_block_apart():
 
 def test_padding_groups_have_scale_zero():
     """What is multiplied with padding counts nothing."""
-    packed = pack(codes(4, 96, 4), torch.ones(4, 3), None, 4)
+    packed = pack(QuantizedWeight(codes(4, 96, 4), torch.ones(4, 3)), WeightSpec(bits=4, group=32))
 
     assert packed.scale.shape == (4, 4)
     assert packed.scale[3].tolist() == [0, 0, 0, 0]
@@ -107,7 +110,7 @@ def test_padding_groups_have_scale_zero():
 def test_what_kernels_cannot_read_is_refused(bits, group):
     assert not is_packable(bits, group)
     with pytest.raises(SpecError, match=f"{bits} bits with group={group} have no GPU layout; use 16, 32, 64"):
-        pack(codes(2, 4 * group, bits), torch.ones(2, 4), None, bits)
+        pack(QuantizedWeight(codes(2, 4 * group, bits), torch.ones(2, 4)), WeightSpec(bits=bits, group=group))
 
 
 @pytest.mark.parametrize("group", [None, 32, 128])
@@ -116,8 +119,9 @@ def test_what_kernels_cannot_read_is_refused(bits, group):
 def test_dispatch_stores_and_restores_the_layout(zero_point, bits, group):
     """What a module does when it is prepared for a GPU and when it is saved."""
     channels, groups = 256, 1 if group is None else 256 // group
-    grid = WeightGrid(in_features=channels, out_features=7, bits=bits, group=group, zero_point=zero_point)
-    weight = CodedWeight(
+    spec = WeightSpec(bits=bits, group=group, symmetric=not zero_point)
+    grid = LinearGrid(in_features=channels, out_features=7, weight=spec)
+    weight = QuantizedWeight(
         codes(7, channels, bits), torch.rand(7, groups), codes(7, groups, bits, 1) if zero_point else None
     )
 
@@ -130,20 +134,21 @@ def test_dispatch_stores_and_restores_the_layout(zero_point, bits, group):
 
 
 @pytest.mark.parametrize(
-    "changes, accepted",
+    "in_features, bits, group, activation, accepted",
     [
-        ({}, True),
-        ({"activation_bits": 4, "activation_group": 32}, True),
-        ({"activation_bits": 4, "activation_group": 64}, False),
-        ({"bits": 8}, False),
-        ({"group": 48, "in_features": 96}, False),
-        ({"group": 96, "in_features": 96}, True),
-        ({"bits": 8, "group": None, "activation_bits": 8}, True),
+        (128, 4, 32, None, True),
+        (128, 4, 32, ActivationSpec(bits=4, group=32), True),
+        (128, 4, 32, ActivationSpec(bits=4, group=64), False),
+        (128, 8, 32, None, False),
+        (96, 4, 48, None, False),
+        (96, 4, 96, None, True),
+        (128, 8, None, ActivationSpec(bits=8), True),
     ],
     ids=["plain", "same groups", "other groups", "eight bits in groups", "odd group", "the whole row", "rows"],
 )
-def test_only_weights_with_kernels_are_accepted(changes, accepted):
+def test_only_weights_with_kernels_are_accepted(in_features, bits, group, activation, accepted):
     """The definition runs the others, in the layout of the checkpoint."""
-    grid = WeightGrid(**{"in_features": 128, "out_features": 8, "bits": 4, "group": 32, **changes})
+    weight = WeightSpec(bits=bits, group=group)
+    grid = LinearGrid(in_features=in_features, out_features=8, weight=weight, activation=activation)
 
     assert triton_linear.accepts(grid, torch.device("cpu")) is accepted

@@ -1,55 +1,18 @@
 """How much memory the optimisation of the encoder needs beside weights, against the layer-wise search."""
 
-import weakref
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from optimum_qvlm import QVLMConfig
 from optimum_qvlm.data.recipe import Recipe
 from optimum_qvlm.pipeline.calibrate import CalibrationData, calibrate
+from optimum_qvlm.pipeline.cost import LiveBytes
 from optimum_qvlm.pipeline.encoder.step import EncoderStep
+from tests.configs import make_config
 from tests.plans import CPU, plan_for
 from tests.tiny_models import llava_batch, tiny_llava
 
 TEXT = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3}
 VISION = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3}
-
-
-def storages(values):
-    return [tensor.untyped_storage() for tensor in tree_leaves(values) if isinstance(tensor, torch.Tensor)]
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages that operations inside created and that are still alive, and the most there were."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.known = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        given = {storage._cdata for storage in storages((args, kwargs))}
-        for storage in storages(output):
-            if storage._cdata not in given:  # a view takes nothing
-                self.note(storage)
-        return output
-
-    def note(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known:
-            return
-        self.known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self.forget, key, size)
-
-    def forget(self, key, size):
-        self.known.discard(key)
-        self.now -= size
 
 
 def peaks(batch_count, **settings):
@@ -60,11 +23,11 @@ def peaks(batch_count, **settings):
     recipe = Recipe(source="", samples=8 * batch_count, seed=0, fingerprint="")
     data = CalibrationData(batches=batches, recipe=recipe, labels=labels)
     model, full = (tiny_llava(text=dict(TEXT), vision=dict(VISION)) for _ in range(2))
-    options, plan = QVLMConfig("w4a4", **settings).options(), plan_for(model, "w4a4", **settings)
-    search, step = LiveBytes(), LiveBytes()
+    options, plan = make_config("w4a4", **settings).options(), plan_for(model, "w4a4", **settings)
+    search, step = LiveBytes(CPU), LiveBytes(CPU)
 
     with search:
-        result = calibrate(model, plan, QVLMConfig("w4a4", **settings | {"encoder_epochs": 0}).options(), data, CPU)
+        result = calibrate(model, plan, make_config("w4a4", **settings | {"encoder_epochs": 0}).options(), data, CPU)
     half = EncoderStep.of(full, plan, options, CPU)
     half.note(batches)
     full.model.vision_tower = model.model.vision_tower

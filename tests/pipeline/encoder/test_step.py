@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from optimum_qvlm import QVLMConfig
 from optimum_qvlm.data.recipe import Recipe
 from optimum_qvlm.errors import CalibrationError
 from optimum_qvlm.modules.qlinear import QuantLinear
 from optimum_qvlm.pipeline.calibrate import CalibrationData, calibrate
 from optimum_qvlm.pipeline.dependency import EntropyOptions, dependency
 from optimum_qvlm.pipeline.encoder.step import CHANNELS, EncoderStep, SoftDependency
-from optimum_qvlm.search.encoder_loss import EncoderOptions
+from optimum_qvlm.settings import EncoderOptions
+from tests.configs import make_config
 from tests.plans import CPU, plan_for
 from tests.tiny_models import llama_batch, llava_batch, tiny_llama, tiny_llava
 
@@ -32,7 +32,7 @@ def make_data(seeds=range(4), rows=4):
 
 def run(model, epochs, data=None, scheme="w4a4", **settings):
     settings = SETTINGS | settings | {"encoder_epochs": epochs}
-    options = QVLMConfig(scheme, **settings).options()
+    options = make_config(scheme, **settings).options()
     data = make_data() if data is None else data
     return calibrate(model, plan_for(model, scheme, **settings), options, data, CPU)
 
@@ -100,7 +100,7 @@ def test_the_loss_falls_on_samples_that_it_never_saw():
 def held_out_loss(model, data, **settings):
     """The composite loss of a calibrated encoder in front of the full-precision language model."""
     full = tiny_llava()
-    options = QVLMConfig("w4a4", **(SETTINGS | settings | {"encoder_epochs": 1})).options()
+    options = make_config("w4a4", **(SETTINGS | settings | {"encoder_epochs": 1})).options()
     step = EncoderStep.of(full, plan_for(full, "w4a4", vision_scheme="w4a4"), options, CPU)
     step.note(data.batches)
     full.model.vision_tower = model.model.vision_tower
@@ -134,17 +134,17 @@ def test_records_say_what_the_modules_have(learned):
     model, result = learned
 
     for path, module in vision_modules(model).items():
-        assert result.modules[path].activation_clip == module.format.activation_clip
+        assert result.modules[path].format.activation_clip == module.format.activation_clip
         assert 0.25 < result.modules[path].weight_clip <= 2.0
     for site in plan_for(model, "w4a4", vision_scheme="w4a4").sites():
-        assert len({result.modules[linear.name].activation_clip for linear in site.linears}) == 1
+        assert len({result.modules[linear.name].format.activation_clip for linear in site.linears}) == 1
 
 
 def test_what_is_chosen_is_what_the_model_has(learned):
     """The reported loss is that of the packed model, not of parameters before they were rounded."""
     model, result = learned
     full = tiny_llava()
-    options = QVLMConfig("w4a4", **SETTINGS, encoder_epochs=1).options()
+    options = make_config("w4a4", **SETTINGS, encoder_epochs=1).options()
     data = make_data()
     step = EncoderStep.of(full, plan_for(full, "w4a4", vision_scheme="w4a4"), options, CPU)
     step.note(data.batches)
@@ -205,7 +205,7 @@ def test_blocks_that_are_given_stay():
     """Benchmarks compare partitions; forming them again would make all the same."""
     model = tiny_llava()
     plan = plan_for(model, "w4a4", **SETTINGS)
-    options = replace(QVLMConfig("w4a4", **SETTINGS, encoder_epochs=1).options(), blocks=plan.blocks)
+    options = replace(make_config("w4a4", **SETTINGS, encoder_epochs=1).options(), blocks=plan.blocks)
 
     result = calibrate(model, plan, options, make_data(range(1)), CPU)
 

@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from optimum_qvlm.kernels import CodedWeight, WeightGrid, reference
+from optimum_qvlm.kernels import LinearGrid, QuantizedWeight, reference
+from optimum_qvlm.kernels.triton import layout
+from optimum_qvlm.kernels.triton.layout import PackedWeight
+from optimum_qvlm.spec import WeightSpec
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MARKS = [] if INTERPRETED else [pytest.mark.gpu]
@@ -53,7 +56,7 @@ ORDER = 2.0**-19
 
 def make_weight(
     rows: int, channels: int, bits: int, group: int | None, *, zero_point: bool = False, seed: int = 0
-) -> tuple[CodedWeight, WeightGrid]:
+) -> tuple[QuantizedWeight, LinearGrid]:
     """All codes of `bits`, scales of either sign over three decades."""
     generator = torch.Generator().manual_seed(seed)
     groups = 1 if group is None else channels // group
@@ -62,13 +65,14 @@ def make_weight(
     scale = 10 ** (torch.rand(rows, groups, generator=generator) * 3 - 3)
     scale *= torch.randint(2, (rows, groups), generator=generator) * 2 - 1
     zero = torch.randint(low, high, (rows, groups), generator=generator).to(torch.int8) if zero_point else None
-    weight = CodedWeight(codes.to(DEVICE), scale.to(DEVICE), None if zero is None else zero.to(DEVICE))
-    return weight, WeightGrid(in_features=channels, out_features=rows, bits=bits, group=group, zero_point=zero_point)
+    weight = QuantizedWeight(codes.to(DEVICE), scale.to(DEVICE), None if zero is None else zero.to(DEVICE))
+    spec = WeightSpec(bits=bits, group=group, symmetric=not zero_point)
+    return weight, LinearGrid(in_features=channels, out_features=rows, weight=spec)
 
 
 def make_levels(
     rows: int, channels: int, bits: int, group: int, *, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> tuple[CodedWeight, WeightGrid]:
+) -> tuple[QuantizedWeight, LinearGrid]:
     """All codes of `bits`, scales that are 1 to 15 times a step of each row, of either sign, exact in `dtype`."""
     generator = torch.Generator().manual_seed(seed)
     weight, grid = make_weight(rows, channels, bits, group, seed=seed)
@@ -78,7 +82,17 @@ def make_levels(
     multiples = torch.randint(1, 16, (rows, channels // group), generator=generator)
     multiples *= torch.randint(2, multiples.shape, generator=generator) * 2 - 1
     scale = (step * multiples / 64).to(DEVICE, dtype)
-    return dataclasses.replace(weight, scale=scale), dataclasses.replace(grid, two_level=True, scale_dtype=dtype)
+    spec = dataclasses.replace(grid.weight, two_level=True)
+    return dataclasses.replace(weight, scale=scale), dataclasses.replace(grid, weight=spec, scale_dtype=dtype)
+
+
+def pack(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, *, two_level: bool = False
+) -> PackedWeight:
+    """The weight as the kernels read it; its groups are those of its scales."""
+    group = None if scale.shape[1] == 1 else codes.shape[1] // scale.shape[1]
+    spec = WeightSpec(bits=bits, group=group, symmetric=zero_point is None, two_level=two_level)
+    return layout.pack(QuantizedWeight(codes, scale, zero_point), spec)
 
 
 def make_activations(tokens: int, channels: int, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Tensor:
@@ -93,7 +107,7 @@ def make_activations(tokens: int, channels: int, dtype: torch.dtype = torch.floa
 def assert_product(
     y: Tensor,
     x: Tensor,
-    weight: CodedWeight,
+    weight: QuantizedWeight,
     bias: Tensor | None = None,
     *,
     dense: torch.dtype | None = None,
@@ -119,7 +133,7 @@ def assert_product(
     assert float(excess.max()) <= 0
 
 
-def sizes_of_parts(weight: CodedWeight) -> Tensor:
+def sizes_of_parts(weight: QuantizedWeight) -> Tensor:
     """Sizes of codes and zero points together, times those of the scales, fp64 [rows, channels]."""
     assert weight.zero_point is not None
     width = weight.codes.shape[1] // weight.scale.shape[1]

@@ -7,7 +7,7 @@ from optimum_qvlm.kernels import Rounding
 from optimum_qvlm.kernels.triton import quantize as triton_quantize
 from optimum_qvlm.kernels.triton import tiles
 from optimum_qvlm.kernels.triton.bytes import LEAST_ARCHITECTURE, LEAST_TOKENS, linear_bytes, takes
-from optimum_qvlm.kernels.triton.layout import PackedWeight, pack
+from optimum_qvlm.kernels.triton.layout import PackedWeight
 from tests.kernels.triton.launched.grid import (
     DEVICE,
     DTYPES_TO_LAUNCH,
@@ -16,6 +16,7 @@ from tests.kernels.triton.launched.grid import (
     assert_product,
     make_activations,
     make_weight,
+    pack,
 )
 
 COPIES = INTERPRETED or (torch.cuda.is_available() and tiles.architecture(DEVICE) >= LEAST_ARCHITECTURE)

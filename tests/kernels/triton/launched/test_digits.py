@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from optimum_qvlm.kernels import CodedWeight, Rounding, reference
+from optimum_qvlm.kernels import QuantizedWeight, Rounding, reference
 from optimum_qvlm.kernels.triton import digits as triton_digits
 from optimum_qvlm.kernels.triton import linear as triton_linear
 from optimum_qvlm.kernels.triton import quantize as triton_quantize
 from optimum_qvlm.kernels.triton import tiles
-from optimum_qvlm.kernels.triton.layout import pack
 from tests.kernels.triton.launched.grid import (
     DEVICE,
     DTYPES_TO_LAUNCH,
@@ -16,6 +15,7 @@ from tests.kernels.triton.launched.grid import (
     assert_product,
     make_activations,
     make_weight,
+    pack,
 )
 
 pytestmark = MARKS
@@ -134,7 +134,7 @@ def test_a_large_channel_does_not_cost_the_others_their_digits():
     codes[:, 0] = 0
     x = torch.full((1, 128), 1e-3, device=DEVICE)
     x[0, 0] = 1e3
-    weight = CodedWeight(torch.cat((codes, codes), 1), torch.ones(16, 2, device=DEVICE))
+    weight = QuantizedWeight(torch.cat((codes, codes), 1), torch.ones(16, 2, device=DEVICE))
     packed = pack(weight.codes, weight.scale, None, 4)
 
     y = triton_digits.linear_digits(

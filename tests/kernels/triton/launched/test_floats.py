@@ -10,7 +10,6 @@ from optimum_qvlm.kernels.triton import linear as triton_linear
 from optimum_qvlm.kernels.triton import tiles
 from optimum_qvlm.kernels.triton.decode import linear_decode
 from optimum_qvlm.kernels.triton.floats import linear_floats, takes
-from optimum_qvlm.kernels.triton.layout import pack
 from optimum_qvlm.kernels.triton.prefill import linear_prefill
 from optimum_qvlm.kernels.triton.sums import add_parts
 from tests.kernels.triton.launched.grid import (
@@ -21,6 +20,7 @@ from tests.kernels.triton.launched.grid import (
     assert_product,
     make_activations,
     make_weight,
+    pack,
 )
 
 COPIES = INTERPRETED or (torch.cuda.is_available() and tiles.architecture(DEVICE) >= tiles.BULK_COPIES)

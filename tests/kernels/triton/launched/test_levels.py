@@ -7,7 +7,6 @@ from optimum_qvlm.kernels import Rounding, reference
 from optimum_qvlm.kernels.triton import linear as triton_linear
 from optimum_qvlm.kernels.triton import quantize as triton_quantize
 from optimum_qvlm.kernels.triton import tiles
-from optimum_qvlm.kernels.triton.layout import pack
 from optimum_qvlm.kernels.triton.levels import fits_registers, linear_in_registers, linear_levels, takes, written
 from tests.kernels.triton.launched.grid import (
     DEVICE,
@@ -17,6 +16,7 @@ from tests.kernels.triton.launched.grid import (
     assert_product,
     make_activations,
     make_levels,
+    pack,
 )
 
 COPIES = INTERPRETED or (torch.cuda.is_available() and tiles.architecture(DEVICE) >= tiles.BULK_COPIES)

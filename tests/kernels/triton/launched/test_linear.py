@@ -7,13 +7,12 @@ import triton.language as tl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from optimum_qvlm.kernels import CodedWeight, Rounding, dequantize_tokens, reference
+from optimum_qvlm.kernels import QuantizedWeight, Rounding, dequantize_tokens, reference
 from optimum_qvlm.kernels.triton import linear as triton_linear
 from optimum_qvlm.kernels.triton import quantize as triton_quantize
 from optimum_qvlm.kernels.triton import tiles
 from optimum_qvlm.kernels.triton.decode import linear_decode
 from optimum_qvlm.kernels.triton.dequantize import dequantize
-from optimum_qvlm.kernels.triton.layout import pack
 from optimum_qvlm.kernels.triton.prefill import linear_prefill
 from optimum_qvlm.kernels.triton.unpack import load_weight
 from tests.kernels.triton.launched.grid import (
@@ -26,6 +25,7 @@ from tests.kernels.triton.launched.grid import (
     assert_product,
     make_activations,
     make_weight,
+    pack,
 )
 
 pytestmark = MARKS
@@ -115,7 +115,11 @@ def test_every_scheme_at_every_bucket_of_tokens(tokens, scheme):
     bits, activation = int(scheme[1]), int(scheme[3:])
     weight, grid = make_weight(130, 256, bits, None if bits == 8 else 128)
     x = make_activations(tokens, 256, torch.float32 if INTERPRETED else torch.float16)
-    rounding = Rounding(bits=activation, group=128 if activation < 8 else None, clip=1.0 if activation == 16 else 0.9)
+    rounding = Rounding(
+        bits=None if activation == 16 else activation,
+        group=128 if activation < 8 else None,
+        clip=1.0 if activation == 16 else 0.9,
+    )
     stored = triton_linear.store(weight, grid)
 
     y = triton_linear.linear(x, stored, bias_for(130), rounding, grid)
@@ -132,7 +136,7 @@ def test_transforms_and_leading_dimensions(shape, activation, rotation):
     weight, grid = make_weight(9, 64, 4, 32)
     x = make_activations(6, 64).flatten()[: torch.Size(shape).numel()].view(shape)
     equalizer = torch.linspace(0.5, 2, 64).to(DEVICE)
-    rounding = Rounding(bits=activation, equalizer=equalizer, rotation=rotation)
+    rounding = Rounding(bits=None if activation == 16 else activation, equalizer=equalizer, rotation=rotation)
 
     y = triton_linear.linear(x, triton_linear.store(weight, grid), None, rounding, grid)
 
@@ -156,7 +160,7 @@ def test_products_are_the_same_bits_in_every_run():
 def test_extreme_values_stay_finite():
     """The largest codes of both sides, over a row as long as integer sums meet."""
     codes = torch.full((2, 4096), -128, dtype=torch.int8, device=DEVICE)
-    weight = CodedWeight(codes, torch.ones(2, 1, device=DEVICE))
+    weight = QuantizedWeight(codes, torch.ones(2, 1, device=DEVICE))
     ready = pack(weight.codes, weight.scale, None, 8)
     x = torch.full((2, 4096), -127, dtype=torch.int8, device=DEVICE)
 
@@ -176,7 +180,7 @@ def test_rows_past_two_to_the_31_bytes_are_reached():
     x = make_activations(2, 128)
     y = _first_block_product(x, codes)
 
-    assert_product(y, x, CodedWeight(codes[:, :128].contiguous(), torch.ones(3, 1, device=DEVICE)))
+    assert_product(y, x, QuantizedWeight(codes[:, :128].contiguous(), torch.ones(3, 1, device=DEVICE)))
 
 
 def _first_block_product(x, codes):
@@ -216,7 +220,9 @@ def test_any_size_is_the_definition(format, zero_point, rows, groups, tokens, ac
     channels = 37 * groups if group is None else group * groups
     weight, grid = make_weight(rows, channels, bits, group, zero_point=zero_point, seed=seed)
     x = make_activations(tokens, channels, seed=seed)
-    rounding = Rounding(bits=activation, group=group if grouped and activation < 16 else None)
+    rounding = Rounding(
+        bits=None if activation == 16 else activation, group=group if grouped and activation < 16 else None
+    )
 
     y = triton_linear.linear(x, triton_linear.store(weight, grid), None, rounding, grid)
 

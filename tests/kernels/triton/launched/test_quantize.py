@@ -196,3 +196,23 @@ def test_any_size_and_magnitude_is_the_definition(bits, clip, tokens, groups, gr
 
     expected = quantize_tokens(x, bits, group, clip)
     assert torch.equal(dequantize_tokens(codes, scale), dequantize_tokens(*expected))
+
+
+@pytest.mark.parametrize("equalized", [False, True])
+@pytest.mark.parametrize("group", [None, 16, 128, 384])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES_TO_LAUNCH)
+def test_fitted_grids_are_the_definition(dtype, size, group, equalized):
+    """Which scale is best is decided on sums of integers, so it is the same wherever they are added."""
+    tokens, channels = size
+    group = group if group is None or channels % group == 0 else channels
+    x = make_activations(tokens, channels, dtype)
+    for bits, clip in ((4, 1.0), (3, 0.7), (6, 0.9)):
+        factors = equalizer(channels) if equalized else None
+        rounding = Rounding(bits=bits, group=group, clip=clip, equalizer=factors, fitted=True)
+
+        codes, scale = triton_quantize.quantize(x, rounding)
+
+        expected = quantize_tokens(transform_tokens(x, factors, None), bits, group, clip, fitted=True)
+        assert torch.equal(scale, expected[1])
+        assert torch.equal(codes, expected[0])

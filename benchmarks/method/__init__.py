@@ -1,0 +1,1 @@
+"""Whether the parts of the method do what they claim."""

@@ -1,0 +1,1 @@
+"""What rounding costs in quality, beside full precision and other libraries."""

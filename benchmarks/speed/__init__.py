@@ -1,0 +1,1 @@
+"""Time and memory: single linears, whole models, loading, calibration."""

@@ -1,0 +1,1 @@
+"""Quantized models in formats of other programs."""
