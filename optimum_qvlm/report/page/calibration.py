@@ -89,12 +89,15 @@ def calibration(reading: Reading) -> Section | None:
     if searches:
         rows.append(["of which joint searches", duration(sum(searches))])
     versions = found.get("versions")
-    rows += [
+    listed: list[list[Content]] = [
         [name, version]
         for name, version in (versions.items() if isinstance(versions, Mapping) else ())
         if isinstance(name, str) and isinstance(version, str)
-    ][:20]
-    settings = [[name, _plain(value)] for name, value in list(reading.mapping("settings").items())[:100]]
+    ]
+    rows += listed[:20]
+    settings: list[list[Content]] = [
+        [name, _plain(value)] for name, value in list(reading.mapping("settings").items())[:100]
+    ]
     if not rows and not settings:
         return None
     folded = element("details", element("summary", "Settings"), table(["setting", "value"], settings))

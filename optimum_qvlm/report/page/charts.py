@@ -125,9 +125,7 @@ def pairs(chart: Chart, entries: Sequence[Column]) -> Markup:
                 element("circle", cx=x, cy=y(entry.before), r=radius, class_="s0"),
             ]
         parts.append(element("circle", cx=x, cy=y(entry.value), r=radius, class_="s1"))
-        target = element(
-            "rect", x=x - step / 2, y=TOP, width=step, height=HEIGHT - TOP - BOTTOM, class_="target"
-        )
+        target = element("rect", x=x - step / 2, y=TOP, width=step, height=HEIGHT - TOP - BOTTOM, class_="target")
         groups.append(mark("g", entry.hint, *parts, target))
     labels = _labels([entry.label for entry in entries], step)
     return frame(chart.title, WIDTH, HEIGHT, _axes(chart, y), *groups, labels)

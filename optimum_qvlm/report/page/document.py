@@ -68,7 +68,11 @@ def render_comparison(first: Reading, second: Reading) -> str:
         if section is None:
             continue
         halves = [
-            element("div", element("h3", name), element("p", "Not in this report.", class_="soft") if one is None else one.body)
+            element(
+                "div",
+                element("h3", name),
+                element("p", "Not in this report.", class_="soft") if one is None else one.body,
+            )
             for name, one in zip(names, found, strict=True)
         ]
         shown.append((section, element("div", *halves, class_="two")))

@@ -212,9 +212,7 @@ def sites(reading: Reading) -> Section | None:
                 figure(
                     "Sites in order",
                     panel("", pairs(chart, entries)),
-                    numbers=table(
-                        ["site", "rounded to nearest", "own optimum", "as chosen"], shown, numbers=(1, 2, 3)
-                    ),
+                    numbers=table(["site", "rounded to nearest", "own optimum", "as chosen"], shown, numbers=(1, 2, 3)),
                 ),
             ]
         ),

@@ -9,7 +9,7 @@ from optimum_qvlm.report.page.markup import joined
 from optimum_qvlm.report.page.numbers import readable
 from optimum_qvlm.report.page.reading import ModuleRow, Reading
 from optimum_qvlm.report.page.tables import Section, figure, panel, table
-from optimum_qvlm.report.precision import readable_scales
+from optimum_qvlm.report.precision import readable_activation, readable_scales
 
 COLOURS = 7
 """Colours that can be told apart; whatever comes later shares the last."""
@@ -128,12 +128,8 @@ def _grid_of(row: ModuleRow) -> str:
     if row.record is None:
         return "full precision"
     weight, activation = row.record.weight, row.record.activation
-    scales = readable_scales(weight.group, symmetric=weight.symmetric, two_level=weight.two_level)
-    if activation is None:
-        return f"{row.scheme}, weight scale per {scales}"
-    shared = "token" if activation.group is None else f"token and {activation.group} channels"
-    shared = "tensor, fixed" if activation.static else shared
-    return f"{row.scheme}, weight scale per {scales}, activation scale per {shared}"
+    shared = f"{row.scheme}, weight scale per {readable_scales(weight)}"
+    return shared if activation is None else f"{shared}, activation scale per {readable_activation(activation)}"
 
 
 def _precision_table(reading: Reading) -> Markup:
@@ -160,7 +156,9 @@ def spans(layers: Sequence[int]) -> str:
 
 
 def _transform(row: ModuleRow) -> str:
-    equalized, rotated = (False, False) if row.record is None else (row.record.equalized, row.record.rotation)
+    equalized, rotated = (
+        (False, False) if row.record is None else (row.record.format.equalized, row.record.format.rotation)
+    )
     if equalized and rotated:
         return "equalized and rotated"
     return "equalized" if equalized else "rotated" if rotated else "none"
@@ -169,13 +167,13 @@ def _transform(row: ModuleRow) -> str:
 def _clips(row: ModuleRow) -> str:
     assert row.record is not None
     rounded = row.record.activation is not None
-    clip = f"activation clip {readable(row.record.activation_clip)}, " if rounded else ""
+    clip = f"activation clip {readable(row.record.format.activation_clip)}, " if rounded else ""
     return f"{clip}weight clip {readable(row.record.weight_clip)}"
 
 
 def _clip_cells(row: ModuleRow) -> list[str]:
     assert row.record is not None
     rounded = row.record.activation is not None
-    rotation = "" if row.record.rotation is None else str(row.record.rotation)
-    clip = readable(row.record.activation_clip) if rounded else ""
+    rotation = "" if row.record.format.rotation is None else str(row.record.format.rotation)
+    clip = readable(row.record.format.activation_clip) if rounded else ""
     return [rotation, clip, readable(row.record.weight_clip)]

@@ -52,14 +52,20 @@ class Scale:
     def ticks(self) -> list[float]:
         """Round values in the range, in order."""
         if self.logarithmic:
-            first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
-            step = max(1, math.ceil((last - first + 1) / TICKS))
-            return [10.0**power for power in range(first, last + 1, step)]
+            return self._decades()
         rough = (self.high - self.low) / TICKS
         base = 10.0 ** math.floor(math.log10(rough))
         step = next(base * factor for factor in (1, 2, 5, 10) if base * factor >= rough * 0.999)
         first = math.ceil(self.low / step - 1e-9)
         return [number * step for number in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+    def _decades(self) -> list[float]:
+        first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
+        if last - first < 2:
+            shown = [10.0**power * digit for power in range(first, last + 1) for digit in (1, 2, 5)]
+            return [value for value in shown if value <= self.high * 1.001]
+        every = math.ceil((last - first + 1) / TICKS)
+        return [10.0**power for power in range(first, last + 1, every)]
 
     def _linear(self, value: float) -> float:
         return math.log10(value) if self.logarithmic else value

@@ -34,7 +34,7 @@ def headline_figures(reading: Reading) -> list[tuple[str, str, str]]:
     if memory is not None:
         before, after = memory
         shown = f"{readable_bytes(before)} → {readable_bytes(after)}"
-        tiles.append((f"{before / after:.2f}×", "less memory", shown))
+        tiles.append((f"{before / after:.2f}x", "less memory", shown))
     fidelity = fidelity_figures(reading.report)
     entry = fidelity.get("decode") or next(iter(fidelity.values()), None)
     if entry is not None:
@@ -83,7 +83,9 @@ def sizes(reading: Reading) -> Section | None:
     """Memory, and files, before and after."""
     memory, held = memory_bytes(reading.report), reading.mapping("bytes")
     source, saved = reading.figure("source_files", held), sum(reading.files.values())
-    groups = [] if memory is None else [("Parameters and buffers in memory", *memory)]
+    groups: list[tuple[str, float | None, float]] = []
+    if memory is not None:
+        groups.append(("Parameters and buffers in memory", *memory))
     if source is not None and source > 0 and saved > 0:
         groups.append(("Weight files", source, saved))
     elif saved > 0:
@@ -93,7 +95,7 @@ def sizes(reading: Reading) -> Section | None:
     panels, rows = [], []
     for name, before, after in groups:
         panels.append(panel(name, _size_chart(name, before, after)))
-        ratio = "" if before is None else f"{before / after:.2f}×"
+        ratio = "" if before is None else f"{before / after:.2f}x"
         rows.append([name, "" if before is None else readable_bytes(before), readable_bytes(after), ratio])
     numbers = table(["", "full precision", "quantized", "smaller by"], rows, numbers=(1, 2, 3))
     return Section(

@@ -160,9 +160,7 @@ class Reading:
                 continue
             number = counts[part] = counts.get(part, -1) + 1
             image, words = _error(entry.get("image_error")), _error(entry.get("text_error"))
-            rows.append(
-                LayerRow(part=part, number=number, name=name, error=error, image_error=image, text_error=words)
-            )
+            rows.append(LayerRow(part=part, number=number, name=name, error=error, image_error=image, text_error=words))
         return rows
 
     @cached_property
@@ -208,8 +206,8 @@ class Reading:
     @cached_property
     def parts(self) -> list[str]:
         """Names of the parts of the chain, in order."""
-        rows = [*self.layers, *self.blocks, *self.dependencies]
-        return list(dict.fromkeys(row.part for row in rows))
+        named = [row.part for row in self.layers], [row.part for row in self.blocks]
+        return list(dict.fromkeys([*named[0], *named[1]]))
 
     def figure(self, name: str, holder: Mapping[str, Any] | None = None) -> Figure | None:
         """A number of the report, or of an object in it; None where it is not known."""
@@ -243,9 +241,10 @@ def _record(values: object) -> ModuleRecord | None:
         sound = record.weight is not None and (record.activation is None or record.activation.bits > 0)
     except (TypeError, ValueError):
         return None
-    rotation = record.rotation is None or (isinstance(record.rotation, int) and is_figure(record.rotation))
-    clips = is_figure(record.activation_clip) and is_figure(record.weight_clip)
-    return record if sound and rotation and clips and isinstance(record.site, str) else None
+    rotation = record.format.rotation
+    turned = rotation is None or (isinstance(rotation, int) and is_figure(rotation))
+    clips = is_figure(record.format.activation_clip) and is_figure(record.weight_clip)
+    return record if sound and turned and clips and isinstance(record.site, str) else None
 
 
 def _module(name: str, record: ModuleRecord | None) -> ModuleRow:

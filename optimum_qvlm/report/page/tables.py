@@ -34,9 +34,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Content]], *, numbers: Se
     header = element(
         "tr", *(element("th", name, scope="col", class_="n" if n in numbers else None) for n, name in enumerate(head))
     )
-    return element(
-        "div", element("table", element("thead", header), element("tbody", *body)), class_="scroll"
-    )
+    return element("div", element("table", element("thead", header), element("tbody", *body)), class_="scroll")
 
 
 def figure(caption: str, *charts: Markup, numbers: Markup | None = None) -> Markup:
