@@ -19,6 +19,7 @@ def kept(reading: Reading) -> Section | None:
     return Section(
         anchor="kept",
         title="Kept in full precision",
+        short="Kept",
         lead="Embeddings, norms and convolutions are never quantized and are not listed.",
         body=table(["linear", "why"], rows),
     )
@@ -53,6 +54,7 @@ def encoder(reading: Reading) -> Section | None:
     return Section(
         anchor="encoder",
         title="Optimising the visual encoder",
+        short="Encoder",
         lead=lead + ("" if seconds is None else f"It took {duration(max(seconds, 0))}."),
         body=joined(
             [
@@ -104,6 +106,7 @@ def calibration(reading: Reading) -> Section | None:
     return Section(
         anchor="calibration",
         title="Calibration",
+        short="Calibration",
         lead="What it was done with, and how long it took.",
         body=joined([table(["", ""], rows), folded if settings else None]),
     )

@@ -16,8 +16,8 @@ HEIGHT = 200.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 8.0, 14.0, 34.0
 CELL = 14.0
 BAR = 22.0
-LABEL = 24
-"""Characters of a label in a chart."""
+LABEL, LONG_LABEL = 20, 38
+"""Characters of a label in front of a bar, and of a row of squares."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,9 +76,9 @@ def frame(title: str, width: float, height: float, *content: Markup | None) -> M
     )
 
 
-def columns(chart: Chart, bars: Sequence[Column], *, line: tuple[str, float] | None, borders: Sequence[int]) -> Markup:
-    """Bars from zero. `line` is a named height drawn across, `borders` the bars before which a block begins."""
-    y = from_zero([*(bar.value for bar in bars), *([line[1]] if line else [])], HEIGHT - BOTTOM, TOP)
+def columns(chart: Chart, bars: Sequence[Column], *, line: float | None, borders: Sequence[int]) -> Markup:
+    """Bars from zero. `line` is a height drawn across, `borders` the bars before which a block begins."""
+    y = from_zero([*(bar.value for bar in bars), *([line] if line is not None else [])], HEIGHT - BOTTOM, TOP)
     step = (WIDTH - LEFT - RIGHT) / max(len(bars), 1)
     marks = [
         mark(
@@ -98,13 +98,7 @@ def columns(chart: Chart, bars: Sequence[Column], *, line: tuple[str, float] | N
     ]
     across = None
     if line is not None:
-        name, value = line
-        across = joined(
-            [
-                element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y(value), y2=y(value), class_="across"),
-                element("text", name, x=WIDTH - RIGHT, y=y(value) - 4, class_="end halo"),
-            ]
-        )
+        across = element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y(line), y2=y(line), class_="across")
     labels = _labels([bar.label for bar in bars], step)
     return frame(chart.title, WIDTH, HEIGHT, _axes(chart, y), *rules, *marks, across, labels)
 
@@ -176,12 +170,12 @@ def bars(chart: Chart, rows: Sequence[Column], largest: float | None = None) -> 
 
 def grid(chart: Chart, rows: Sequence[str], numbers: Sequence[str], cells: Sequence[Cell]) -> Markup:
     """Squares in named rows; `numbers` stand over the columns as far as there is room."""
-    front = 16 + 6.4 * max((min(len(row), LABEL) for row in rows), default=0)
+    front = 16 + 6.4 * max((min(len(row), LONG_LABEL) for row in rows), default=0)
     top = 20.0 if len(numbers) > 1 else 4.0
     width, height = front + len(numbers) * CELL + 10, top + len(rows) * CELL + 4
     every = next((n for n in (1, 2, 5, 10, 20, 50) if len(numbers) / n <= max(len(numbers) * CELL / 24, 1)), 100)
     names = [
-        element("text", clipped(row, LABEL), x=front - 6, y=top + (n + 0.76) * CELL, class_="end")
+        element("text", clipped(row, LONG_LABEL), x=front - 6, y=top + (n + 0.76) * CELL, class_="end")
         for n, row in enumerate(rows)
     ]
     over = [

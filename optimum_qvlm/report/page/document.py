@@ -67,16 +67,13 @@ def render_comparison(first: Reading, second: Reading) -> str:
         section = next((one for one in found if one is not None), None)
         if section is None:
             continue
-        halves = [
-            element(
-                "div",
-                element("h3", name),
-                element("p", "Not in this report.", class_="soft") if one is None else one.body,
-            )
-            for name, one in zip(names, found, strict=True)
-        ]
+        halves = [element("div", element("h3", name), _half(one)) for name, one in zip(names, found, strict=True)]
         shown.append((section, element("div", *halves, class_="two")))
     return _document(f"{names[0]} and {names[1]}: quantization reports", head, shown)
+
+
+def _half(section: Section | None) -> Markup:
+    return element("p", "Not in this report.", class_="soft") if section is None else section.body
 
 
 def _subtitle(reading: Reading) -> str:
@@ -97,7 +94,7 @@ def _compared(first: Reading, second: Reading) -> Markup:
 
 
 def _document(title: str, head: Markup, sections: Sequence[tuple[Section, Markup]]) -> str:
-    links = [element("a", section.title, href=f"#{section.anchor}") for section, _ in sections]
+    links = [element("a", section.short, href=f"#{section.anchor}") for section, _ in sections]
     button = element("button", "Light or dark", id="theme", type="button", hidden="")
     body = [
         element(

@@ -20,16 +20,19 @@ def dependency(reading: Reading) -> Section | None:
     if not rows:
         return None
     threshold = reading.figure("threshold")
-    line = None if threshold is None else (f"threshold {readable(threshold)}", float(threshold))
+    line = None if threshold is None else float(max(threshold, 0))
     panels = [panel(part, _dependency_chart(reading, part, line)) for part in dict.fromkeys(row.part for row in rows)]
     shown = [
         [row.part, f"{row.layer} → {row.layer + 1}", readable(row.entropy), "upper bound" if row.marginal else ""]
         for row in rows
     ]
     entries: list[tuple[int | None, str]] = [(1, "dependency, in nats")]
+    if line is not None:
+        entries.append((4, f"threshold: {readable(line)} nats"))
     return Section(
         anchor="dependency",
         title="Dependency of layers and the blocks",
+        short="Dependency",
         lead=(
             "How much the quantized output of a layer leaves open about that of the next. Layers whose dependency adds "
             "up to more than the threshold are searched together; dashed lines are the borders of blocks."
@@ -49,7 +52,7 @@ def dependency(reading: Reading) -> Section | None:
     )
 
 
-def _dependency_chart(reading: Reading, part: str, line: tuple[str, float] | None) -> Markup:
+def _dependency_chart(reading: Reading, part: str, line: float | None) -> Markup:
     rows = [row for row in reading.dependencies if row.part == part][:MOST_MARKS]
     starts = {block.first for block in reading.blocks if block.part == part}
     bars = [
@@ -82,6 +85,7 @@ def blocks(reading: Reading) -> Section | None:
     return Section(
         anchor="blocks",
         title="Error of each block, before and after the joint search",
+        short="Blocks",
         lead=(
             f"Squared difference of the block's output from full precision over its squared norm. The joint search "
             f"found something better in {moved} of {len(rows)} blocks; it never takes anything worse."
@@ -145,6 +149,7 @@ def layers(reading: Reading) -> Section | None:
     return Section(
         anchor="layers",
         title="Vision against text",
+        short="Vision and text",
         lead="Error of each layer's output against full precision, with what all layers before it did.",
         body=joined(
             [
@@ -205,6 +210,7 @@ def sites(reading: Reading) -> Section | None:
     return Section(
         anchor="sites",
         title="Error of each site",
+        short="Sites",
         lead="A site is what one tensor is read by: query, key and value share one. Error of its outputs alone.",
         body=joined(
             [

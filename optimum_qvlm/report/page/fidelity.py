@@ -60,6 +60,7 @@ def fidelity(reading: Reading) -> Section | None:
     return Section(
         anchor="fidelity",
         title="Closeness to full precision",
+        short="Fidelity",
         lead=(
             "On samples that were not calibrated on. Prefill: answers read at once. Decode: token by token, as they "
             "are generated. KL: how far the distribution of the next token moved; 0 is the same."
@@ -78,7 +79,13 @@ def answers(reading: Reading) -> Section | None:
             "Questions and answers were not kept: samples of one's own are nobody's business. "
             'report_samples="answers" keeps their texts, "images" small pictures too.'
         )
-        return Section(anchor="answers", title="Answers side by side", lead="", body=element("p", note, class_="note"))
+        return Section(
+            anchor="answers",
+            title="Answers side by side",
+            short="Answers",
+            lead="",
+            body=element("p", note, class_="note"),
+        )
     left = MOST_IMAGES
     cards = []
     for row in rows:
@@ -89,6 +96,7 @@ def answers(reading: Reading) -> Section | None:
     return Section(
         anchor="answers",
         title="Answers side by side",
+        short="Answers",
         lead=f"Greedy answers to held-out samples; {same} of {len(rows)} are the same. Where they part is marked.",
         body=element("div", *cards, class_="answers"),
     )

@@ -14,8 +14,14 @@ from optimum_qvlm.report.precision import readable_activation, readable_scales
 COLOURS = 7
 """Colours that can be told apart; whatever comes later shares the last."""
 
+WIDE = 20
+"""Layers beyond which a map takes a row of its own, and on a phone has to be moved sideways."""
+
 MOST_COLUMNS = 200
 """Layers drawn in one map."""
+
+KINDS = ("none", "equalized", "rotated", "equalized and rotated")
+"""What may be done to the activations of a site."""
 
 MOST_KINDS = 60
 """Rows drawn in one map."""
@@ -34,6 +40,7 @@ def precision(reading: Reading) -> Section | None:
     return Section(
         anchor="precision",
         title="Precision of every linear",
+        short="Precision",
         lead="One square is one linear; w4a8 reads: weights in 4 bits, activations in 8.",
         body=joined([legend(entries), figure("A map of the model", *panels, numbers=_precision_table(reading))]),
     )
@@ -44,8 +51,8 @@ def transforms(reading: Reading) -> Section | None:
     rows = [row for row in reading.modules if row.record is not None]
     if not rows:
         return None
-    kinds = list(dict.fromkeys(_transform(row) for row in rows))
-    order = [kind for kind in ("none", "equalized", "rotated", "equalized and rotated") if kind in kinds]
+    kinds = {_transform(row) for row in rows}
+    order = [kind for kind in KINDS if kind in kinds]
     colours = {kind: number + 1 for number, kind in enumerate(order)}
     panels = maps(
         reading,
@@ -59,6 +66,7 @@ def transforms(reading: Reading) -> Section | None:
     return Section(
         anchor="transforms",
         title="Transforms and clips",
+        short="Transforms",
         lead=(
             "Equalized: channels of the input are scaled against each other. Rotated: mixed by Hadamard blocks. A clip "
             "is the share of the peak that the largest code stands for."
@@ -86,7 +94,10 @@ def maps(
     for row in reading.modules:
         groups.setdefault(row.part if row.layer is not None else "", []).append(row)
     alone = groups.pop("", [])
-    panels = [panel(part, _map(f"{what} of {part}", rows, colour, hint)) for part, rows in groups.items()]
+    panels = [
+        panel(part, _map(f"{what} of {part}", rows, colour, hint), wide=len({row.layer for row in rows}) > WIDE)
+        for part, rows in groups.items()
+    ]
     if alone:
         panels.append(panel("outside of layers", _map(f"{what} of other linears", alone, colour, hint)))
     return panels
@@ -156,12 +167,9 @@ def spans(layers: Sequence[int]) -> str:
 
 
 def _transform(row: ModuleRow) -> str:
-    equalized, rotated = (
-        (False, False) if row.record is None else (row.record.format.equalized, row.record.format.rotation)
-    )
-    if equalized and rotated:
-        return "equalized and rotated"
-    return "equalized" if equalized else "rotated" if rotated else "none"
+    if row.record is None:
+        return KINDS[0]
+    return KINDS[(1 if row.record.format.equalized else 0) + (2 if row.record.format.rotation else 0)]
 
 
 def _clips(row: ModuleRow) -> str:

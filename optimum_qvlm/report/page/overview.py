@@ -76,7 +76,7 @@ def warnings(reading: Reading) -> Section:
     body = element("p", "Nothing to warn of.", class_="fine")
     if lines:
         body = element("ul", *(element("li", line) for line in lines), class_="warnings")
-    return Section(anchor="warnings", title="Warnings", lead="", body=body)
+    return Section(anchor="warnings", title="Warnings", short="Warnings", lead="", body=body)
 
 
 def sizes(reading: Reading) -> Section | None:
@@ -101,6 +101,7 @@ def sizes(reading: Reading) -> Section | None:
     return Section(
         anchor="size",
         title="Size",
+        short="Size",
         lead="The whole model: quantized linears with their scales, and everything that stayed as it was.",
         body=figure("Before and after", *panels, numbers=numbers),
     )

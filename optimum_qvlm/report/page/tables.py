@@ -13,10 +13,11 @@ MOST_ROWS = 600
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """A part of the page. Pages of two models put the sections of one anchor side by side."""
+    """A part of the page; `short` names it in the list of links."""
 
     anchor: str
     title: str
+    short: str
     lead: str
     body: Markup
 
@@ -50,6 +51,7 @@ def figure(caption: str, *charts: Markup, numbers: Markup | None = None) -> Mark
     )
 
 
-def panel(name: str, chart: Markup) -> Markup:
-    """One of several charts of a figure, with its name."""
-    return element("div", element("h4", name) if name else None, element("div", chart, class_="scroll"), class_="panel")
+def panel(name: str, chart: Markup, *, wide: bool = False) -> Markup:
+    """One of several charts of a figure, with its name; a `wide` one takes a row of its own."""
+    shown = element("div", chart, class_="scroll")
+    return element("div", element("h4", name) if name else None, shown, class_="panel wide" if wide else "panel")
