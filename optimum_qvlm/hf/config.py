@@ -109,6 +109,7 @@ class QVLMConfig(QuantizationConfigMixin):
         dataset: Any
         processor: Any
         resume: str | PathLike[str] | Literal[True] | None
+        report_samples: str
         num_samples: int
         batch_size: int
         max_length: int

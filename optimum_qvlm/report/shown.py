@@ -2,9 +2,9 @@
 
 import re
 
-_UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 """What a terminal would obey (all controls but line break and tab, and those of writing direction), and halves of
-characters, which cannot be written."""
+characters and what is none, which cannot be written."""
 
 
 def shown(text: str) -> str:

@@ -61,6 +61,24 @@ class Chart:
     y_label: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawing:
+    """A chart that has its size, but no place yet."""
+
+    title: str
+    width: float
+    height: float
+    content: tuple[Markup, ...]
+
+    def at(self, x: float, y: float) -> Markup:
+        """Inside another picture."""
+        return element("g", *self.content, transform=f"translate({x:.0f} {y:.0f})")
+
+    def alone(self) -> Markup:
+        """As an image of its own."""
+        return frame(self.title, self.width, self.height, *self.content)
+
+
 def frame(title: str, width: float, height: float, *content: Markup | None) -> Markup:
     """An SVG image with a name."""
     return element(
@@ -168,7 +186,7 @@ def bars(chart: Chart, rows: Sequence[Column], largest: float | None = None) -> 
     return frame(chart.title, WIDTH, height, *drawn)
 
 
-def grid(chart: Chart, rows: Sequence[str], numbers: Sequence[str], cells: Sequence[Cell]) -> Markup:
+def grid(title: str, rows: Sequence[str], numbers: Sequence[str], cells: Sequence[Cell]) -> Drawing:
     """Squares in named rows; `numbers` stand over the columns as far as there is room."""
     front = 16 + 6.4 * max((min(len(row), LONG_LABEL) for row in rows), default=0)
     top = 20.0 if len(numbers) > 1 else 4.0
@@ -196,7 +214,7 @@ def grid(chart: Chart, rows: Sequence[str], numbers: Sequence[str], cells: Seque
         )
         for cell in cells
     ]
-    return frame(chart.title, width, height, *names, *over, *squares)
+    return Drawing(title=title, width=width, height=height, content=(*names, *over, *squares))
 
 
 def mark(name: str, hint: str, *content: Markup, **attributes: str | float | None) -> Markup:

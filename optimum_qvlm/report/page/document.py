@@ -2,13 +2,12 @@
 
 import base64
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 
 from markupsafe import Markup
 
-from optimum_qvlm.errors import QVLMError
 from optimum_qvlm.report.page import calibration, errors, fidelity, model_map, overview
 from optimum_qvlm.report.page.markup import clipped, element, joined, void
 from optimum_qvlm.report.page.reading import Reading
@@ -18,6 +17,8 @@ from optimum_qvlm.version import __version__
 PAGE_FILE = "qvlm_report.html"
 LARGEST = 2_000_000
 """Bytes of a page at most."""
+
+LEFT_OUT = "Too large for this page; qvlm_report.json has it."
 
 LONGEST_NAME = 120
 
@@ -94,7 +95,16 @@ def _compared(first: Reading, second: Reading) -> Markup:
 
 
 def _document(title: str, head: Markup, sections: Sequence[tuple[Section, Markup]]) -> str:
-    links = [element("a", section.short, href=f"#{section.anchor}") for section, _ in sections]
+    """The page; where it would be too large, the largest sections say so in place of their content."""
+    shown = dict(sections)
+    while len(page := _assembled(title, head, shown).encode()) > LARGEST:
+        largest = max(shown, key=lambda section: len(shown[section]))
+        shown[largest] = element("p", LEFT_OUT, class_="note")
+    return page.decode()
+
+
+def _assembled(title: str, head: Markup, sections: Mapping[Section, Markup]) -> str:
+    links = [element("a", section.short, href=f"#{section.anchor}") for section in sections]
     button = element("button", "Light or dark", id="theme", type="button", hidden="")
     body = [
         element(
@@ -104,48 +114,41 @@ def _document(title: str, head: Markup, sections: Sequence[tuple[Section, Markup
             content,
             id=section.anchor,
         )
-        for section, content in sections
+        for section, content in sections.items()
     ]
     foot = element("footer", f"Written by optimum-qvlm {__version__}. Every number here is in qvlm_report.json.")
-    style, script = _resource("page.css"), _resource("page.js")
+    shown = element(
+        "body",
+        head,
+        element("nav", *links, button, aria_label="sections"),
+        element("main", *body),
+        foot,
+        element("script", Markup(resource("page.js"))),
+    )
+    return str(joined([Markup("<!doctype html>\n"), element("html", _head(title), shown, lang="en"), Markup("\n")]))
+
+
+def _head(title: str) -> Markup:
+    """With the rules that keep the browser from running or fetching anything else."""
+    style = resource("page.css")
     policy = (
-        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
+        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(resource('page.js'))}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-    page = joined(
-        [
-            Markup("<!doctype html>\n"),
-            element(
-                "html",
-                element(
-                    "head",
-                    void("meta", charset="utf-8"),
-                    void("meta", http_equiv="Content-Security-Policy", content=policy),
-                    void("meta", name_="viewport", content="width=device-width, initial-scale=1"),
-                    void("meta", name_="referrer", content="no-referrer"),
-                    element("title", title),
-                    element("style", Markup(style)),
-                ),
-                element(
-                    "body",
-                    head,
-                    element("nav", *links, button, aria_label="sections"),
-                    element("main", *body),
-                    foot,
-                    element("script", Markup(script)),
-                ),
-                lang="en",
-            ),
-            Markup("\n"),
-        ]
+    return element(
+        "head",
+        void("meta", charset="utf-8"),
+        void("meta", http_equiv="Content-Security-Policy", content=policy),
+        void("meta", name_="viewport", content="width=device-width, initial-scale=1"),
+        void("meta", name_="referrer", content="no-referrer"),
+        element("title", title),
+        element("style", Markup(style)),
     )
-    if len(page.encode()) > LARGEST:
-        raise QVLMError(f"the page would have {len(page.encode())} bytes, more than {LARGEST}")
-    return str(page)
 
 
 @cache
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """A file beside this one."""
     return files("optimum_qvlm.report.page").joinpath(name).read_text(encoding="utf-8")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
 
-from optimum_qvlm.report.page.charts import Cell, Chart, grid, legend
+from optimum_qvlm.report.page.charts import Cell, Drawing, grid, legend
 from optimum_qvlm.report.page.markup import joined
 from optimum_qvlm.report.page.numbers import readable
 from optimum_qvlm.report.page.reading import ModuleRow, Reading
@@ -14,8 +14,8 @@ from optimum_qvlm.report.precision import readable_activation, readable_scales
 COLOURS = 7
 """Colours that can be told apart; whatever comes later shares the last."""
 
-WIDE = 20
-"""Layers beyond which a map takes a row of its own, and on a phone has to be moved sideways."""
+WIDE = 460.0
+"""Width beyond which a map takes a row of its own, and on a phone has to be moved sideways."""
 
 MOST_COLUMNS = 200
 """Layers drawn in one map."""
@@ -31,12 +31,10 @@ def precision(reading: Reading) -> Section | None:
     """Bits of every linear."""
     if not reading.modules:
         return None
-    schemes = list(dict.fromkeys(row.scheme for row in reading.modules if row.record is not None))
-    colours = {scheme: min(number + 1, COLOURS) for number, scheme in enumerate(schemes)}
-    entries: list[tuple[int | None, str]] = [(colour, scheme) for scheme, colour in colours.items()]
+    entries: list[tuple[int | None, str]] = [(colour, scheme) for scheme, colour in schemes(reading).items()]
     if any(row.record is None for row in reading.modules):
         entries.append((None, "full precision"))
-    panels = maps(reading, lambda row: colours.get(row.scheme), lambda row: _grid_of(row), "precision")
+    panels = panels_of(precision_maps(reading))
     return Section(
         anchor="precision",
         title="Precision of every linear",
@@ -54,7 +52,7 @@ def transforms(reading: Reading) -> Section | None:
     kinds = {_transform(row) for row in rows}
     order = [kind for kind in KINDS if kind in kinds]
     colours = {kind: number + 1 for number, kind in enumerate(order)}
-    panels = maps(
+    maps = _maps(
         reading,
         lambda row: colours[_transform(row)] if row.record is not None else None,
         lambda row: f"{_transform(row)}, {_clips(row)}" if row.record is not None else "full precision",
@@ -76,7 +74,7 @@ def transforms(reading: Reading) -> Section | None:
                 legend([(colour, kind) for kind, colour in colours.items()]),
                 figure(
                     "What each linear reads through",
-                    *panels,
+                    *panels_of(maps),
                     numbers=joined(
                         [table(["transform", "linears"], counts, numbers=(1,)), table(names, clips, numbers=(2, 3, 4))]
                     ),
@@ -86,21 +84,35 @@ def transforms(reading: Reading) -> Section | None:
     )
 
 
-def maps(
+def schemes(reading: Reading) -> dict[str, int]:
+    """The colour of each precision, in order."""
+    names = dict.fromkeys(row.scheme for row in reading.modules if row.record is not None)
+    return {name: min(number + 1, COLOURS) for number, name in enumerate(names)}
+
+
+def precision_maps(reading: Reading) -> list[tuple[str, Drawing]]:
+    """Maps of bits, by the name of the part."""
+    colours = schemes(reading)
+    return _maps(reading, lambda row: colours.get(row.scheme), _grid_of, "precision")
+
+
+def panels_of(maps: Sequence[tuple[str, Drawing]]) -> list[Markup]:
+    """Each with its name; wide ones on a row of their own."""
+    return [panel(name, drawing.alone(), wide=drawing.width > WIDE) for name, drawing in maps]
+
+
+def _maps(
     reading: Reading, colour: Callable[[ModuleRow], int | None], hint: Callable[[ModuleRow], str], what: str
-) -> list[Markup]:
-    """One panel for each run of layers, and one for what lies outside of layers."""
+) -> list[tuple[str, Drawing]]:
+    """One for each run of layers, and one for what lies outside of layers."""
     groups: dict[str, list[ModuleRow]] = {}
     for row in reading.modules:
         groups.setdefault(row.part if row.layer is not None else "", []).append(row)
     alone = groups.pop("", [])
-    panels = [
-        panel(part, _map(f"{what} of {part}", rows, colour, hint), wide=len({row.layer for row in rows}) > WIDE)
-        for part, rows in groups.items()
-    ]
+    drawn = [(part, _map(f"{what} of {part}", rows, colour, hint)) for part, rows in groups.items()]
     if alone:
-        panels.append(panel("outside of layers", _map(f"{what} of other linears", alone, colour, hint)))
-    return panels
+        drawn.append(("outside of layers", _map(f"{what} of other linears", alone, colour, hint)))
+    return drawn
 
 
 def _map(
@@ -108,7 +120,7 @@ def _map(
     rows: Sequence[ModuleRow],
     colour: Callable[[ModuleRow], int | None],
     hint: Callable[[ModuleRow], str],
-) -> Markup:
+) -> Drawing:
     kinds = list(dict.fromkeys(row.kind for row in rows))[:MOST_KINDS]
     layers = sorted({row.layer or 0 for row in rows})[:MOST_COLUMNS]
     places = {layer: number for number, layer in enumerate(layers)}
@@ -117,7 +129,7 @@ def _map(
         if row.kind in kinds and (row.layer or 0) in places:
             cells.setdefault((kinds.index(row.kind), places[row.layer or 0]), []).append(row)
     return grid(
-        Chart(title=title),
+        title,
         kinds,
         [str(layer) for layer in layers],
         [
