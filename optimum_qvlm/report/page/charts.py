@@ -76,11 +76,11 @@ class Drawing:
 
     def alone(self) -> Markup:
         """As an image of its own."""
-        return frame(self.title, self.width, self.height, *self.content)
+        return frame(self.title, self.width, self.height, *self.content, fits=False)
 
 
-def frame(title: str, width: float, height: float, *content: Markup | None) -> Markup:
-    """An SVG image with a name."""
+def frame(title: str, width: float, height: float, *content: Markup | None, fits: bool = True) -> Markup:
+    """An SVG image with a name. One that `fits` grows with its place; others keep their size."""
     return element(
         "svg",
         element("title", title),
@@ -90,7 +90,7 @@ def frame(title: str, width: float, height: float, *content: Markup | None) -> M
         viewBox=f"0 0 {width:.0f} {height:.0f}",
         width=width,
         height=height,
-        class_="chart",
+        class_="chart fit" if fits else "chart",
     )
 
 
@@ -121,8 +121,8 @@ def columns(chart: Chart, bars: Sequence[Column], *, line: float | None, borders
     return frame(chart.title, WIDTH, HEIGHT, _axes(chart, y), *rules, *marks, across, labels)
 
 
-def pairs(chart: Chart, entries: Sequence[Column]) -> Markup:
-    """From `before` to `value`, both as dots over a logarithmic axis."""
+def pairs(chart: Chart, entries: Sequence[Column], *, parts: Sequence[tuple[int, str]] = ()) -> Markup:
+    """From `before` to `value`, both as dots over a logarithmic axis. `parts` begin at an entry and have a name."""
     values = [value for entry in entries for value in (entry.value, entry.before) if value is not None]
     y = over_decades(values, HEIGHT - BOTTOM, TOP)
     step = (WIDTH - LEFT - RIGHT) / max(len(entries), 1)
@@ -130,17 +130,18 @@ def pairs(chart: Chart, entries: Sequence[Column]) -> Markup:
     groups = []
     for number, entry in enumerate(entries):
         x = LEFT + (number + 0.5) * step
-        parts: list[Markup] = []
+        dots: list[Markup] = []
         if entry.before is not None:
-            parts += [
+            dots += [
                 element("line", x1=x, x2=x, y1=y(entry.before), y2=y(entry.value), class_="link"),
                 element("circle", cx=x, cy=y(entry.before), r=radius, class_="s0"),
             ]
-        parts.append(element("circle", cx=x, cy=y(entry.value), r=radius, class_="s1"))
+        dots.append(element("circle", cx=x, cy=y(entry.value), r=radius, class_="s1"))
         target = element("rect", x=x - step / 2, y=TOP, width=step, height=HEIGHT - TOP - BOTTOM, class_="target")
-        groups.append(mark("g", entry.hint, *parts, target))
+        groups.append(mark("g", entry.hint, *dots, target))
     labels = _labels([entry.label for entry in entries], step)
-    return frame(chart.title, WIDTH, HEIGHT, _axes(chart, y), *groups, labels)
+    begun = [_begin(LEFT + number * step, name) for number, name in parts]
+    return frame(chart.title, WIDTH, HEIGHT, _axes(chart, y), *begun, *groups, labels)
 
 
 def lines(chart: Chart, series: Sequence[Series], labels: Sequence[str]) -> Markup:
@@ -251,6 +252,11 @@ def _axes(chart: Chart, y: Scale) -> Markup:
         element("text", chart.y_label, transform=f"translate(11 {middle:.0f}) rotate(-90)", class_="middle name"),
     ]
     return joined([*rules, *names])
+
+
+def _begin(x: float, name: str) -> Markup:
+    line = element("line", x1=x, x2=x, y1=TOP - 8, y2=HEIGHT - BOTTOM, class_="rule")
+    return joined([line, element("text", clipped(name, LABEL), x=x + 4, y=TOP - 4)])
 
 
 def _tick(value: float, scale: Scale) -> str:

@@ -76,11 +76,10 @@ def blocks(reading: Reading) -> Section | None:
     rows = [block for block in reading.blocks if block.before is not None and block.after is not None]
     if not rows:
         return None
-    panels = []
-    for part in dict.fromkeys(block.part for block in rows):
-        members = [block for block in rows if block.part == part][:MOST_MARKS]
-        chart = Chart(title=f"error of the {part} blocks", x_label="layers of the block", y_label="relative error")
-        panels.append(panel(part, pairs(chart, [_block_column(block) for block in members])))
+    drawn = rows[:MOST_MARKS]
+    begins = [(n, block.part) for n, block in enumerate(drawn) if n == 0 or drawn[n - 1].part != block.part]
+    chart = Chart(title="error of each block", x_label="layers of the block, by part", y_label="relative error")
+    picture = panel("", pairs(chart, [_block_column(block) for block in drawn], parts=begins))
     moved = sum(block.after < block.before for block in rows)  # type: ignore[operator]
     return Section(
         anchor="blocks",
@@ -93,7 +92,7 @@ def blocks(reading: Reading) -> Section | None:
         body=joined(
             [
                 legend([(0, "every site at its own optimum"), (1, "after the joint search")]),
-                figure("Blocks in order", *panels, numbers=_block_table(reading.blocks)),
+                figure("Blocks in order", picture, numbers=_block_table(reading.blocks)),
             ]
         ),
     )
@@ -149,7 +148,7 @@ def layers(reading: Reading) -> Section | None:
     return Section(
         anchor="layers",
         title="Vision against text",
-        short="Vision and text",
+        short="Layers",
         lead="Error of each layer's output against full precision, with what all layers before it did.",
         body=joined(
             [

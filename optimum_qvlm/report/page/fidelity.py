@@ -36,7 +36,7 @@ def fidelity(reading: Reading) -> Section | None:
         for name, entry in figures.items()
     ]
     shares = [
-        Column(label=f"{name}: first choice", hint=f"{name}, same first choice: {percent(entry['top1_agreement'])}",
+        Column(label=f"{name} tokens", hint=f"{name}, same first choice: {percent(entry['top1_agreement'])}",
                value=_share(entry["top1_agreement"]))
         for name, entry in figures.items()
         if "top1_agreement" in entry
@@ -115,7 +115,7 @@ def _card(row: SampleRow, images: list[str]) -> Markup:
     return element(
         "article",
         # The address is checked to hold no character of markup, and is longer than other texts may be.
-        *(void("img", src=Markup(image), alt="image of the sample", loading="lazy") for image in images),
+        *(void("img", src=Markup(image), alt="image of the sample") for image in images),
         element("p", row.prompt, class_="prompt"),
         element(
             "dl",
