@@ -370,6 +370,14 @@ class Settings:
         "folder that keeps finished blocks, so that a calibration that was killed goes on; True is one in the cache",
         saved=None,
     )
+    report_samples: str = setting(
+        "auto",
+        Choice(("auto", "none", "answers", "images")),
+        "what the report keeps of held-out samples: nothing, questions and answers, or small images too; auto keeps "
+        "questions and answers of packaged and preset data, nothing of your own",
+        saved=None,
+        former=False,
+    )
     num_samples: int = setting(64, Whole(1), "samples to calibrate on")
     batch_size: int = setting(8, Whole(1), "samples at a time")
     max_length: int = setting(2048, Whole(1), "tokens of a sample at most; image tokens are never cut")

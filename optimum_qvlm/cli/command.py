@@ -72,6 +72,16 @@ examples:
     + EXIT_STATUS
 )
 
+REPORT_EPILOG = (
+    """\
+examples:
+  optimum-cli qvlm report llava-w4a8/
+  optimum-cli qvlm report me/llava-qvlm --output llava.html
+  optimum-cli qvlm report llava-w4a8/ --compare llava-w4a4/
+"""
+    + EXIT_STATUS
+)
+
 CHAT_EPILOG = (
     """\
 examples:
@@ -162,6 +172,40 @@ class QVLMInfoCommand(Command):
         return main(self.args)
 
 
+class QVLMReportCommand(Command):
+    """`optimum-cli qvlm report`."""
+
+    COMMAND = CommandInfo(name="report", help="Write the report of a quantized model as a page to look at.")
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Add the options."""
+        describe(
+            parser,
+            "[OPTIONS] PATH_OR_REPO",
+            "Write the report of a quantized model, or of two side by side, as one HTML file.",
+            REPORT_EPILOG,
+        )
+        parser.add_argument("model", metavar="PATH_OR_REPO", help="folder or Hub id of a quantized model")
+        parser.add_argument("--compare", metavar="PATH_OR_REPO", help="a second model, shown beside the first")
+        parser.add_argument(
+            "-o",
+            "--output",
+            type=Path,
+            default=Path("qvlm_report.html"),
+            metavar="FILE",
+            help="where to write the page (%(default)s)",
+        )
+        parser.add_argument("--revision", help="branch, tag or commit of the first on the Hub (default: main)")
+        parser.add_argument("--variant", help="of the weight files, as in model.VARIANT.safetensors")
+
+    def work(self) -> int:
+        """Read, draw, write."""
+        from optimum_qvlm.cli.report import main
+
+        return main(self.args)
+
+
 class QVLMChatCommand(Command):
     """`optimum-cli qvlm chat`."""
 
@@ -201,6 +245,7 @@ class QVLMCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(name="qvlm", help="Look at and try models quantized with Q-VLM.")
     SUBCOMMANDS = (
         CommandInfo(name="info", help=QVLMInfoCommand.COMMAND.help, subcommand_class=QVLMInfoCommand),
+        CommandInfo(name="report", help=QVLMReportCommand.COMMAND.help, subcommand_class=QVLMReportCommand),
         CommandInfo(name="chat", help=QVLMChatCommand.COMMAND.help, subcommand_class=QVLMChatCommand),
     )
 

@@ -28,7 +28,16 @@ GROUPS = {
     ),
     "search": ("method", "effort", "servable"),
     "at run time": ("decode_tokens",),
-    "calibration": ("dataset", "processor", "resume", "num_samples", "batch_size", "max_length", "seed"),
+    "calibration": (
+        "dataset",
+        "processor",
+        "resume",
+        "report_samples",
+        "num_samples",
+        "batch_size",
+        "max_length",
+        "seed",
+    ),
 }
 """Settings that have an option of their own, by the title they stand under in the help."""
 

@@ -29,12 +29,14 @@ class Observation:
         states: last hidden states of `answer_states` in their place, per batch; empty where it does.
         decode: those of `decoded_logits`, per batch that can be continued; empty where the model cannot generate.
         answers: tokens of greedy answers, per row that can be continued.
+        rows: batch and row in it of each of these.
     """
 
     prefill: list[Tensor] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
     decode: list[Tensor] = field(default_factory=list)
     answers: list[list[int]] = field(default_factory=list)
+    rows: list[tuple[int, int]] = field(default_factory=list)
 
 
 def observe(
@@ -61,7 +63,7 @@ def observe(
     if not model.can_generate():
         return seen
     pad = pad_token_of(model)
-    for batch, logits in zip(batches, seen.prefill, strict=True):
+    for number, (batch, logits) in enumerate(zip(batches, seen.prefill, strict=True)):
         continuation = continuation_of(batch, image_tokens, pad)
         if continuation is None:
             continue
@@ -70,6 +72,7 @@ def observe(
             decoded_logits(model, continuation, device) if by_steps else logits[continuation.labelled.cpu()]
         )
         seen.answers.extend(greedy_answers(model, continuation, device))
+        seen.rows.extend((number, row) for row in continuation.counted.any(dim=1).nonzero().flatten().tolist())
     return seen
 
 

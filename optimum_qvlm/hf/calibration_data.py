@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from optimum_qvlm.data.loader import (
     make_labelled_batches,
     read_dataset,
     read_held_out,
+    tokenizer_of,
 )
 from optimum_qvlm.data.recipe import Recipe
 from optimum_qvlm.data.sample import Sample
@@ -81,7 +83,12 @@ def prepare_data(
     if loaded.conversations:
         answered = loaded.answered(loaded.conversations, plan, device, batch=config.batch_size)
         batches = loaded.render(answered)
-    return replace(loaded.data(batches), held_out=_held_out(loaded, plan, device))
+    held_out = _held_out(loaded, plan, device)
+    return replace(
+        loaded.data(batches),
+        held_out=[batch for batch, _ in held_out],
+        held_out_samples=[rows for _, rows in held_out],
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,25 +208,32 @@ def _require_answers(model: Any, samples: list[Sample]) -> None:
         )
 
 
-def _held_out(loaded: _Loaded, plan: QuantPlan, device: torch.device) -> list[Batch]:
+Rows = list[Sample | None]
+"""What the rows of a batch were rendered from."""
+
+
+def _held_out(loaded: _Loaded, plan: QuantPlan, device: torch.device) -> list[tuple[Batch, Rows]]:
     """Batches with labels, `LABELS_PER_SAMPLE` of each sample at most, since logits are kept for each: the first of an
     answer, the last of a text. What is rendered here has few enough rows to decode as few sequences do."""
     samples = [sample for sample in loaded.held_out if isinstance(sample, Sample)]
     batches = [sample for sample in loaded.held_out if not isinstance(sample, Sample)]
     rows = loaded.config.weight_only_tokens() or HELD_OUT
     options = replace(loaded.options, batch_size=min(rows, loaded.options.batch_size))
+    sources: Rows = [None for batch in batches for _ in batch["input_ids"]]
     if samples:
         answered = loaded.answered(samples, plan, device, batch=options.batch_size)
         plain = [sample for sample in answered if sample.text is not None]
         talks = [sample for sample in answered if sample.text is None]
         batches += make_batches(plain, loaded.processor, options, loaded.image_tokens)
         batches += make_labelled_batches(talks, loaded.processor, options, loaded.image_tokens)
-    labelled = []
+        sources += [*plain, *talks]
+    rest = iter(sources)
+    labelled: list[tuple[Batch, Rows]] = []
     for batch in batches:
         answers = batch.get("labels")
         kept = _some_labels(loaded.text_labels(batch), last=True) if answers is None else _some_labels(answers)
-        labelled.append({**batch, "labels": kept})
-    return [batch for batch in labelled if bool((batch["labels"] != IGNORED).any())]
+        labelled.append(({**batch, "labels": kept}, list(islice(rest, len(kept)))))
+    return [entry for entry in labelled if bool((entry[0]["labels"] != IGNORED).any())]
 
 
 def _some_labels(labels: torch.Tensor, *, last: bool = False) -> torch.Tensor:
@@ -229,6 +243,22 @@ def _some_labels(labels: torch.Tensor, *, last: bool = False) -> torch.Tensor:
     number = counts.flip(1).cumsum(1).flip(1) if last else counts.cumsum(1)
     kept = torch.where(number <= LABELS_PER_SAMPLE, targets, IGNORED)
     return torch.nn.functional.pad(kept, (1, 0), value=IGNORED)
+
+
+def reader_of_answers(config: QVLMConfig, source: Source, origin: str) -> Any:
+    """The tokenizer that turns answers into texts for the report; None where it shall keep none, or there is none.
+
+    Of samples that are the user's own, only what `report_samples` allows is kept. `origin` is what `read_dataset` says
+    of them.
+    """
+    public = origin == "packaged" or origin.startswith("preset:")
+    if config.report_samples == "none" or (config.report_samples == "auto" and not public):
+        return None
+    try:
+        own = users_processor(config, source.access)
+        return tokenizer_of(source.load_processor() if own is None else own)
+    except DataError:  # ready model inputs need no processor
+        return None
 
 
 def users_processor(config: QVLMConfig, access: Access) -> Any:

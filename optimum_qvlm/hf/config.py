@@ -108,6 +108,7 @@ class QVLMConfig(FormerNames, QuantizationConfigMixin):
         dataset: Any
         processor: Any
         resume: str | PathLike[str] | Literal[True] | None
+        report_samples: str
         num_samples: int
         batch_size: int
         max_length: int

@@ -50,6 +50,8 @@ class QVLMQuantizer(QuantizerBase):
         self._plan: Any = None
         self._model: Any = None
         self._reference: Any = None
+        self._tokenizer: Any = None
+        self._source_bytes: int | None = None
         self._dtypes: dict[str, torch.dtype] = {}
 
     @property
@@ -235,6 +237,7 @@ class QVLMQuantizer(QuantizerBase):
         from optimum_qvlm.models.registry import adapter_for
         from optimum_qvlm.pipeline.planner import make_plan
 
+        self._source_bytes = sum(Path(file).stat().st_size for file in files)
         for sentence in self.config.idle_settings():
             logger.warning(sentence)
         if isinstance(self.config.dataset, str):
@@ -275,13 +278,20 @@ class QVLMQuantizer(QuantizerBase):
             data = None
             if self.config.method != "rtn":
                 data = prepare_data(model, self._plan, self.config, self.source, device)
-                self._note_reference(model, data.held_out, device)
+                self._note_reference(model, data, device)
             with journal_of(model, self._plan, self.config, data, device) as journal:
                 result = calibrate(model, self._plan, self.config.options(), data, device, journal=journal)
                 self.journal = None if journal is None else journal.folder
         if self.config.processor is not None:
             self._keep_processor(self.config.processor)
-        self.report = summarize(result, self.config.to_dict(), bytes_before=before, bytes_after=packed_bytes(model))
+        self.report = summarize(
+            result,
+            self.config.to_dict(),
+            bytes_before=before,
+            bytes_after=packed_bytes(model),
+            source_bytes=self._source_bytes,
+            warnings=self.config.idle_settings(),
+        )
         self.report["calibration"] |= self.source.origin()
         self.config.record = CalibrationRecord(
             modules=result.modules, blocks=result.blocks(), calibration=self.report["calibration"]
@@ -299,26 +309,36 @@ class QVLMQuantizer(QuantizerBase):
                 continue
             parameter.data = parameter.data.to(target)
 
-    def _note_reference(self, model: Any, held_out: Any, device: torch.device) -> None:
+    def _note_reference(self, model: Any, data: Any, device: torch.device) -> None:
         """What full precision says of held-out samples, where the dataset has more than are calibrated on."""
         from optimum_qvlm.evaluation.compare import observe
+        from optimum_qvlm.hf.calibration_data import reader_of_answers
         from optimum_qvlm.models.registry import adapter_for
         from optimum_qvlm.pipeline.layer_streaming import streamed
 
-        if held_out:
+        if data.held_out:
+            self._tokenizer = reader_of_answers(self.config, self.source, data.recipe.source)
             layers = [layer.path for part in self._plan.parts for layer in part.layers]
             images = adapter_for(model).image_tokens()
             with streamed(model, layers, device):
-                self._reference = held_out, images, observe(model, held_out, images, quantized=False, device=device)
+                self._reference = data, images, observe(model, data.held_out, images, quantized=False, device=device)
 
     def _compare(self, model: Any) -> None:
         """Fidelity of the finished model on the held-out samples."""
         from optimum_qvlm.evaluation.compare import fidelity_report, observe
+        from optimum_qvlm.evaluation.transcripts import transcripts
 
         assert self.report is not None
-        batches, images, target = self._reference
-        self.report["fidelity"] = fidelity_report(target, observe(model, batches, images, quantized=True))
-        self._reference = None
+        data, image_tokens, reference = self._reference
+        answered = observe(model, data.held_out, image_tokens, quantized=True)
+        self.report["fidelity"] = fidelity_report(reference, answered)
+        if self._tokenizer is not None:
+            pictured = self.config.report_samples == "images"
+            lines = transcripts(
+                reference, answered, data.held_out, data.held_out_samples, self._tokenizer, images=pictured
+            )
+            self.report["fidelity"]["samples"] = [line.to_dict() for line in lines]
+        self._reference = self._tokenizer = None
 
     def _keep_processor(self, processor: Any) -> None:
         """Hold the files of the user's own processor, which the source may lack, for saving."""

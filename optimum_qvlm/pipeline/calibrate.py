@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from optimum_qvlm.data.recipe import Recipe
+from optimum_qvlm.data.sample import Sample
 from optimum_qvlm.pipeline import checks
 from optimum_qvlm.pipeline.block_search import quantize_block
 from optimum_qvlm.pipeline.captured import Bench, Captured, capture
@@ -41,13 +42,15 @@ class CalibrationData:
 
     `labels` are per batch the token ids of the answers, or of all text, -100 elsewhere; without them the encoder is not
     optimised, and all tokens count the same.
-    `held_out` are batches with such labels of samples that are not calibrated on, for whoever measures afterwards.
+    `held_out` are batches with such labels of samples that are not calibrated on, for whoever measures afterwards;
+    `held_out_samples` what each of their rows was rendered from, None for ready model inputs.
     """
 
     batches: Sequence[Mapping[str, Tensor]]
     recipe: Recipe
     labels: Sequence[Tensor] = ()
     held_out: Sequence[Mapping[str, Tensor]] = ()
+    held_out_samples: Sequence[Sequence[Sample | None]] = ()
 
 
 def calibrate(

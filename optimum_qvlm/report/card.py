@@ -16,6 +16,8 @@ from optimum_qvlm.report.figures import (
     memory_bytes,
     state_figures,
 )
+from optimum_qvlm.report.page.document import PAGE_FILE
+from optimum_qvlm.report.page.picture import PICTURE_FILE
 from optimum_qvlm.report.precision import (
     PartRow,
     bytes_of_modules,
@@ -28,6 +30,19 @@ from optimum_qvlm.report.precision import (
 CARD_FILE = "README.md"
 SEAL = re.compile(r"\n<!-- written by optimum-qvlm, replaced on the next save unless edited: ([0-9a-f]{64}) -->\n\Z")
 AUTO_CLASSES = {True: "AutoModelForImageTextToText", False: "AutoModelForCausalLM"}
+IMAGE_PROMPT = """\
+content = [{"type": "image", "path": "street.jpg"}, {"type": "text", "text": "What is in the picture?"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+).to(model.device, dtype=model.dtype)
+"""
+TEXT_PROMPT = 'inputs = tokenizer("The capital of France is", return_tensors="pt").to(model.device)\n'
+"""A question in the card's code: chat templates are usual for models that see images, and not for others."""
+
 KEPT_METADATA = ("license", "license_name", "license_link", "language")
 """What a card takes over from that of the model which was quantized."""
 
@@ -115,9 +130,16 @@ def _metadata(facts: CardFacts) -> dict[str, Any]:
     }
 
 
+def title_of(facts: CardFacts) -> str:
+    """What the model is called: its repository, or its source and scheme."""
+    if facts.repo is not None and facts.repo.rpartition("/")[2]:
+        return facts.repo.rpartition("/")[2]
+    base = _base(facts)
+    return f"{base.rpartition('/')[2] if base else 'Quantized model'}, {_scheme(facts)}"
+
+
 def _heading(facts: CardFacts) -> str:
-    base, name = _base(facts), None if facts.repo is None else facts.repo.rpartition("/")[2]
-    title = name or (base.rpartition("/")[2] if base else "Quantized model") + f", {_scheme(facts)}"
+    base = _base(facts)
     source = f"[{base}](https://huggingface.co/{base})" if base else "A model"
     vision = facts.values.get("vision_scheme")
     if facts.sees_images:
@@ -125,9 +147,20 @@ def _heading(facts: CardFacts) -> str:
         parts = f"the language model at {_scheme(facts)}, vision tower and projector {tower}"
     else:
         parts = f"at {_scheme(facts)}"
+    package = "[optimum-qvlm](https://pypi.org/project/optimum-qvlm/)"
     return (
-        f"# {title}\n\n{source} quantized with [optimum-qvlm](https://pypi.org/project/optimum-qvlm/): {parts}. "
-        "`w4a8` reads: weights in 4 bits, activations in 8.\n"
+        f"# {title_of(facts)}\n\n{source} quantized with {package}: {parts}. "
+        "`w4a8` reads: weights in 4 bits, activations in 8.\n" + _picture(facts)
+    )
+
+
+def _picture(facts: CardFacts) -> str:
+    """Of the report that is saved beside the card; none without a report."""
+    if not facts.report:
+        return ""
+    return (
+        f"\n![Sizes, closeness to full precision, and precision of every linear]({PICTURE_FILE})\n\n"
+        f"All figures: [`{PAGE_FILE}`]({PAGE_FILE}), a page to download and open in a browser.\n"
     )
 
 
@@ -135,12 +168,18 @@ def _loading(facts: CardFacts) -> str:
     auto_class, where = AUTO_CLASSES[facts.sees_images], facts.repo or "PATH"
     reader = "AutoProcessor" if facts.sees_images else "AutoTokenizer"
     variable = "processor" if facts.sees_images else "tokenizer"
+    asked = IMAGE_PROMPT if facts.sees_images else TEXT_PROMPT
     return (
-        "## How to load\n\n```bash\npip install optimum-qvlm\n```\n\n```python\n"
+        "## How to use\n\n```bash\npip install optimum-qvlm\n```\n\n```python\n"
         "import optimum_qvlm  # first: registers the format with transformers\n"
         f"from transformers import {auto_class}, {reader}\n\n"
         f'model = {auto_class}.from_pretrained("{where}", device_map="auto")\n'
-        f'{variable} = {reader}.from_pretrained("{where}")\n```\n\n'
+        f'{variable} = {reader}.from_pretrained("{where}")\n\n'
+        f"{asked}"
+        "# On a GPU the first call compiles the decoding step; later ones are fast.\n"
+        'options = {"cache_implementation": "static"} if model.device.type == "cuda" else {}\n'
+        "tokens = model.generate(**inputs, **options, max_new_tokens=256)\n"
+        f'print({variable}.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))\n```\n\n'
         "Without the import transformers refuses to load the weights, and says so.\n"
     )
 

@@ -2,23 +2,38 @@
 
 import platform
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
 
 from optimum_qvlm.pipeline.result import CalibrationResult
+from optimum_qvlm.report.kept import kept_reasons
 from optimum_qvlm.report.precision import scheme_of
 from optimum_qvlm.version import __version__
 
 
 def summarize(
-    result: CalibrationResult, settings: dict[str, Any], *, bytes_before: int, bytes_after: int
+    result: CalibrationResult,
+    settings: dict[str, Any],
+    *,
+    bytes_before: int,
+    bytes_after: int,
+    source_bytes: int | None = None,
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Everything a reader needs to judge a calibration, as plain JSON values.
 
-    `settings` is the configuration's own dict, of which only the settings are kept; `bytes_*` count all parameters and
-    buffers in memory. `fidelity` stays None: it can be measured once the model is whole.
+    `fidelity` stays None: it can be measured once the model is whole.
+
+    Args:
+        result: of the calibration.
+        settings: the configuration's own dict, of which only the settings are kept.
+        bytes_before: of all parameters and buffers in memory, in full precision.
+        bytes_after: the same, quantized.
+        source_bytes: of the weight files of the full-precision checkpoint, None where they are not known.
+        warnings: sentences that were said before the calibration.
     """
     schemes = Counter(scheme_of(module) for module in result.modules.values())
     recipe = {} if result.recipe is None else result.recipe.to_dict()
@@ -29,17 +44,20 @@ def summarize(
         "python": platform.python_version(),
     }
     return {
+        "warnings": list(warnings),
         "settings": {name: value for name, value in settings.items() if name not in ("modules", "blocks")},
         "calibration": {"method": settings["method"], **recipe, "versions": versions},
         "seconds": round(result.seconds, 2),
         "linears_per_scheme": dict(schemes),
         "kept_in_full_precision": list(result.plan.kept),
+        "kept_reasons": kept_reasons(result.plan, settings),
         "unused": [layer.name for layer in result.plan.unused],
         "folded_into_norms": result.folded,
         "bytes": {
             "before": bytes_before,
             "after": bytes_after,
             "ratio": round(bytes_before / bytes_after, 3),
+            "source_files": source_bytes,
         },
         "fidelity": None,
         "threshold": result.plan.threshold,

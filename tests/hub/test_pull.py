@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoProcessor
 
 from optimum_qvlm import QVLMConfig
-from optimum_qvlm.hf.saving.source import REPORT_FILE
+from optimum_qvlm.hf.saving.weight_files import REPORT_FILE
 from optimum_qvlm.report.card import read_metadata
 from tests.jobs import contents, logits, make_batch
 

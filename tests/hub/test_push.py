@@ -9,7 +9,7 @@ import torch
 
 from optimum_qvlm.errors import HubError
 from optimum_qvlm.hf.saving.push import require_access
-from optimum_qvlm.hf.saving.source import REPORT_FILE
+from optimum_qvlm.hf.saving.weight_files import REPORT_FILE
 from tests.jobs import quantize
 
 REPO = "me/tiny"

@@ -32,7 +32,8 @@ from optimum_qvlm.errors import ConfigError, QVLMError
 from optimum_qvlm.hf.format.inspection import inspect_checkpoint
 from optimum_qvlm.hf.format.modules import GUARD, quantized_modules
 from optimum_qvlm.hf.format.record import config_digest, config_identity
-from optimum_qvlm.hf.saving.source import REPORT_FILE, Source
+from optimum_qvlm.hf.saving.source import Source
+from optimum_qvlm.hf.saving.weight_files import REPORT_FILE
 from tests.jobs import forget_model_config, load, logits, make_batch, quantize
 
 pytestmark = pytest.mark.integration

@@ -14,7 +14,8 @@ from optimum_qvlm.hf.format.index import EXPLICIT, LARGEST_JSON, parse_json, req
 from optimum_qvlm.hf.format.model_sizes import require_buildable
 from optimum_qvlm.hf.format.modules import require_checkpoint, require_record
 from optimum_qvlm.hf.format.safetensors_files import Manifest, merge_headers
-from optimum_qvlm.hf.saving.source import REPORT_FILE, is_folder
+from optimum_qvlm.hf.saving.source import is_folder
+from optimum_qvlm.hf.saving.weight_files import REPORT_FILE
 from optimum_qvlm.report.figures import measured_layers
 from optimum_qvlm.report.precision import PartRow, part_rows
 

@@ -17,13 +17,13 @@ from optimum_qvlm.errors import CheckpointError
 from optimum_qvlm.files import strict_json
 from optimum_qvlm.files.atomic import files_below, publish, publishing, replace_file, sync_tree
 from optimum_qvlm.hf.format.index import EXPLICIT
-from optimum_qvlm.hf.saving.weight_files import GENERATION, WeightFiles, stale_weights, weight_files_of
+from optimum_qvlm.hf.saving.weight_files import GENERATION, WeightFiles, stale_files, weight_files_of
 
 CONFIG = "config.json"
 
 
 def publish_model(work: Path, target: Path, *, variant: str | None = None) -> list[str]:
-    """Move the files of a save into the target, and remove weights of an earlier one that they take the place of.
+    """Move the files of a save into the target, and remove weights and reports that they take the place of.
 
     Returns the names of the files.
 
@@ -33,7 +33,7 @@ def publish_model(work: Path, target: Path, *, variant: str | None = None) -> li
         OSError: nothing was changed.
     """
     names = files_below(work)
-    stale = stale_weights(names, variant)
+    stale = stale_files(names, variant)
     sync_tree(work)
     with publishing(target):
         require_replaceable(target, [*names, *matching(target, stale)])
@@ -101,9 +101,12 @@ def _publish_files(work: Path, target: Path, names: list[str], kind: WeightFiles
     """
     last = [name for name in names if name == CONFIG]
     rest = [name for name in names if name != CONFIG]
-    if len(stale) == 0:
+    replaced = [name for name in stale if kind.pattern.fullmatch(name)]
+    left_over = [name for name in stale if name not in names and name not in replaced]
+    if len(replaced) == 0:
         for name in [*rest, *last]:
             _move(work, target, name)
+        _remove(target, left_over)
         return
     weights = [name for name in rest if kind.pattern.fullmatch(name)]
     _publish_generation(work, target, weights, kind)
@@ -112,6 +115,7 @@ def _publish_files(work: Path, target: Path, names: list[str], kind: WeightFiles
             if name not in weights:
                 _move(work, target, name)
         settle(target, work.parent)
+        _remove(target, left_over)
     except OSError as error:
         raise CheckpointError(
             f"the new model is in {target} and loads, but not everything beside its weights is new, or has its usual "
@@ -146,6 +150,11 @@ def _move(work: Path, target: Path, name: str) -> None:
     destination.parent.mkdir(exist_ok=True)
     if not destination.is_file() or not filecmp.cmp(work / name, destination, shallow=False):
         os.replace(work / name, destination)
+
+
+def _remove(target: Path, names: Iterable[str]) -> None:
+    for name in names:
+        (target / name).unlink(missing_ok=True)
 
 
 def _second_name(source: Path, destination: Path, work: Path) -> None:

@@ -10,7 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError, HTTPError  # type: ignore
 
 from optimum_qvlm.errors import HubError
 from optimum_qvlm.files.atomic import files_below, work_folder
-from optimum_qvlm.hf.saving.weight_files import stale_weights
+from optimum_qvlm.hf.saving.weight_files import stale_files
 from optimum_qvlm.hf.saving.write import is_users_card, write_model
 from optimum_qvlm.report.card import CARD_FILE
 from optimum_qvlm.version import __version__
@@ -35,8 +35,8 @@ class Upload:
     def send(self, folder: Path, names: list[str]) -> Any:
         """Upload the named files of a folder; returns the commit's `CommitInfo`.
 
-        The repository is made if it is not there. Weight files of an earlier save that are not among the new ones
-        are deleted in the same commit. A README.md that somebody wrote or edited on the Hub stays.
+        The repository is made if it is not there. Weight files and reports of an earlier save that are not among the
+        new ones are deleted in the same commit. A README.md that somebody wrote or edited on the Hub stays.
 
         Raises:
             HubError: nothing was committed. Large files that arrived are not sent again the next time.
@@ -48,7 +48,7 @@ class Upload:
                 api.create_branch(repo, branch=self.revision, exist_ok=True)
             if self._has_users_card(api, repo):
                 names = [name for name in names if name != CARD_FILE]
-            stale = stale_weights(names, self.variant)
+            stale = stale_files(names, self.variant)
             there = [name for name in api.list_repo_files(repo, revision=self.revision) if stale.fullmatch(name)]
             return api.create_commit(
                 repo,

@@ -16,8 +16,7 @@ from optimum_qvlm.files.atomic import files_below, work_folder
 from optimum_qvlm.hf.config import QUANT_METHOD
 from optimum_qvlm.hf.saving.publish import CONFIG, matching, publish_model, read_json, require_replaceable
 from optimum_qvlm.hf.saving.push import Upload, push_to_hub
-from optimum_qvlm.hf.saving.source import REPORT_FILE
-from optimum_qvlm.hf.saving.weight_files import WeightFiles
+from optimum_qvlm.hf.saving.weight_files import REPORT_FILES, WeightFiles
 from optimum_qvlm.hf.saving.write import is_users_card, write_model
 from optimum_qvlm.pipeline.journal import discard
 from optimum_qvlm.report.card import CARD_FILE
@@ -116,7 +115,7 @@ def require_writable(save_directory: str | os.PathLike[str]) -> None:
     """
     target = target_folder(save_directory)
     kind = WeightFiles()
-    usual = [CONFIG, "generation_config.json", "model.safetensors", kind.index, REPORT_FILE, CARD_FILE]
+    usual = [CONFIG, "generation_config.json", "model.safetensors", kind.index, *REPORT_FILES, CARD_FILE]
     with failing(target), work_folder(target) as work:
         (work / CONFIG).write_text("{}")
         require_replaceable(target, [*usual, *matching(target, kind.pattern)])

@@ -15,11 +15,10 @@ from transformers.utils import logging
 
 from optimum_qvlm.errors import CheckpointError, DataError
 from optimum_qvlm.hf.access import Access
+from optimum_qvlm.hf.saving.weight_files import REPORT_FILE
 from optimum_qvlm.report.card import CARD_FILE, read_metadata
 
 logger = logging.get_logger("transformers.optimum_qvlm")
-
-REPORT_FILE = "qvlm_report.json"
 
 SIDECARS = (
     "preprocessor_config.json",

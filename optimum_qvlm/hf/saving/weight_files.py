@@ -4,6 +4,15 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from optimum_qvlm.files.atomic import NOTHING
+from optimum_qvlm.report.page.document import PAGE_FILE
+from optimum_qvlm.report.page.picture import PICTURE_FILE
+
+REPORT_FILE = "qvlm_report.json"
+
+REPORT_FILES = (REPORT_FILE, PAGE_FILE, PICTURE_FILE)
+"""The report, and what is drawn from it on each save."""
+
 SHARD = r"(?:-\d{5}-of-\d{5})?"
 GENERATION = re.compile(
     rf"(?P<stem>model(?:\.[^/\\]+)?)\.qvlm-[0-9a-f]{{8}}(?P<rest>{SHARD}\.safetensors(\.index\.json)?)"
@@ -53,6 +62,14 @@ def weight_files_of(name: object) -> WeightFiles | None:
     return None if match is None else WeightFiles(match["stem"][len("model.") :] or None)
 
 
+def stale_files(names: Collection[str], variant: str | None) -> re.Pattern[str]:
+    """As `stale_weights`, with the report and what is drawn from it: without a new one, the old is another model's."""
+    weights = stale_weights(names, variant)
+    if weights.pattern == NOTHING.pattern:
+        return NOTHING
+    return re.compile("|".join([weights.pattern, *map(re.escape, REPORT_FILES)]))
+
+
 def stale_weights(names: Collection[str], variant: str | None) -> re.Pattern[str]:
     """Names of the weight files that a save which wrote `names` takes the place of, if they are not among them.
 
@@ -60,4 +77,4 @@ def stale_weights(names: Collection[str], variant: str | None) -> re.Pattern[str
     """
     pattern = WeightFiles(variant).pattern
     whole = "config.json" in names and any(pattern.fullmatch(name) for name in names)
-    return pattern if whole else re.compile(r"(?!)")
+    return pattern if whole else NOTHING

@@ -12,9 +12,12 @@ from optimum_qvlm.hf.config import QVLMConfig
 from optimum_qvlm.hf.format.model_config import model_config_of
 from optimum_qvlm.hf.format.record import config_digest
 from optimum_qvlm.hf.format.safetensors_files import read_headers
-from optimum_qvlm.hf.saving.source import REPORT_FILE
-from optimum_qvlm.report.card import CARD_FILE, CardFacts, is_ours, render_card
+from optimum_qvlm.hf.saving.weight_files import REPORT_FILE
+from optimum_qvlm.report.card import CARD_FILE, CardFacts, is_ours, render_card, title_of
 from optimum_qvlm.report.figures import measured_layers, read_report
+from optimum_qvlm.report.page.document import PAGE_FILE, render_page
+from optimum_qvlm.report.page.picture import PICTURE_FILE, render_picture
+from optimum_qvlm.report.page.reading import Reading
 from optimum_qvlm.report.precision import part_rows
 
 
@@ -42,6 +45,7 @@ def write_model(
         _add_sidecars(model, folder)
         values = _seal(folder)
         facts = _facts(model, folder, values, repo_id, (*(model.model_tags or ()), *tags))
+        _draw_report(facts, folder)
         (folder / CARD_FILE).write_text(render_card(facts), encoding="utf-8")
 
 
@@ -101,6 +105,15 @@ def _seal(folder: Path) -> dict[str, Any]:
         index["metadata"]["total_parameters"] = sum(math.prod(shape) for _, shape in values["manifest"].values())
         path.write_bytes(strict_json.as_file(index))
     return values
+
+
+def _draw_report(facts: CardFacts, folder: Path) -> None:
+    """The page and the picture, drawn anew on each save: nothing that somebody else drew is carried along."""
+    if not facts.report:
+        return
+    reading = Reading(name=title_of(facts), report=facts.report, files=facts.files)
+    (folder / PAGE_FILE).write_text(render_page(reading), encoding="utf-8")
+    (folder / PICTURE_FILE).write_text(render_picture(reading), encoding="utf-8")
 
 
 def _facts(model: Any, folder: Path, values: dict[str, Any], repo_id: str | None, tags: tuple[str, ...]) -> CardFacts:

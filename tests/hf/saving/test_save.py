@@ -13,7 +13,7 @@ import torch
 
 from optimum_qvlm.errors import CheckpointError
 from optimum_qvlm.files.atomic import WORK_MARK
-from optimum_qvlm.hf.saving.source import REPORT_FILE
+from optimum_qvlm.hf.saving.weight_files import REPORT_FILE
 from tests.jobs import contents, load, logits, make_batch, quantize, run_python
 
 WRITTEN = {"README.md", "config.json", "generation_config.json", "model.safetensors", REPORT_FILE}

@@ -6,7 +6,8 @@ import pytest
 
 from optimum_qvlm.errors import DataError
 from optimum_qvlm.hf.access import Access
-from optimum_qvlm.hf.saving.source import REPORT_FILE, Source
+from optimum_qvlm.hf.saving.source import Source
+from optimum_qvlm.hf.saving.weight_files import REPORT_FILE
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TRAVEL = [
