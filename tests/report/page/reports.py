@@ -48,7 +48,9 @@ def full_report(layers: int = 3, vision: int = 2) -> dict[str, Any]:
         for n in range(layers)
         for linear in LINEARS
     }
-    names = [f"tower.layers.{n}" for n in range(vision)] + ["projector"] + [f"decoder.layers.{n}" for n in range(layers)]
+    names = (
+        [f"tower.layers.{n}" for n in range(vision)] + ["projector"] + [f"decoder.layers.{n}" for n in range(layers)]
+    )
     parts = ["vision"] * vision + ["projector"] + ["language"] * layers
     return {
         "warnings": ["threshold has no effect: reasons"],
@@ -85,7 +87,9 @@ def full_report(layers: int = 3, vision: int = 2) -> dict[str, Any]:
             for n, (part, name) in enumerate(zip(parts, names, strict=True))
         ],
         "encoder": {
-            "losses": [dict.fromkeys(("answer", "entropy", "vision", "final", "total"), 1.0 / (n + 1)) for n in range(3)],
+            "losses": [
+                dict.fromkeys(("answer", "entropy", "vision", "final", "total"), 1.0 / (n + 1)) for n in range(3)
+            ],
             "chosen_epoch": 2,
             "seconds": 12.5,
         },

@@ -37,8 +37,8 @@ TAGS = set(
     "mark i footer script".split()
 )
 ATTRIBUTES = set(
-    "charset http-equiv content name lang class id href type hidden aria-label scope colspan role viewbox width height x "
-    "y x1 x2 y1 y2 cx cy r rx d transform src alt".split()
+    "charset http-equiv content name lang class id href type hidden aria-label scope colspan role viewbox width height "
+    "x y x1 x2 y1 y2 cx cy r rx d transform src alt".split()
 )
 
 
@@ -198,7 +198,9 @@ def test_odd_values_anywhere_are_left_out(changes):
     for path, value in changes:
         holder = report
         for key in path[:-1]:
-            inside = isinstance(holder, dict | list) and (key in holder if isinstance(holder, dict) else key < len(holder))
+            inside = isinstance(holder, dict | list) and (
+                key in holder if isinstance(holder, dict) else key < len(holder)
+            )
             holder = holder[key] if inside else {}
         if isinstance(holder, dict) or (isinstance(holder, list) and path[-1] < len(holder)):
             holder[path[-1]] = value
