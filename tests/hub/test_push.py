@@ -9,11 +9,11 @@ import torch
 
 from optimum_qvlm.errors import HubError
 from optimum_qvlm.hf.saving.push import require_access
-from optimum_qvlm.hf.saving.weight_files import REPORT_FILE
-from tests.jobs import quantize
+from optimum_qvlm.hf.saving.weight_files import REPORT_FILE, REPORT_FILES
+from tests.jobs import load, quantize
 
 REPO = "me/tiny"
-FILES = {".gitattributes", "README.md", "config.json", "generation_config.json", "model.safetensors", REPORT_FILE}
+FILES = {".gitattributes", "README.md", "config.json", "generation_config.json", "model.safetensors", *REPORT_FILES}
 
 
 def test_everything_arrives_in_one_commit(hub, model):
@@ -218,3 +218,15 @@ def test_threads_push_each_their_own_model(hub, model, tmp_path, way):
 
     print(f"{way}: {own} of 8 repositories hold their own model")
     assert own == 8
+
+
+def test_a_model_without_a_report_deletes_that_of_another(hub, model, tmp_path):
+    """In the commit that brings the weights."""
+    model.push_to_hub(REPO)
+    model.save_pretrained(tmp_path / "bare")
+    (tmp_path / "bare" / REPORT_FILE).unlink()
+
+    load(tmp_path / "bare").push_to_hub(REPO)
+
+    assert set(hub.files(REPO)) == FILES - set(REPORT_FILES)
+    assert len(hub.repos[REPO].commits) == 3, "the Hub's own, and two pushes"

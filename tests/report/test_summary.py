@@ -43,7 +43,7 @@ def test_a_report_is_plain_json(results, method):
 
 
 def test_sizes_and_their_ratio(results):
-    assert summary_of(results)["bytes"] == {"before": 1000, "after": 300, "ratio": 3.333}
+    assert summary_of(results)["bytes"] == {"before": 1000, "after": 300, "ratio": 3.333, "source_files": None}
 
 
 def test_linears_are_counted_per_scheme(results):

@@ -26,7 +26,8 @@
     hint.style.setProperty("top", `${below + hint.offsetHeight > window.scrollY + root.clientHeight ? above : below}px`);
   };
   for (const kind of ["pointermove", "pointerdown"]) document.addEventListener(kind, show);
-  document.addEventListener("pointerleave", () => { hint.hidden = true; });
+  // A finger leaves when it is lifted, and the number shall stay to be read.
+  root.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") hint.hidden = true; });
 
   const toggle = document.getElementById("theme");
   if (toggle) {

@@ -13,10 +13,12 @@ import torch
 
 from optimum_qvlm.errors import CheckpointError
 from optimum_qvlm.files.atomic import WORK_MARK
-from optimum_qvlm.hf.saving.weight_files import REPORT_FILE
+from optimum_qvlm.hf.saving.weight_files import REPORT_FILE, REPORT_FILES
+from optimum_qvlm.report.page.document import PAGE_FILE
+from optimum_qvlm.report.page.picture import PICTURE_FILE
 from tests.jobs import contents, load, logits, make_batch, quantize, run_python
 
-WRITTEN = {"README.md", "config.json", "generation_config.json", "model.safetensors", REPORT_FILE}
+WRITTEN = {"README.md", "config.json", "generation_config.json", "model.safetensors", *REPORT_FILES}
 
 SAVE_WITH_LITTLE_ROOM = """
 import os, resource, sys
@@ -322,3 +324,41 @@ def test_every_file_gets_the_mode_that_the_umask_gives(quantized_llava, tmp_path
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert len([path for path in files if path.suffix == ".safetensors"]) > 1
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {mode}
+
+
+def test_a_reloaded_model_is_saved_with_a_page_drawn_anew(folder_copy, tmp_path):
+    """A page that somebody else wrote may hold anything, and is not carried along."""
+    page = (folder_copy / PAGE_FILE).read_bytes()
+    for name in (PAGE_FILE, PICTURE_FILE):
+        (folder_copy / name).write_text("<script>alert(1)</script>")
+
+    load(folder_copy).save_pretrained(tmp_path / "again")
+
+    assert contents(tmp_path / "again")[PAGE_FILE] == page
+    assert b"alert" not in contents(tmp_path / "again")[PICTURE_FILE]
+
+
+@pytest.mark.parametrize("exchanges", [True, False], ids=["at once", "file by file"])
+def test_a_model_without_a_report_leaves_none_of_another(
+    folder_copy, quantized_folder, tmp_path, monkeypatch, exchanges
+):
+    """A report, page or picture that stayed would tell of a model that is gone."""
+    if not exchanges:
+        monkeypatch.setattr("optimum_qvlm.hf.saving.publish.publish", lambda *_, **__: False)
+    (folder_copy / REPORT_FILE).unlink()
+    model = load(folder_copy)
+    target = Path(shutil.copytree(quantized_folder, tmp_path / "target"))
+    (target / "notes.html").write_text("mine")
+
+    model.save_pretrained(target)
+
+    assert set(contents(target)) == WRITTEN - set(REPORT_FILES) | {"notes.html"}
+    assert PAGE_FILE not in (target / "README.md").read_text()
+
+
+def test_a_report_that_cannot_be_read_has_no_page(folder_copy, tmp_path):
+    (folder_copy / REPORT_FILE).write_text("[1, 2")
+
+    load(folder_copy).save_pretrained(tmp_path / "again")
+
+    assert not {PAGE_FILE, PICTURE_FILE} & set(contents(tmp_path / "again"))

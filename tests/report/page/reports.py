@@ -11,6 +11,8 @@ PIXEL = (
 )
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 
+LOSSES = ("answer", "entropy", "vision", "final", "total")
+
 HOSTILE = (
     "<script>window.hacked = 1</script>",
     "\"><img src=x onerror='window.hacked = 1'>",
@@ -87,9 +89,7 @@ def full_report(layers: int = 3, vision: int = 2) -> dict[str, Any]:
             for n, (part, name) in enumerate(zip(parts, names, strict=True))
         ],
         "encoder": {
-            "losses": [
-                dict.fromkeys(("answer", "entropy", "vision", "final", "total"), 1.0 / (n + 1)) for n in range(3)
-            ],
+            "losses": [dict.fromkeys(LOSSES, 1.0 / (n + 1)) for n in range(3)],
             "chosen_epoch": 2,
             "seconds": 12.5,
         },

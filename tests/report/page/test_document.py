@@ -187,14 +187,19 @@ def places(value, path=()):
         yield from places(entry, (*path, key))
 
 
-PLACES = list(places(full_report()))[1:]
+def has(holder, key):
+    """Whether a value still holds something there: an earlier change may have taken it away."""
+    return key in holder if isinstance(holder, dict) else isinstance(holder, list) and key < len(holder)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+PLACES = list(places(full_report(layers=1, vision=1)))[1:]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.sampled_from(PLACES), ODD), min_size=1, max_size=6))
 def test_odd_values_anywhere_are_left_out(changes):
     """A report may come from anybody."""
-    report = full_report()
+    report = full_report(layers=1, vision=1)
     for path, value in changes:
         holder = report
         for key in path[:-1]:
@@ -209,7 +214,7 @@ def test_odd_values_anywhere_are_left_out(changes):
 
     require_inert(page)
     assert "nan" not in "".join(re.findall(r'(?:x|y|cx|cy|d|width|height)="[^"]*"', page))
-    assert render_comparison(Reading(name="a", report=report), Reading(name="b", report=full_report()))
+    require_inert(render_comparison(Reading(name="a", report=report), Reading(name="b", report={})))
 
 
 def test_a_deep_mixture_stays_below_the_limit():
@@ -228,7 +233,7 @@ def test_a_deep_mixture_stays_below_the_limit():
 
 def test_a_report_that_is_too_large_says_what_is_left_out():
     report = full_report()
-    report["sites"] = [{"site": "<" * 2000, "nearest": 1, "found": 1, "chosen": 1}] * 4000
+    report["sites"] = [{"site": "<" * 2000, "nearest": 1, "found": 1, "chosen": 1}] * 400
 
     parsed = require_inert(page_of(report))
 
