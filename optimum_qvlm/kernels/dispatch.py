@@ -40,7 +40,10 @@ if TYPE_CHECKING:  # at run time each is imported when it is first needed: some 
     from optimum_qvlm.kernels.triton import quantize as triton_quantize
     from optimum_qvlm.kernels.triton import recursion as triton_recursion
 
-    _BACKENDS: tuple[Backend, ...] = (rows, int4, table, triton_linear)
+    _ROWS: Backend = rows
+    _INT4: Backend = int4
+    _TABLE: Backend = table
+    _TRITON: Backend = triton_linear
     _QUANTIZER: Quantizer = triton_quantize
     _RECURSION: Recursion = triton_recursion
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from optimum_qvlm.kernels import schema
-from optimum_qvlm.spec import ActivationSpec, LinearFormat, WeightSpec
+from optimum_qvlm.spec import ACTIVATION_NAMES, WEIGHT_NAMES, ActivationSpec, LinearFormat, WeightSpec
 
 FORMATS = {
     "least": LinearFormat(weight=WeightSpec(bits=8)),
@@ -37,12 +37,11 @@ def test_the_line_of_a_format_gives_its_arguments_back(format):
     assert rounding.clip == (1.0 if format.activation is None else format.activation_clip)
 
 
-def test_the_operation_has_an_argument_for_each_field():
-    """Programs that were exported before name their arguments by position."""
+def test_the_operation_has_an_argument_for_each_field_of_both_grids():
+    """But for what the tensors say: whether there are zero points, and a fixed scale of activations."""
     arguments = [argument.name for argument in torch.ops.optimum_qvlm.linear.default._schema.arguments]
 
-    assert arguments == [
-        "x", "weight", "scale", "zero_point", "bias", "equalizer", "input_scale", "layout", "in_features",
-        "out_features", "weight_bits", "weight_group", "two_level", "activation_bits", "activation_group", "clip",
-        "rotation", "decode_tokens",
-    ]  # fmt: skip
+    assert arguments[:7] == ["x", "weight", "scale", "zero_point", "bias", "equalizer", "input_scale"]
+    grids = {*WEIGHT_NAMES, *ACTIVATION_NAMES} - {"symmetric", "activation_static"}
+    rest = {"layout", "in_features", "out_features", "clip", "rotation", "decode_tokens"}
+    assert sorted(arguments[7:]) == sorted(grids | rest)
