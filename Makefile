@@ -14,8 +14,7 @@ INSTALL := -qq --disable-pip-version-check --no-input install
 PIP := -m pip $(INSTALL)
 PYTEST := -m pytest -n $(WORKERS) --maxprocesses 16 --dist worksteal
 # Editable installs copy the command's files, so they are made again when these change.
-SOURCES := pyproject.toml optimum_qvlm/version.py optimum_qvlm/cli/command.py optimum_qvlm/cli/qvlm_options.py \
-	optimum_qvlm/settings.py
+SOURCES := pyproject.toml optimum_qvlm/version.py optimum_qvlm/cli/command.py optimum_qvlm/cli/qvlm_options.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -1,7 +1,7 @@
 """Every setting of `QVLMConfig`, declared once: its default, what it may be, its line of help.
 
 The checks of the configuration, the options of the command and the table of the documentation come from here. The file
-imports nothing of ours at its top, since the command takes a copy of it without loading the package.
+imports nothing of ours at its top, since the command reads it by its path, without loading the package.
 """
 
 from dataclasses import Field, dataclass, field, fields, replace

@@ -1,20 +1,34 @@
 """The options of the commands, and how their words are read.
 
 The file lies beside the commands where they are registered, and imports nothing of ours for the same reason, but for
-the declaration of settings, of which a copy lies there too.
+the declaration of settings, which is read by its path.
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or __package__ == "optimum_qvlm.cli":
     from optimum_qvlm import settings as declared
 else:
-    from . import qvlm_settings as declared
+
+    def declaration_of_settings() -> Any:
+        """The file of the package that declares settings, without the package, which would load transformers."""
+        package = find_spec("optimum_qvlm")
+        assert package is not None and package.origin is not None, "the distribution holds both"
+        path = Path(package.origin).with_name("settings.py")
+        spec = spec_from_file_location("optimum_qvlm_settings", path)
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[spec.name] = module_from_spec(spec)  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+
+    declared = declaration_of_settings()
 
 GROUPS = {
     "quantization": (
