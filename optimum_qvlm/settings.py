@@ -249,7 +249,14 @@ class SearchOptions:
     )
     error_feedback: bool = setting(True, Switch(), "let channels of a weight make good what rounding others did")
     token_weights: bool = setting(
-        True, Switch(), "let errors of tokens count by what they do to the model's predictions", former=False
+        False, Switch(), "let errors of tokens count by what they do to the model's predictions", former=False
+    )
+    fitted_activations: bool = setting(
+        False,
+        Switch(),
+        "scales of activations of at most 5 bits take a sign and the best of three sizes",
+        former=False,
+        held=True,
     )
     tokens: int = setting(2048, Whole(1), "tokens per site on which candidates are compared", saved="search_tokens")
     max_block_depth: int = setting(3, Whole(1), "layers searched together at most")
@@ -373,8 +380,7 @@ class Settings:
     report_samples: str = setting(
         "auto",
         Choice(("auto", "none", "answers", "images")),
-        "what the report keeps of held-out samples: nothing, questions and answers, or small images too; auto keeps "
-        "questions and answers of packaged and preset data, nothing of your own",
+        "held-out samples in the report: questions and answers, or images too; auto keeps answers of public data",
         saved=None,
         former=False,
     )

@@ -1,6 +1,7 @@
 """Fixtures that several folders share."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from hypothesis import settings
 from transformers import AutoProcessor
 
 from tests.tiny_models import tiny_llama, tiny_llava
+
+collect_ignore = [] if find_spec("playwright") else ["browser"]
+"""`make test-browser` has an environment of its own, with a browser."""
 
 ROOT = Path(__file__).parent.parent
 

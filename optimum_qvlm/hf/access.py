@@ -11,7 +11,7 @@ from optimum_qvlm.compat.transformers import unwatch_options, watch_options
 logger = logging.get_logger("transformers.optimum_qvlm")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Access:
     """Options of `from_pretrained` that hold for a processor too.
 

@@ -237,7 +237,7 @@ class QVLMConfig(FormerNames, QuantizationConfigMixin):
             activation_bits=bits.activation_bits,
             group_size=group_size,
             static=self.search.activation_range == "static",
-            fitted=not self.servable,
+            fitted=self.search.fitted_activations and not self.servable,
         )
 
     def _grids(self, static: bool) -> ClipGrids:

@@ -99,7 +99,7 @@ class CalibrationOptions:
     blocks: tuple[Block, ...] | None = None
     encoder: EncoderOptions = field(default_factory=EncoderOptions)
     fold: bool = False
-    weighs_tokens: bool = True
+    weighs_tokens: bool = False
 
 
 def site_options(

@@ -36,9 +36,9 @@ class LearnedSite(nn.Module):
         self.register_buffer("scale", start.input_scale)
         self.register_buffer("equalizer", start.input_equalizer)
         equalizer = start.input_equalizer
-        self.log_clip = (
-            None if self.activation is None else nn.Parameter(start.weight_scale.new_zeros(1, dtype=torch.float32))
-        )
+        # A fitted scale makes good what another clip does, so there is nothing to learn about it.
+        bounded = self.activation is not None and not self.activation.fitted
+        self.log_clip = nn.Parameter(start.weight_scale.new_zeros(1, dtype=torch.float32)) if bounded else None
         self.log_equalizer = None if equalizer is None else nn.Parameter(torch.zeros_like(equalizer))
 
     def transform(self) -> Tensor | None:
@@ -51,12 +51,12 @@ class LearnedSite(nn.Module):
         """The rounded activation, as `QuantLinear` would compute it."""
         dtype = x.dtype
         x = transformed(x, self.transform(), self.rotation)
-        if self.log_clip is not None:
-            assert self.activation is not None
+        if self.activation is not None:
+            log_clip = x.new_zeros(1, dtype=torch.float32) if self.log_clip is None else self.log_clip
             if self.scale is None:
-                x = learned_tokens(x, self.activation, self.log_clip, self.clip)
+                x = learned_tokens(x, self.activation, log_clip, self.clip)
             else:
-                x = learned_static(x, self.activation, self.log_clip, self.scale)
+                x = learned_static(x, self.activation, log_clip, self.scale)
         return x.to(dtype)
 
     @torch.no_grad()
