@@ -50,14 +50,16 @@ def encoder(reading: Reading) -> Section | None:
     chart = Chart(title="losses of the encoder's optimisation", x_label="epoch", y_label="loss")
     shown = [[label, *(readable(found[int(label)]) for found in drawn.values())] for label in labels]
     chosen, seconds = reading.figure("chosen_epoch", entry), reading.figure("seconds", entry)
-    lead = "" if chosen is None else f"The encoder got what epoch {chosen:.0f} left; 0 is before the first. "
+    said = [] if chosen is None else [f"The encoder got what epoch {chosen:.0f} left; 0 is before the first."]
+    said += [] if seconds is None else [f"It took {duration(max(seconds, 0))}."]
     return Section(
         anchor="encoder",
         title="Optimising the visual encoder",
         short="Encoder",
-        lead=lead + ("" if seconds is None else f"It took {duration(max(seconds, 0))}."),
+        lead="Tower and projector learn by gradients through the language model.",
         body=joined(
             [
+                element("p", " ".join(said)) if said else None,
                 legend([(line.colour, line.name) for line in series]),
                 figure(
                     "Loss by epoch",

@@ -5,6 +5,7 @@ A chart is at most as wide as a phone is, so that its words stay readable there;
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup
 
@@ -140,7 +141,10 @@ def pairs(chart: Chart, entries: Sequence[Column], *, parts: Sequence[tuple[int,
         target = element("rect", x=x - step / 2, y=TOP, width=step, height=HEIGHT - TOP - BOTTOM, class_="target")
         groups.append(mark("g", entry.hint, *dots, target))
     labels = _labels([entry.label for entry in entries], step)
-    begun = [_begin(LEFT + number * step, name) for number, name in parts]
+    begun = [
+        _begin(LEFT + number * step, name, (end - number) * step)
+        for (number, name), (end, _) in pairwise([*parts, (len(entries), "")])
+    ]
     return frame(chart.title, WIDTH, HEIGHT, _axes(chart, y), *begun, *groups, labels)
 
 
@@ -254,9 +258,10 @@ def _axes(chart: Chart, y: Scale) -> Markup:
     return joined([*rules, *names])
 
 
-def _begin(x: float, name: str) -> Markup:
+def _begin(x: float, name: str, room: float) -> Markup:
+    """Where a part begins; its name only where that has room."""
     line = element("line", x1=x, x2=x, y1=TOP - 8, y2=HEIGHT - BOTTOM, class_="rule")
-    return joined([line, element("text", clipped(name, LABEL), x=x + 4, y=TOP - 4)])
+    return joined([line, element("text", name, x=x + 4, y=TOP - 4) if len(name) * 6 < room else None])
 
 
 def _tick(value: float, scale: Scale) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from optimum_qvlm.report.page.charts import Chart, Column, Series, columns, legend, lines, pairs
-from optimum_qvlm.report.page.markup import joined
+from optimum_qvlm.report.page.markup import element, joined
 from optimum_qvlm.report.page.numbers import duration, readable
 from optimum_qvlm.report.page.reading import BlockRow, LayerRow, Reading
 from optimum_qvlm.report.page.tables import Section, figure, panel, table
@@ -86,11 +86,12 @@ def blocks(reading: Reading) -> Section | None:
         title="Error of each block, before and after the joint search",
         short="Blocks",
         lead=(
-            f"Squared difference of the block's output from full precision over its squared norm. The joint search "
-            f"found something better in {moved} of {len(rows)} blocks; it never takes anything worse."
+            "Squared difference of the block's output from full precision over its squared norm. The joint search "
+            "never takes anything worse."
         ),
         body=joined(
             [
+                element("p", f"It found something better in {moved} of {len(rows)} blocks."),
                 legend([(0, "every site at its own optimum"), (1, "after the joint search")]),
                 figure("Blocks in order", picture, numbers=_block_table(reading.blocks)),
             ]

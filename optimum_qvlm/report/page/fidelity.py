@@ -97,8 +97,8 @@ def answers(reading: Reading) -> Section | None:
         anchor="answers",
         title="Answers side by side",
         short="Answers",
-        lead=f"Greedy answers to held-out samples; {same} of {len(rows)} are the same. Where they part is marked.",
-        body=element("div", *cards, class_="answers"),
+        lead="Greedy answers to held-out samples. Where they part is marked.",
+        body=joined([element("p", f"{same} of {len(rows)} are the same."), element("div", *cards, class_="answers")]),
     )
 
 

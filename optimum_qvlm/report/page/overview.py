@@ -40,17 +40,17 @@ def headline_figures(reading: Reading) -> list[tuple[str, str, str]]:
     if entry is not None:
         agreement = entry.get("top1_agreement")
         if agreement is not None:
-            tiles.append((percent(agreement), "same first choice", "answer tokens on which both models agree"))
-        tiles.append((readable(entry["mean_kl"]), "mean KL", "nats per answer token from full precision"))
+            tiles.append((percent(agreement), "same first choice", "of answer tokens"))
+        tiles.append((readable(entry["mean_kl"]), "mean KL", "nats, from full precision"))
     generated = generation_figures(reading.report)
     if generated:
         tiles.append((percent(generated["exact_match"]), "same answers", f"of {generated['answers']} greedy answers"))
     states = state_figures(reading.report)
     if states:
-        tiles.append((readable(states["relative_error"]), "error of states", "relative squared, last hidden states"))
+        tiles.append((readable(states["relative_error"]), "error of states", "squared, relative"))
     seconds = reading.figure("seconds")
     if seconds is not None and seconds >= 0:
-        tiles.append((duration(seconds), "search", "wall-clock time, data left out"))
+        tiles.append((duration(seconds), "search", "wall-clock time"))
     return tiles
 
 

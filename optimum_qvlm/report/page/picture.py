@@ -34,7 +34,7 @@ def _drawn(reading: Reading, *, maps: bool) -> str:
         content += [
             element("text", value, x=x, y=92, class_="value"),
             element("text", name, x=x, y=113, class_="name"),
-            element("text", clipped(more, 34), x=x, y=130),
+            element("text", clipped(more, 28), x=x, y=130),
         ]
     y = 156.0 if figures else 70.0
     if maps and reading.modules:
@@ -79,11 +79,11 @@ def _maps(reading: Reading, y: float) -> tuple[Markup, float]:
     parts: list[Markup] = []
     x, deepest = MARGIN, y
     for name, drawing in precision_maps(reading):
-        if x > MARGIN and x + drawing.width > WIDTH - MARGIN:
+        if x > MARGIN and x + max(drawing.width, 7.6 * min(len(name), 50)) > WIDTH - MARGIN:
             x, y = MARGIN, deepest
         shrink = min(1.0, (WIDTH - 2 * MARGIN) / drawing.width)
         inside = element("g", drawing.at(0, 0), transform=f"translate({x:.0f} {y + 18:.0f}) scale({shrink:.3f})")
         parts += [element("text", clipped(name, 50), x=x, y=y + 12, class_="name"), inside]
-        x += drawing.width * shrink + 30
+        x += max(drawing.width * shrink, 7.6 * min(len(name), 50)) + 30
         deepest = max(deepest, y + 18 + drawing.height * shrink + 14)
     return joined(parts), deepest

@@ -13,7 +13,7 @@ MOST_ROWS = 600
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """A part of the page; `short` names it in the list of links."""
+    """A part of the page; `short` names it in the list of links, `lead` explains it, whatever model it is of."""
 
     anchor: str
     title: str
