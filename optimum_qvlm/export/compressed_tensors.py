@@ -77,9 +77,11 @@ def _convert(work: Path, runtime: Mapping[str, str]) -> None:
         weight_map |= dict.fromkeys(tensors, path.name)
         total += sum(tensor.nbytes for tensor in tensors.values())
     if (work / INDEX).exists():
-        _write_json(work / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (work / INDEX).write_bytes(strict_json.as_file(index))
     names = {name: (server_name(name, model_config), runtime[name]) for name in modules}
-    _write_json(work / CONFIG, model_config | {"quantization_config": quantization_config(modules, names)})
+    converted = model_config | {"quantization_config": quantization_config(modules, names)}
+    (work / CONFIG).write_bytes(strict_json.as_file(converted))
 
 
 def _converted(tensors: Mapping[str, Tensor], modules: Mapping[str, ModuleRecord]) -> dict[str, Tensor]:
@@ -104,7 +106,3 @@ def _as_ints(owner: str, kind: str, tensor: Tensor, entry: ModuleRecord) -> dict
         codes = unpack_codes(tensor.T, entry.weight.bits, entry.out_features)
         return {f"{owner}.{kind}": codes.T.contiguous()}
     return {f"{owner}.{kind}": tensor}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(strict_json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -100,6 +100,8 @@ def _inexpressible(entry: ModuleRecord) -> str | None:
         return f"(its activations are rotated in blocks of {entry.format.rotation})"
     if entry.format.equalized:
         return "(its activations are equalized)"
+    if entry.activation is not None and entry.activation.fitted:
+        return "(the scales of its activations are fitted)"
     if entry.activation is not None and not entry.activation.static and entry.format.activation_clip != 1.0:
         return f"(its activations are clipped at {entry.format.activation_clip:g} of their peak)"
     return None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimum_qvlm.errors import CalibrationError
 from optimum_qvlm.pipeline.capture import hidden_of, hooking
 from optimum_qvlm.pipeline.captured import Bench
 from optimum_qvlm.pipeline.layer_recomputation import frozen, recomputed
@@ -48,6 +49,9 @@ def token_weights(bench: Bench, plan: QuantPlan, batches: Sequence[Batch], label
         By site name, for each of its runs in the order of the forwards, fp32 [rows, tokens, 1] on the CPU, with mean 1
         over all runs. Sites that no gradient reaches are missing, and so are all sites of a model that predicts no
         tokens.
+
+    Raises:
+        CalibrationError: gradients leave the range of the model's dtype.
     """
     model: Any = bench.model
     if model.get_output_embeddings() is None:
@@ -64,7 +68,7 @@ def token_weights(bench: Bench, plan: QuantPlan, batches: Sequence[Batch], label
                 logits.backward(_slope(logits.detach(), targets[:, 1:] != IGNORED, generator))
             for name, runs in seen.items():
                 squares[name] += runs
-    return {name: _normalised(runs) for name, runs in squares.items() if runs}
+    return {name: _normalised(runs, name) for name, runs in squares.items() if runs}
 
 
 def _slope(logits: Tensor, predicted: Tensor, generator: torch.Generator) -> Tensor:
@@ -78,15 +82,20 @@ def _slope(logits: Tensor, predicted: Tensor, generator: torch.Generator) -> Ten
         at = some[:, 0], some[:, 1]
         probabilities = logits[at].float().softmax(-1)
         # Drawn on the CPU by inverting the distribution, so that the labels are the same whatever the device.
-        draw = torch.rand(len(some), 1, generator=generator).to(logits.device)
+        draw = torch.rand(len(some), 1, generator=generator, device="cpu").to(logits.device)
         label = torch.searchsorted(probabilities.cumsum(-1), draw).clamp_(max=probabilities.shape[-1] - 1)
         slope[at] = probabilities.scatter_add_(1, label, torch.full_like(draw, -1.0)).to(slope.dtype)
     return slope
 
 
-def _normalised(squares: Sequence[Tensor]) -> list[Tensor]:
+def _normalised(squares: Sequence[Tensor], site: str) -> list[Tensor]:
     """Norms of gradients as weights: cut at the ceiling, raised to the floor, with mean 1."""
     norms = torch.cat([run.flatten() for run in squares]).sqrt()
+    if not bool(torch.isfinite(norms).all()):
+        raise CalibrationError(
+            f"the gradients at {site} are NaN or infinite, so its tokens cannot be weighed; load the model in a wider "
+            "dtype (bfloat16 or float32 in place of float16), or leave search.token_weights False"
+        )
     ceiling = norms.kthvalue(max(1, int(CEILING * len(norms)))).values
     mean = norms.clamp(max=ceiling).mean()
     if not bool(mean > 0):

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from optimum_qvlm.compat.torch import own_parameters
 from optimum_qvlm.errors import CheckpointError
-from optimum_qvlm.modules.qlinear import QuantLinear
+from optimum_qvlm.modules.recorded import recorded_linear
 from optimum_qvlm.plan import ModuleRecord
 
 Named = tuple[str, Tensor]
@@ -19,7 +18,7 @@ def dequantized(tensors: Iterable[Named], plain: Mapping[str, ModuleRecord]) -> 
     Raises:
         CheckpointError: a tensor of such a linear is missing.
     """
-    waiting = {name: _empty(entry) for name, entry in plain.items()}
+    waiting = {name: recorded_linear(entry) for name, entry in plain.items()}
     begun = set()
     for name, tensor in tensors:
         owner, _, kind = name.rpartition(".")
@@ -35,14 +34,3 @@ def dequantized(tensors: Iterable[Named], plain: Mapping[str, ModuleRecord]) -> 
     missing = next((name for name in waiting if name in begun), None)
     if missing is not None:
         raise CheckpointError(f"not all tensors of {missing} were loaded; fetch the checkpoint again")
-
-
-def _empty(entry: ModuleRecord) -> QuantLinear:
-    return QuantLinear(
-        entry.in_features,
-        entry.out_features,
-        entry.format,
-        bias=False,
-        scale_dtype=getattr(torch, entry.scale_dtype),
-        device="meta",
-    )

@@ -40,7 +40,7 @@ def require_divisible(name: str, entry: ModuleRecord, shard: Shard, processes: i
     if len(shard.columns) == entry.in_features:
         return
     size = len(shard.columns)
-    groups, rotated = "a group_size that divides {size}", 'transforms="off", or "equalize"'
+    groups, rotated = "a group_size that divides {size}", 'search={{"transforms": "off"}}'
     blocks = {
         ("weights in groups", groups): entry.weight.group,
         ("activations in groups", groups): None if entry.activation is None else entry.activation.group,

@@ -138,6 +138,14 @@ def test_what_the_format_has_no_words_for_is_refused_by_name(llava, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_activations_on_a_grid_that_servers_do_not_know_are_refused(llava, tmp_path):
+    """A server would take the peak of each token, and round to other values in silence."""
+    model = quantize(llava, "w4a4", method="rtn", fitted_activations=True)
+
+    with pytest.raises(ConfigError, match=r"cannot express .*the scales of its activations are fitted.*servable=True"):
+        export_compressed_tensors(model, tmp_path / "out")
+
+
 def test_parts_of_what_servers_fuse_need_one_scheme(llava, tmp_path):
     model = servable(llava, scheme="w4a16", overrides={"layers.1.self_attn.k_proj": "w8a8"})
     with pytest.raises(ConfigError, match=r"q_proj, .*k_proj, .*v_proj are one linear to servers"):

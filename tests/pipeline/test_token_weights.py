@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from optimum_qvlm.errors import CalibrationError
 from optimum_qvlm.pipeline.captured import Bench
 from optimum_qvlm.pipeline.cost import Meter
 from optimum_qvlm.pipeline.token_weights import FLOOR, token_weights
@@ -139,3 +140,26 @@ def test_a_model_without_predictions_weighs_nothing():
     model.get_output_embeddings = lambda: None
 
     assert weigh(model, plan, [llama_batch()]) == {}
+
+
+def test_the_default_device_changes_nothing(case):
+    """Programs that set one would otherwise move what is drawn there."""
+    model, plan, make_batch = case
+    batches = [make_batch()]
+    labels = [labels_of(batch) for batch in batches]
+    expected = weigh(model, plan, batches, labels)
+
+    with torch.device("meta"):
+        actual = weigh(model, plan, batches, labels)
+
+    assert all(torch.equal(actual[name][0], expected[name][0]) for name in expected)
+
+
+def test_gradients_that_are_no_numbers_are_refused_with_the_way_out():
+    """Weights of them would be none either, and the search would blame the inputs."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("inf"))
+
+    with pytest.raises(CalibrationError, match=r"gradients at .* are NaN or infinite.*search\.token_weights False"):
+        weigh(model, plan_for(model), [llama_batch()])

@@ -32,7 +32,7 @@ from optimum_qvlm.hf.format.safetensors_files import (
 from optimum_qvlm.hf.memory import return_freed_memory
 from optimum_qvlm.kernels import CHECKPOINT_LAYOUTS
 from optimum_qvlm.modules.qlinear import LinearFormat, QuantLinear
-from optimum_qvlm.modules.recorded import empty_linear
+from optimum_qvlm.modules.recorded import empty_linear, recorded_linear
 from optimum_qvlm.modules.swap import replace_module
 from optimum_qvlm.plan import ModuleRecord, QuantPlan
 from optimum_qvlm.report.precision import readable_bytes, tensor_bytes
@@ -224,10 +224,7 @@ def _require_fit(name: str, entry: ModuleRecord, manifest: Mapping[str, Any]) ->
         if size is not None and (size < 1 or channels % size != 0):
             raise CheckpointError(f"{name}: {kind}={size} does not divide its {channels} channels")
     try:
-        scale_dtype = getattr(torch, entry.scale_dtype)
-        module = QuantLinear(
-            channels, entry.out_features, entry.format, bias=False, scale_dtype=scale_dtype, device="meta"
-        )
+        module = recorded_linear(entry)
     except (ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{name}: its entry in quantization_config is not valid: {error}") from error
     for tensor_name, tensor in module.state_dict().items():

@@ -21,15 +21,7 @@ from optimum_qvlm.kernels.triton.integers import HOLDER_BITS, held_floats
 from optimum_qvlm.kernels.triton.launching import ALIGNMENT, empty, start
 from optimum_qvlm.kernels.triton.layout import PackedWeight
 from optimum_qvlm.kernels.triton.sums import add_parts
-
-_WORDS = tl.constexpr(
-    "{\n"
-    ".reg .b32 t;\n"  # words of 32 bits
-    "shl.b32 t, $2, 4;\n"  # low nibbles come to the place of the high ones
-    "and.b32 $1, $2, 0xf0f0f0f0;\n"  # high nibbles, times 16
-    "and.b32 $0, t, 0xf0f0f0f0;\n"  # low nibbles, times 16
-    "}"
-)
+from optimum_qvlm.kernels.triton.unpack import NIBBLES_INT8
 
 _ROLLED = tl.constexpr(
     "{\n"
@@ -161,7 +153,7 @@ def _sixteenfold(words, ASM: tl.constexpr):
     """Sixteen times the codes of the low and of the high nibbles, four bytes in a word."""
     if ASM:
         # The compiler would mix this shift with those that take the bytes apart, and then do all of them.
-        return tl.inline_asm_elementwise(_WORDS, "=r,=r,r", [words], (tl.int32, tl.int32), is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(NIBBLES_INT8, "=r,=r,r", [words], (tl.int32, tl.int32), is_pure=True, pack=1)
     else:
         return (words << 4) & -0x0F0F0F10, words & -0x0F0F0F10
 

@@ -48,7 +48,7 @@ _NIBBLES_BF16 = tl.constexpr(
     "}"
 )
 
-_NIBBLES_INT8 = tl.constexpr(
+NIBBLES_INT8 = tl.constexpr(
     "{\n"
     ".reg .b32 t;\n"  # words of 32 bits
     "shl.b32 t, $2, 4;\n"  # low nibbles come to the place of the high ones
@@ -56,6 +56,7 @@ _NIBBLES_INT8 = tl.constexpr(
     "and.b32 $0, t, 0xf0f0f0f0;\n"  # low nibbles, times 16
     "}"
 )
+"""Sixteen times the codes of the low and of the high nibbles of a word, as bytes."""
 
 _NIBBLES_MULTIPLIED = tl.constexpr(
     "{\n"
@@ -287,7 +288,7 @@ def sixteenfold_nibbles(packed, ASM: tl.constexpr):
     """Sixteen times the codes of the low and of the high nibbles, as int8."""
     if ASM:
         return tl.inline_asm_elementwise(
-            _NIBBLES_INT8, "=r,=r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+            NIBBLES_INT8, "=r,=r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
         )
     else:
         return (packed << 4).to(tl.int8), (packed & -16).to(tl.int8)
