@@ -75,17 +75,16 @@ class Moments:
 
 
 def site_moments(problem: SiteProblem, rounding: SiteRounding, asymmetry: float) -> tuple[Moments, Moments]:
-    """Second moments over all calibration tokens of the problem, each times its weight, in two halves.
-
-    Tokens go to the halves in turn, so that both hold some of every image and every text.
-    """
+    """Second moments over all calibration tokens of the problem, each times its weight: of the first half of each
+    piece, and of the second."""
     channels, device = problem.inputs.shape[1], problem.inputs.device
     halves = tuple(
         Moments(*(torch.zeros(channels, channels, dtype=torch.float32, device=device) for _ in range(2)))
         for _ in range(2)
     )
     for tokens, reference, weight in problem.pieces():
-        for half, part in zip(halves, (slice(0, None, 2), slice(1, None, 2)), strict=True):
+        middle = -(-len(tokens) // 2)
+        for half, part in zip(halves, (slice(middle), slice(middle, None)), strict=True):
             rounded = rounding(tokens[part])
             target = torch.lerp(tokens[part].float(), reference[part].float(), asymmetry)
             weighed = rounded if weight is None else rounded * weight[part]

@@ -293,7 +293,7 @@ def test_moments_are_sums_over_all_tokens(transform):
     expected = torch.cat(list(problem.all_references))
     assert torch.allclose(halves[0].hessian + halves[1].hessian, actual.T @ actual, rtol=1e-3, atol=1e-1)
     assert torch.allclose(halves[0].cross + halves[1].cross, expected.T @ actual, rtol=1e-3, atol=1e-1)
-    first = torch.cat([actual[:300:2], actual[300::2]])
+    first = torch.cat([actual[:150], actual[300:400]])
     assert torch.allclose(halves[0].hessian, first.T @ first, rtol=1e-3, atol=1e-1)
 
 
