@@ -17,6 +17,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from optimum_qvlm.kernels.reference import fitted_shift
 from optimum_qvlm.kernels.triton import tiles
 from optimum_qvlm.kernels.triton.bytes import bytes_kernel
 from optimum_qvlm.kernels.triton.decode import decode_kernel
@@ -308,16 +309,26 @@ def written_case(architecture: int, group: int) -> Case:
 
 
 def quantize_case(
-    architecture: int, group: int | None, rotation: int | None, dtype: str, *, rounds: bool = True
+    architecture: int,
+    group: int | None,
+    rotation: int | None,
+    dtype: str,
+    *,
+    rounds: bool = True,
+    bits: int = 8,
+    fitted: bool = False,
 ) -> Case:
     """`triton.quantize`, equalised."""
     tile = tiles.quantize_tile(CHANNELS, group, rotation, whole=rounds and group is None)
+    qmax = 2 ** (bits - 1) - 1
     constants = {
         "CHANNELS": CHANNELS, "WIDTH": CHANNELS, "GROUP": group or 0, "ROTATION": rotation or 0, "EQUALIZED": True,
-        "STATIC": False, "ROUNDS": rounds, "QMAX": 127, "SPAN": tile.span, "CHUNK": tile.chunk,
+        "STATIC": False, "ROUNDS": rounds, "QMAX": qmax, "FITTED": fitted_shift(qmax) if fitted else 0,
+        "SPAN": tile.span, "CHUNK": tile.chunk,
     }  # fmt: skip
     return Case(
-        name=f"{'quantize' if rounds else 'transform'} {dtype} g{group or 'token'} rotation {rotation} "
+        name=f"{'quantize' if rounds else 'transform'}{' fitted' if fitted else ''} {dtype} "
+        f"g{group or 'token'} rotation {rotation} "
         f"chunk {tile.chunk} warps {tile.warps}",
         architecture=architecture,
         kernel=quantize_kernel,
@@ -385,6 +396,7 @@ def all_cases(architecture: int) -> list[Case]:
         *_decode_cases(architecture),
         *_prefill_cases(architecture),
         *[quantize_case(architecture, group, rotation, "fp16") for group, rotation in QUANTIZED],
+        *[quantize_case(architecture, group, 128, "bf16", bits=4, fitted=True) for group in (128, None)],
         quantize_case(architecture, None, 128, "bf16", rounds=False),
         *[dequantize_case(architecture, bits) for bits in (4, 6, 8)],
     ]
